@@ -1,0 +1,194 @@
+"""The settings of a run, one frozen model per section. Every field's description is its help text and its documentation."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Field(gt=0)
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys and non-finite numbers are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    name: str = Field("", pattern=r"^([a-z0-9][a-z0-9._-]{0,63})?$", description="Run directory below output_dir; empty: made from env, algo and seed.")
+    output_dir: str = Field("runs", description="Folder that holds run directories.")
+    seed: int = Field(0, ge=0, description="Seed every random draw of the run is derived from.")
+    steps: int = Field(100, ge=0, description="Training steps (one rollout and one update each).")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description='Where the local engine and learner compute; "auto": cuda if there is one.')
+    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: all cores.")
+    deterministic: bool = Field(True, description="Ask torch for deterministic kernels; two CPU runs of one config are then bit-identical.")
+    checkpoint_every: int = Field(20, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    trajectories_every: int = Field(1, ge=0, description="Steps between trajectory files; 0: none.")
+    tensorboard: bool = Field(True, description="Write TensorBoard files into the run directory.")
+
+
+class TinySection(Section):
+    layers: int = Field(3, ge=1, description="Decoder layers.")
+    hidden_size: int = Field(128, ge=8, description="Width of the residual stream.")
+    heads: int = Field(4, ge=1, description="Attention heads (hidden_size must divide by it).")
+    feed_forward: int = Field(256, ge=8, description="Width of the gated feed-forward layer.")
+    vocab_size: int = Field(1024, ge=300, description="Upper bound on the vocabulary of the tokenizer trained on the environment's text.")
+
+
+class ModelSection(Section):
+    path: str = Field("tiny", description='Model directory of any causal language model, or "tiny": build one from scratch for this environment.')
+    tiny: TinySection = Field(default_factory=TinySection, description="Shape of the tiny model.")
+
+
+class EnvSection(Section):
+    name: str = Field("webshop", description='Built-in environment, or import path "my_pkg.mod:Class" of your own.')
+    options: dict[str, Any] = Field(default_factory=dict, description="The environment's own settings.")
+    style: Literal["chat", "windowed"] = Field("chat", description='"chat": one growing conversation; "windowed": a fresh prompt every turn.')
+    max_turns: int = Field(0, ge=0, description="Turns per episode; 0: the environment's own limit.")
+
+
+class RolloutSection(Section):
+    engine: Literal["local"] = Field("local", description="Engine that samples replies.")
+    groups_per_step: int = Field(8, ge=1, description="Tasks played per step.")
+    group_size: int = Field(8, ge=1, description="Episodes per task (siblings of a group).")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; log-probabilities are taken at it, by engine and learner.")
+    max_reply_tokens: int = Field(512, ge=1, description="Tokens a single reply may have.")
+    max_response_tokens: int = Field(0, ge=0, description="Reply tokens an episode may have in all; 0: no limit. At the limit the episode ends as overlong.")
+    context_tokens: int = Field(4096, ge=16, description="Prompt plus reply tokens; an episode whose next prompt does not fit ends as context_limit.")
+    slots: int = Field(64, ge=1, description="Sequences decoded at a time by the local engine.")
+    cache_mib: int = Field(1024, ge=1, description="MiB the local engine's key-value cache may take.")
+    train_split: str = Field("train", description="Split that training tasks come from.")
+
+
+class PolicySection(Section):
+    clip_low: float = Field(0.2, gt=0, lt=1, description="Lower clip of the probability ratio.")
+    clip_high: float = Field(0.2, gt=0, description="Upper clip of the probability ratio.")
+    dual_clip: float | None = Field(10.0, gt=1, description="Dual-clip bound c on the loss of negative advantages; none: off.")
+    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field("token-mean", description="How token losses become one number.")
+    horizon: int = Field(512, ge=1, description="Tokens that seq-mean-token-sum-norm divides by (the longest response).")
+    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
+
+
+class AdvantageSection(Section):
+    normalize_std: bool = Field(True, description="Divide group advantages by the group's standard deviation.")
+    statistics: Literal["trajectory", "turn"] = Field("trajectory", description="What a group's mean and deviation are taken over.")
+    singleton: Literal["zero", "raw"] = Field("zero", description="Advantage of a group with one member: 0, or its raw reward.")
+
+
+class ScheduleSection(Section):
+    kind: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape over steps.")
+    steps: int = Field(200, ge=1, description="Steps over which it rises (γ) or falls (μ).")
+    peak: float = Field(1.0, ge=0, description="Largest value.")
+
+
+class SilSection(Section):
+    enabled: bool = Field(False, description="Self-imitation: replay the agent's own good trajectories.")
+    capacity: int = Field(2048, ge=1, description="Replay units drawn at most per flush.")
+    baseline_capacity: int = Field(10240, ge=1, description="Group baselines kept for the P50 recalibration.")
+    max_age: int = Field(5, ge=0, description="Steps a stored trajectory stays usable.")
+    fill_factor: float = Field(1.5, gt=0, description="A flush is due when more than fill_factor x capacity stored units beat the baseline.")
+    recalibration: Literal["median", "decay"] = Field("median", description='"median": advantage = reward − P50 of recent group means; "decay": old advantage x decay.')
+    decay: float = Field(1.0, gt=0, le=1, description='Factor of recalibration="decay".')
+    normalize_std: bool = Field(False, description="Divide recalibrated advantages by the P50 of group deviations.")
+    keep_zero: bool = Field(False, description="Keep units whose recalibrated advantage is exactly 0.")
+    age_reference: Literal["current", "newest"] = Field("current", description="What age is counted from: this step, or the newest stored entry.")
+    subset: Literal["all", "power_of_two"] = Field("all", description="Replay up to capacity units, or the largest power of two of them.")
+    min_rows: int = Field(1, ge=1, description="Fewer replay rows than this: no replay this step.")
+    unit: Literal["trajectory", "row"] = Field("trajectory", description="What is stored and drawn: whole trajectories or single rows.")
+    update: Literal["alternating", "joint"] = Field("alternating", description="Replay in optimiser steps of its own, or in one objective with the on-policy batch.")
+    reward_scale: float = Field(1.0, gt=0, description="Recalibrated advantages are divided by this (10: rewards of 0/10 become 0/1).")
+    gamma: ScheduleSection = Field(default_factory=ScheduleSection, description="Schedule of the replay weight γ: warm-up.")
+
+
+class IntrinsicSection(Section):
+    enabled: bool = Field(False, description="Intrinsic reward for tool calls, fading out.")
+    per_call: float = Field(0.1, ge=0, description="Bonus per counted call.")
+    cap: float = Field(1.0, ge=0, description="Largest bonus of an episode.")
+    count: Literal["tool_calls", "turns"] = Field("tool_calls", description="What is counted.")
+    condition: Literal["always", "correct_only"] = Field("always", description="Whom it is paid to: everyone, or successful episodes only.")
+    mu: ScheduleSection = Field(default_factory=ScheduleSection, description="Schedule of the bonus weight μ: decay.")
+
+
+class ClipCovSection(Section):
+    enabled: bool = Field(False, description="Covariance clipping: drop a few high-covariance tokens from the loss.")
+    ratio: float = Field(2e-4, gt=0, le=1, description="Share of on-policy action tokens dropped at most.")
+    lower: float = Field(1.0, description="Only covariances above this are candidates.")
+    upper: float = Field(5.0, description="Only covariances below this are candidates.")
+    replay_ratio: float = Field(0.02, gt=0, le=1, description="ratio for replayed tokens.")
+    replay_lower: float = Field(2.0, description="lower for replayed tokens.")
+    replay_upper: float = Field(60.0, description="upper for replayed tokens.")
+    scope: Literal["mini_batch", "micro_batch"] = Field("mini_batch", description="Tokens a selection is made over; micro_batch depends on the micro-batch size (as released).")
+
+
+class FilterSection(Section):
+    overlong: bool = Field(False, description="Mask turns whose reply hit max_reply_tokens.")
+    void_turn: bool = Field(False, description="Mask turns without a well-formed action.")
+    repetitive: bool = Field(False, description="Mask turns in which some 20-gram of tokens occurs 10 times.")
+    unreadable: bool = Field(False, description="Mask turns whose text holds replacement characters.")
+    group_keep: float = Field(1.0, gt=0, le=1, description="Share of groups kept, those of highest reward deviation; 1: all.")
+
+
+class AlgoSection(Section):
+    name: str = Field("grpo+spear", description="base[+module...]; sets fields of this section before your own settings do.")
+    advantage: AdvantageSection = Field(default_factory=AdvantageSection, description="Group advantages.")
+    policy: PolicySection = Field(default_factory=PolicySection, description="Policy loss, on-policy and replay.")
+    sil: SilSection = Field(default_factory=SilSection, description="Self-imitation.")
+    intrinsic: IntrinsicSection = Field(default_factory=IntrinsicSection, description="Intrinsic tool-call reward.")
+    clip_cov: ClipCovSection = Field(default_factory=ClipCovSection, description="Covariance clipping.")
+    filters: FilterSection = Field(default_factory=FilterSection, description="Quality and group filters.")
+    invalid_penalty: float = Field(0.1, ge=0, description="Subtracted from the reward of a turn whose action is invalid.")
+
+
+class LearnerSection(Section):
+    backend: Literal["local"] = Field("local", description="Learner that updates the policy.")
+    lr: float = Field(1e-6, gt=0, description="AdamW learning rate, constant after warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Optimiser steps of linear warm-up.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay (not on norms and biases).")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first moment decay.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW second moment decay.")
+    grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
+    mini_batches: int = Field(2, ge=1, description="On-policy optimiser steps per training step; not used where mini_batch_rows is set.")
+    mini_batch_rows: int = Field(0, ge=0, description="Rows per optimiser step; 0: the step's rows are split into mini_batches.")
+    micro_batch_tokens: int = Field(16384, ge=1, description="Padded tokens per forward and backward pass; does not change the gradient.")
+    lm_head_chunk: int = Field(4096, ge=1, description="Action tokens whose logits exist at a time.")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description='bf16 autocast, or fp32; "auto": bf16 where the processor has it.')
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, more time.")
+
+
+class SftSection(Section):
+    enabled: bool = Field(False, description="Cold start: clone scripted-expert episodes before training.")
+    episodes: int = Field(3000, ge=1, description="Expert episodes generated.")
+    epochs: int = Field(4, ge=1, description="Passes over them.")
+    batch_episodes: int = Field(32, ge=1, description="Episodes per optimiser step.")
+    lr: float = Field(3e-3, gt=0, description="Peak AdamW learning rate; warms up, then falls linearly to 0.")
+    warmup_steps: int = Field(30, ge=0, description="Optimiser steps of warm-up.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
+    observation_weight: float = Field(0.05, ge=0, le=1, description="Loss weight of observation tokens; action tokens weigh 1.")
+    observation_fraction: float = Field(1.0, gt=0, le=1, description="Share of observation tokens drawn for the loss.")
+    noise: float = Field(0.3, ge=0, le=1, description="How imperfect the expert is: 0 perfect, 1 random; RL then has something to find.")
+    recovery: float = Field(0.08, ge=0, le=1, description="Chance per turn of a bad action, played but not imitated, so that recoveries are learnt.")
+
+
+class EvalSection(Section):
+    every: int = Field(10, ge=0, description="Training steps between evaluations; 0: only at the end.")
+    tasks: int = Field(128, ge=1, description="Size of the fixed panel: the first tasks of the split.")
+    split: str = Field("val", description="Split the panel comes from.")
+    attempts: int = Field(1, ge=1, description="Episodes per task.")
+    temperature: float = Field(0.4, ge=0, description="Sampling temperature; 0: greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling threshold.")
+    seed: int = Field(1000, ge=0, description="Seed of the panel's episodes, independent of run.seed.")
+
+
+class RunConfig(Section):
+    """Everything that defines a run. Sections are frozen; `spearrl config schema` prints this as JSON schema."""
+
+    run: RunSection = Field(default_factory=RunSection, description="Run directory, length, logging.")
+    model: ModelSection = Field(default_factory=ModelSection, description="The policy.")
+    env: EnvSection = Field(default_factory=EnvSection, description="The environment.")
+    rollout: RolloutSection = Field(default_factory=RolloutSection, description="Episodes and engine.")
+    algo: AlgoSection = Field(default_factory=AlgoSection, description="The algorithm.")
+    learner: LearnerSection = Field(default_factory=LearnerSection, description="Optimiser and batching.")
+    sft: SftSection = Field(default_factory=SftSection, description="Cold start.")
+    eval: EvalSection = Field(default_factory=EvalSection, description="Evaluation.")

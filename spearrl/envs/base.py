@@ -1,0 +1,120 @@
+"""What a user subclasses to add an environment. No torch here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from spearrl.errors import ConfigError
+from spearrl.types import Action, Message, Observation, Outcome, Reply, Task, Text
+
+BUILTIN = {
+    "webshop": "spearrl.envs.webshop:WebShop",
+}
+
+
+class Environment:
+    """One episode slot. A user writes `tasks`, `reset` and `step`; the rest has working defaults.
+
+    An instance plays one episode at a time; `spawn()` gives further slots that share read-only data.
+    `max_turns` is enforced by the collector.
+    """
+
+    max_turns: int = 10
+    execution: ClassVar[str] = "inline"  # where step() runs: "inline" on the loop, or "thread"
+
+    class Options(BaseModel):
+        """The environment's own settings (`env.options.<key>`); unknown ones are refused."""
+
+        model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __init__(self, **options: Any):
+        self.options = self.Options(**options)
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        """Tasks of a split: stable ids, the same order on every machine. Raises ConfigError for an unknown split."""
+        raise NotImplementedError
+
+    def reset(self, task: Task, seed: int) -> Observation:
+        """Start an episode. All randomness of the episode comes from `seed`."""
+        raise NotImplementedError
+
+    def step(self, action: Action) -> Outcome:
+        """Play one action; an impossible or invalid action is a normal outcome, never an exception."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Release what this slot holds. May be called twice."""
+
+    def spawn(self) -> Environment:
+        """Another episode slot that shares this one's read-only data. Default: a fresh instance with the same options."""
+        return type(self)(**self.options.model_dump())
+
+    def messages(self, observation: Observation, turn: int) -> list[Message]:
+        """Chat style: only what is new this turn (turn counts from 0)."""
+        if observation.images:
+            return [Message("user", (Text(observation.text), *observation.images))]
+        return [Message("user", observation.text)]
+
+    def window(self, history: Sequence[tuple[Observation, Action]], observation: Observation, task: Task) -> list[Message] | None:
+        """Windowed style: the whole prompt of this turn. None: this environment does not offer it.
+
+        `history` holds every earlier (observation, action) pair of the episode, oldest first.
+        """
+        return None
+
+    def parse(self, reply: Reply) -> Action:
+        """The action in a reply; `Action.valid=False` where the format is broken. Never raises."""
+        return Action(reply.text.strip(), valid=bool(reply.text.strip()))
+
+    def format(self, text: str) -> str:
+        """The reply that `parse` turns into the action `text`."""
+        return text
+
+    def tools(self) -> list[dict[str, Any]]:
+        """Function schemas for the chat template."""
+        return []
+
+    def expert(self) -> str | None:
+        """The next action of a scripted expert in the running episode; None where there is none. Never shown in a prompt."""
+        return None
+
+
+def load(name_or_import_path: str) -> type[Environment]:
+    """The class behind a built-in name or "my_pkg.mod:Class". Raises ConfigError."""
+    path = BUILTIN.get(name_or_import_path, name_or_import_path)
+    module_name, separator, attribute = path.partition(":")
+    if not separator:
+        known = ", ".join(sorted(BUILTIN))
+        raise ConfigError(
+            f"environment {name_or_import_path!r} is not built in (built in: {known})",
+            hint='use a built-in name, or the import path "my_pkg.my_module:MyEnvironment" of your own class',
+        )
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"environment {path!r} cannot be imported: {error}",
+            hint="check the spelling, and that the package is installed or its folder is on PYTHONPATH",
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Environment)):
+        raise ConfigError(f"{path!r} is not a subclass of spearrl.envs.Environment", hint="subclass Environment")
+    return found
+
+
+def make(name_or_import_path: str, **options: Any) -> Environment:
+    """Build an environment from its name or import path; raises ConfigError for unknown options."""
+    cls = load(name_or_import_path)
+    try:
+        return cls(**options)
+    except ValidationError as error:
+        raise ConfigError(_explain(cls, error), where=f"env {name_or_import_path}") from error
+
+
+def _explain(cls: type[Environment], error: ValidationError) -> str:
+    known = ", ".join(f"env.options.{key}" for key in cls.Options.model_fields) or "none"
+    lines = [f"env.options.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+    return "; ".join(lines) + f" (options of this environment: {known})"

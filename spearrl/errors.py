@@ -1,0 +1,71 @@
+"""The error tree. Every error says what was seen, where, and how to fix it; the exit code belongs to the class.
+
+SpearError (1)
+├── ConfigError (2)        bad settings, bad command line
+├── RefusedError (3)       locked run, mismatch on resume, unsafe request
+├── CheckpointError (4)    no valid checkpoint
+├── StorageError (5)       disk full, unwritable
+├── WorkerError (6)        an engine or environment used up its restarts
+│   ├── EngineError
+│   └── EnvironmentFault   an environment raised; becomes Status.ENV_ERROR
+├── NumericsError (7)      non-finite losses or gradients that do not go away
+└── ContractError (2)      an environment, loss or engine broke its contract
+"""
+
+from __future__ import annotations
+
+
+class SpearError(Exception):
+    """Base of every error spearrl raises on purpose.
+
+    Args:
+        message: what was seen and what was expected.
+        where: file:line, environment, step or tensor it concerns.
+        hint: the fix, as an instruction.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, where: str | None = None, hint: str | None = None):
+        super().__init__(message)
+        self.message, self.where, self.hint = message, where, hint
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.message}" if self.where else self.message
+        return f"{text}\n  fix: {self.hint}" if self.hint else text
+
+
+class ConfigError(SpearError):
+    exit_code = 2
+
+
+class ContractError(SpearError):
+    exit_code = 2
+
+
+class RefusedError(SpearError):
+    exit_code = 3
+
+
+class CheckpointError(SpearError):
+    exit_code = 4
+
+
+class StorageError(SpearError):
+    exit_code = 5
+
+
+class WorkerError(SpearError):
+    exit_code = 6
+
+
+class EngineError(WorkerError):
+    pass
+
+
+class EnvironmentFault(WorkerError):
+    pass
+
+
+class NumericsError(SpearError):
+    exit_code = 7
