@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-Positive = Field(gt=0)
+RUN_NAME = r"^([a-z0-9][a-z0-9._-]{0,63})?$"
+PLAIN_TEXT = r"^[^\x00-\x1f\x7f]+$"
+ENVIRONMENT = r"^([a-z][a-z0-9_-]*|[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)$"
+MAX_OPTION_DEPTH = 16
 
 
 class Section(BaseModel):
@@ -15,9 +20,29 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def option_problem(value: Any, depth: int = 0) -> str | None:
+    """Why a free-form option cannot be stored in a TOML file; None where it can."""
+    if depth > MAX_OPTION_DEPTH:
+        return f"is nested deeper than {MAX_OPTION_DEPTH} levels"
+    if isinstance(value, float):
+        return None if math.isfinite(value) else "is not a finite number"
+    if isinstance(value, str):
+        storable = "\x00" not in value and value.encode(errors="ignore").decode() == value
+        return None if storable else "holds characters that no text file can hold"
+    if isinstance(value, (bool, int, datetime.date, datetime.time)):
+        return None
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            return "has keys that are not text"
+        return next((found for item in value.values() if (found := option_problem(item, depth + 1))), None)
+    if isinstance(value, list):
+        return next((found for item in value if (found := option_problem(item, depth + 1))), None)
+    return f"is of type {type(value).__name__}, which TOML does not have"
+
+
 class RunSection(Section):
-    name: str = Field("", pattern=r"^([a-z0-9][a-z0-9._-]{0,63})?$", description="Run directory below output_dir; empty: made from env, algo and seed.")
-    output_dir: str = Field("runs", description="Folder that holds run directories.")
+    name: str = Field("", pattern=RUN_NAME, description="Run directory below output_dir; empty: made from env, algo and seed.")
+    output_dir: str = Field("runs", pattern=PLAIN_TEXT, description="Folder that holds run directories.")
     seed: int = Field(0, ge=0, description="Seed every random draw of the run is derived from.")
     steps: int = Field(100, ge=0, description="Training steps (one rollout and one update each).")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description='Where the local engine and learner compute; "auto": cuda if there is one.')
@@ -27,6 +52,7 @@ class RunSection(Section):
     keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
     trajectories_every: int = Field(1, ge=0, description="Steps between trajectory files; 0: none.")
     tensorboard: bool = Field(True, description="Write TensorBoard files into the run directory.")
+    started_from: str = Field("", description='Record of the preset the settings came from; sets nothing (a top-level preset = "tiny" does).')
 
 
 class TinySection(Section):
@@ -38,15 +64,23 @@ class TinySection(Section):
 
 
 class ModelSection(Section):
-    path: str = Field("tiny", description='Model directory of any causal language model, or "tiny": build one from scratch for this environment.')
+    path: str = Field("tiny", pattern=PLAIN_TEXT, description='Model directory of any causal language model, or "tiny": build one from scratch for this environment.')
     tiny: TinySection = Field(default_factory=TinySection, description="Shape of the tiny model.")
 
 
 class EnvSection(Section):
-    name: str = Field("webshop", description='Built-in environment, or import path "my_pkg.mod:Class" of your own.')
-    options: dict[str, Any] = Field(default_factory=dict, description="The environment's own settings.")
+    name: str = Field("webshop", pattern=ENVIRONMENT, description='Built-in environment, or import path "my_pkg.mod:Class" of your own.')
+    options: dict[str, Any] = Field(default_factory=dict, description="The environment's own settings; a key set to None counts as not given.")
     style: Literal["chat", "windowed"] = Field("chat", description='"chat": one growing conversation; "windowed": a fresh prompt every turn.')
     max_turns: int = Field(0, ge=0, description="Turns per episode; 0: the environment's own limit.")
+
+    @field_validator("options")
+    @classmethod
+    def _storable(cls, options: dict[str, Any]) -> dict[str, Any]:
+        given = {key: value for key, value in options.items() if value is not None}
+        if complaint := option_problem(given):
+            raise ValueError(complaint)
+        return given
 
 
 class RolloutSection(Section):
@@ -59,7 +93,7 @@ class RolloutSection(Section):
     context_tokens: int = Field(4096, ge=16, description="Prompt plus reply tokens; an episode whose next prompt does not fit ends as context_limit.")
     slots: int = Field(64, ge=1, description="Sequences decoded at a time by the local engine.")
     cache_mib: int = Field(1024, ge=1, description="MiB the local engine's key-value cache may take.")
-    train_split: str = Field("train", description="Split that training tasks come from.")
+    train_split: str = Field("train", pattern=PLAIN_TEXT, description="Split that training tasks come from.")
 
 
 class PolicySection(Section):
@@ -174,7 +208,7 @@ class SftSection(Section):
 class EvalSection(Section):
     every: int = Field(10, ge=0, description="Training steps between evaluations; 0: only at the end.")
     tasks: int = Field(128, ge=1, description="Size of the fixed panel: the first tasks of the split.")
-    split: str = Field("val", description="Split the panel comes from.")
+    split: str = Field("val", pattern=PLAIN_TEXT, description="Split the panel comes from.")
     attempts: int = Field(1, ge=1, description="Episodes per task.")
     temperature: float = Field(0.4, ge=0, description="Sampling temperature; 0: greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling threshold.")

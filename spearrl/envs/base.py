@@ -26,6 +26,8 @@ class Environment:
     max_turns: int = 10
     execution: ClassVar[str] = "inline"  # where step() runs: "inline" on the loop, or "thread"
 
+    expert_noise: float = 0.0  # how imperfect expert() is: 0 perfect, 1 random; set per slot by the cold start
+
     class Options(BaseModel):
         """The environment's own settings (`env.options.<key>`); unknown ones are refused."""
 

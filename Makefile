@@ -1,0 +1,49 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint format type bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    install, cold-start and train a shopping agent on this computer (about five minutes)"
+	@echo "make test    install what the tests need and run them"
+	@echo "make lint    style and types;  make format;  make bench  speed and memory;  make clean"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "spearrl needs Python 3.11 or newer, this is %s; fix: make PYTHON=python3.11 ..." % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/core.stamp: $(VENV)/bin/python setup.cfg pyproject.toml constraints/cpu.txt
+	@echo "installing the CPU set into $(VENV)"
+	$(PIP) -c constraints/cpu.txt -e .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/core.stamp constraints/dev.txt
+	$(PIP) -c constraints/cpu.txt -c constraints/dev.txt -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/core.stamp
+	$(BIN)/spearrl train --preset tiny --env webshop --algo grpo+spear
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check spearrl tests benchmarks
+	$(BIN)/ruff format --check spearrl tests benchmarks
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix spearrl tests benchmarks
+	$(BIN)/ruff format spearrl tests benchmarks
+
+type: $(VENV)/dev.stamp
+	$(BIN)/mypy spearrl
+
+bench: $(VENV)/core.stamp
+	$(BIN)/python -m benchmarks.webshop
+	$(BIN)/python -m benchmarks.logprobs
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,85 @@
+"""Compare algorithms from one cold-started model: arms x seeds, two runs at a time, one torch thread each.
+
+    python -m benchmarks.compare --model models/shop --steps 60 --seeds 1 2 3 --output runs/compare [section.key=value …]
+
+Prints the evaluation curve of every run, the mean per arm, the optimiser steps each arm took and the wall time. The third arm gives
+GRPO more on-policy mini-batches, so that it takes at least as many optimiser steps as self-imitation does with its replay steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ARMS = {
+    "grpo": ("grpo", []),
+    "grpo+spear": ("grpo+spear", []),
+    "grpo, 3 mini-batches": ("grpo", ["learner.mini_batches=3"]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="model directory every run starts from (made by `spearrl sft`)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--output", default="runs/compare")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    work = [(arm, seed) for seed in args.seeds for arm in args.arms]
+    start = time.monotonic()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = dict(zip(work, pool.map(lambda pair: _run(args, *pair), work), strict=True))
+    _print(args, results, time.monotonic() - start)
+
+
+def _run(args: argparse.Namespace, arm: str, seed: int) -> dict:
+    algo, changes = ARMS[arm]
+    name = f"{arm.replace(',', '').replace(' ', '-').replace('+', '-')}-s{seed}"
+    command = [sys.executable, "-m", "spearrl", "train", "--preset", "tiny", "--algo", algo, "--model", args.model]
+    command += ["sft.enabled=false", f"run.seed={seed}", f"run.steps={args.steps}", f"run.name={name}", f"run.output_dir={args.output}", "run.threads=1"]
+    command += ["run.checkpoint_every=0", "run.tensorboard=false", "run.trajectories_every=0", *changes, *args.overrides]
+    start = time.monotonic()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    seconds = time.monotonic() - start
+    events = [json.loads(line) for line in (Path(args.output) / name / "events.jsonl").read_text().splitlines()]
+    steps = [e for e in events if e["event"] == "step"]
+    return {
+        "curve": {e["step"]: e["success"] for e in events if e["event"] == "eval"},
+        "score": {e["step"]: e.get("task_score", 0.0) for e in events if e["event"] == "eval"},
+        "optimiser_steps": sum(e.get("policy/updates", 0) for e in steps),
+        "train_success": sum(e["rollout/success"] for e in steps[-10:]) / max(1, len(steps[-10:])),
+        "seconds": seconds,
+    }
+
+
+def _print(args: argparse.Namespace, results: dict, seconds: float) -> None:
+    points = sorted(next(iter(results.values()))["curve"])
+    print("| arm | seed | " + " | ".join(f"step {p}" for p in points) + " | optimiser steps | train, last 10 steps | seconds |")
+    print("|" + "---|" * (len(points) + 5))
+    for (arm, seed), r in results.items():
+        cells = " | ".join(f"{100 * r['curve'][p]:.1f}" for p in points)
+        print(f"| {arm} | {seed} | {cells} | {r['optimiser_steps']:.0f} | {100 * r['train_success']:.1f} | {r['seconds']:.0f} |")
+    for arm in args.arms:
+        rows = [r for (name, _), r in results.items() if name == arm]
+        cells = " | ".join(f"{100 * _mean([r['curve'][p] for r in rows]):.1f}" for p in points)
+        steps, train = _mean([r["optimiser_steps"] for r in rows]), 100 * _mean([r["train_success"] for r in rows])
+        print(f"| **{arm}** | mean | {cells} | {steps:.0f} | {train:.1f} | {_mean([r['seconds'] for r in rows]):.0f} |")
+        curves = [_mean([r["curve"][p] for p in points]) for r in rows]
+        print(f"| {arm} | mean of curve | {100 * _mean(curves):.1f} (per seed {', '.join(f'{100 * c:.1f}' for c in curves)}) |")
+    print(f"\n{len(results)} runs, {args.jobs} at a time, {seconds:.0f} s in all")
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Groups of trajectories → rows, by one rule: a turn whose prompt begins with the running row's ids extends that row, any other starts a new one."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from spearrl.batching.anchors import anchor_id
+from spearrl.batching.rows import ROWS, TOKENS, Rows
+from spearrl.batching.turns import TurnTable, turn_dtype
+from spearrl.errors import ContractError
+from spearrl.types import Group, Trajectory, Turn
+
+ROWS_PER_TRAJECTORY = 4096  # uid = trajectory * this + ordinal of the row
+CODES = {torch.int64: "q", torch.float32: "f", torch.float64: "d", torch.bool: "b"}
+
+
+def rows_from_groups(groups: Sequence[Group]) -> Rows:
+    """Rows of all valid trajectories, in order; trajectories that ended in an error are left out.
+
+    Only sampled tokens are action tokens: prompts, observations and template tokens never train.
+
+    Raises:
+        ContractError: an empty prompt, or log-probabilities that do not match the sampled tokens.
+    """
+    builder = _Builder()
+    for trajectory in (t for group in groups for t in group.valid):
+        builder.add(trajectory)
+    return builder.rows()
+
+
+class _Builder:
+    """Collects numbers in typed arrays, whose memory torch takes over without a pass through Python objects."""
+
+    def __init__(self) -> None:
+        self.tokens = {name: array(CODES[dtype]) for name, dtype in TOKENS.items()}
+        self.row_fields = {name: array("q") for name in ROWS}
+        self.turns = {name: array(CODES[turn_dtype(name)]) for name in TurnTable.__dataclass_fields__}
+        self.offsets = array("q", [0])
+        self.images: list[tuple[str, ...]] = []
+        self.anchors: dict[str, int] = {}
+
+    def add(self, trajectory: Trajectory) -> None:
+        running: tuple[int, ...] = ()
+        ordinal = 0
+        for number, turn in enumerate(trajectory.turns):
+            _check(turn, trajectory, number)
+            extends = number > 0 and turn.prompt_ids[: len(running)] == running
+            if not extends:
+                running = ()
+                self._open(trajectory, ordinal)
+                ordinal += 1
+            self._turn(trajectory, turn)
+            self._append(turn, len(running))
+            running = turn.prompt_ids + turn.token_ids
+        if ordinal > ROWS_PER_TRAJECTORY:
+            raise ContractError(f"{ordinal} rows; at most {ROWS_PER_TRAJECTORY} are numbered apart", where=f"trajectory {trajectory.id}")
+
+    def _open(self, trajectory: Trajectory, ordinal: int) -> None:
+        self.offsets.append(self.offsets[-1])
+        self.row_fields["group"].append(trajectory.group)
+        self.row_fields["trajectory"].append(trajectory.id)
+        self.row_fields["uid"].append(trajectory.id * ROWS_PER_TRAJECTORY + ordinal)
+        self.images.append(())
+
+    def _turn(self, trajectory: Trajectory, turn: Turn) -> None:
+        values = {
+            "group_ids": trajectory.group,
+            "trajectory_ids": trajectory.id,
+            "anchor_ids": self._anchor(turn),
+            "rewards": turn.reward,
+            "penalties": 0.0 if turn.action.valid else 1.0,
+            "tool_calls": turn.action.tool_calls,
+            "status": trajectory.status.code,
+            "row": len(self.offsets) - 2,
+        }
+        for name, value in values.items():
+            self.turns[name].append(value)
+
+    def _anchor(self, turn: Turn) -> int:
+        state = turn.observation if turn.anchor is None else turn.anchor
+        if not isinstance(state, str):
+            return anchor_id(state)
+        if state not in self.anchors:
+            self.anchors[state] = anchor_id(state)
+        return self.anchors[state]
+
+    def _append(self, turn: Turn, known: int) -> None:
+        """The prompt's new tokens, then the sampled ones."""
+        shown, sampled = len(turn.prompt_ids) - known, len(turn.token_ids)
+        index = len(self.turns["row"]) - 1
+        tokens = self.tokens
+        tokens["token_ids"].extend(turn.prompt_ids[known:])
+        tokens["token_ids"].extend(turn.token_ids)
+        tokens["rollout_logprobs"].extend([0.0] * shown)
+        tokens["rollout_logprobs"].extend(turn.logprobs)
+        _fill(tokens["action_mask"], ((0, shown), (1, sampled)))
+        _fill(tokens["turn_index"], ((-1, shown), (index, sampled)))
+        _fill(tokens["policy_version"], ((-1, shown), (turn.min_version, sampled)))
+        self.offsets[-1] += shown + sampled
+        digests = tuple(image.digest for image in turn.images)
+        earlier = self.images[-1]
+        # A prompt lists all its pictures; an engine that reports only new ones gets them appended.
+        self.images[-1] = digests if digests[: len(earlier)] == earlier else earlier + digests
+
+    def rows(self) -> Rows:
+        tokens = {name: _tensor(values, TOKENS[name]) for name, values in self.tokens.items()}
+        turns = TurnTable(**{name: _tensor(values, turn_dtype(name)) for name, values in self.turns.items()})
+        row_fields = {name: _tensor(values, torch.int64) for name, values in self.row_fields.items()}
+        return Rows(**tokens, **row_fields, offsets=_tensor(self.offsets, torch.int64), turns=turns, images=tuple(self.images))
+
+
+def _check(turn: Turn, trajectory: Trajectory, number: int) -> None:
+    where = f"trajectory {trajectory.id}, turn {number}"
+    if not turn.prompt_ids:
+        raise ContractError("an empty prompt", where=where, hint="the chat encoder must give every turn at least one prompt token")
+    if len(turn.logprobs) != len(turn.token_ids):
+        raise ContractError(f"{len(turn.logprobs)} log-probabilities for {len(turn.token_ids)} sampled tokens", where=where)
+
+
+def _fill(target: array, runs: Iterable[tuple[int, int]]) -> None:
+    for value, count in runs:
+        target.extend(array(target.typecode, [value]) * count)
+
+
+def _tensor(values: array, dtype: torch.dtype) -> torch.Tensor:
+    if not values:
+        return torch.zeros(0, dtype=dtype)
+    stored = torch.int8 if dtype == torch.bool else dtype
+    return torch.frombuffer(values, dtype=stored).to(dtype).clone()

@@ -1,0 +1,56 @@
+"""Which rows share an optimiser step, and which share a forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from spearrl.batching.rows import Rows
+
+
+def mini_batches(keys: torch.Tensor, parts: int) -> list[torch.Tensor]:
+    """Row indices of each optimiser step: rows in order of their key, cut into `parts` pieces whose sizes differ by at most one.
+
+    Args:
+        keys: [B] a hash of seed and row uid, so that membership does not depend on the order of rows.
+        parts: pieces; empty ones are left out.
+    """
+    order = torch.argsort(keys, stable=True)
+    bounds = [len(order) * i // parts for i in range(parts + 1)]
+    return [order[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+
+
+def micro_batches(lengths: torch.Tensor, max_tokens: int) -> list[torch.Tensor]:
+    """Row indices of each forward pass: rows of similar length, with rows x longest <= max_tokens (a longer row goes alone).
+
+    Args:
+        lengths: int64 [B]. Longest rows come first, so that a pass that does not fit into memory fails at once.
+    """
+    order = torch.argsort(lengths, descending=True, stable=True)
+    pieces, begin = [], 0
+    sizes = lengths[order].tolist()
+    for end in range(1, len(sizes) + 1):
+        if end == len(sizes) or (end + 1 - begin) * sizes[begin] > max_tokens:
+            pieces.append(order[begin:end])
+            begin = end
+    return pieces
+
+
+@dataclass(frozen=True)
+class ForwardInputs:
+    """One forward pass over b rows: what goes in, and which outputs predict which action tokens."""
+
+    token_ids: torch.Tensor  # int64 [b, L], right-padded; nothing behind the last prediction
+    source: torch.Tensor  # int64 [n], place in the flattened [b, L] output that predicts the action token
+    target: torch.Tensor  # int64 [n], the action token
+    place: torch.Tensor  # int64 [n], where its number belongs in the flattened [b, T]
+
+
+def forward_inputs(rows: Rows) -> ForwardInputs:
+    """The one place where tokens are shifted: the output at position t - 1 predicts the token at t."""
+    chosen = rows.action_mask.nonzero().flatten()
+    row, position = rows.row_index[chosen], rows.positions[chosen]
+    length = int(position.max()) if len(chosen) else 1
+    token_ids = rows.pad(rows.token_ids)[:, :length]
+    return ForwardInputs(token_ids, row * length + position - 1, rows.token_ids[chosen], row * rows.width + position)

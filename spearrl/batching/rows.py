@@ -1,0 +1,241 @@
+"""Rows: token sequences as flat tensors, and the turns that their action tokens belong to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spearrl.batching.turns import TurnTable, check_tensor, turn_dtype
+from spearrl.errors import ContractError
+
+FORMAT = "spearrl.rows/1"
+TOKENS = {
+    "token_ids": torch.int64,
+    "action_mask": torch.bool,
+    "turn_index": torch.int64,
+    "rollout_logprobs": torch.float32,
+    "policy_version": torch.int64,
+}
+ROWS = ("group", "trajectory", "uid")
+
+
+@dataclass
+class Rows:
+    """B rows of S tokens in all. Padded to [B, T], T is the longest row and position t holds the value *of* token t.
+
+    Tokens that a filter took out of the loss (`mask_turns`) keep their `turn_index`; observation tokens have -1.
+
+    Raises:
+        ContractError: a tensor has another shape or type, offsets do not fit, or a row begins with an action token.
+    """
+
+    token_ids: torch.Tensor  # int64 [S]
+    action_mask: torch.Tensor  # bool [S], True where the token is in the loss: the policy chose it, and no filter took it out
+    turn_index: torch.Tensor  # int64 [S], index into `turns`; -1 where the policy did not choose the token
+    rollout_logprobs: torch.Tensor  # float32 [S], as the engine reported; 0 where the policy did not choose the token
+    policy_version: torch.Tensor  # int64 [S], weights that sampled the token; -1 where the policy did not choose it
+    offsets: torch.Tensor  # int64 [B + 1], row b holds tokens offsets[b] .. offsets[b + 1]
+    group: torch.Tensor  # int64 [B]
+    trajectory: torch.Tensor  # int64 [B]
+    uid: torch.Tensor  # int64 [B], unique in the run
+    turns: TurnTable
+    images: tuple[tuple[str, ...], ...] = ()  # content hashes per row
+
+    def __post_init__(self) -> None:
+        count, size = len(self.offsets) - 1, len(self.token_ids)
+        check_tensor(self.offsets, "offsets", torch.int64, count + 1)
+        for name, dtype in TOKENS.items():
+            check_tensor(getattr(self, name), name, dtype, size)
+        for name in ROWS:
+            check_tensor(getattr(self, name), name, torch.int64, count)
+        if count < 0 or int(self.offsets[0]) != 0 or int(self.offsets[-1]) != size or bool((self.lengths < 1).any()):
+            raise ContractError(f"offsets {self.offsets.tolist()[:8]} do not cut {size} tokens into rows of one token or more", where="Rows")
+        if not self.images:
+            self.images = ((),) * count
+        if len(self.images) != count:
+            raise ContractError(f"images of {len(self.images)} rows; expected {count}", where="Rows")
+        self._check_turns()
+
+    def _check_turns(self) -> None:
+        if bool(self.action_mask[self.offsets[:-1]].any()):
+            raise ContractError("a row begins with an action token", where="Rows", hint="a prompt must hold at least one token")
+        if len(self.turn_index) and not (-1 <= int(self.turn_index.min()) and int(self.turn_index.max()) < len(self.turns)):
+            raise ContractError(f"turn_index is outside -1 .. {len(self.turns) - 1}", where="Rows")
+        if len(self.turns) and not (0 <= int(self.turns.row.min()) and int(self.turns.row.max()) < len(self)):
+            raise ContractError(f"turns.row is outside the {len(self)} rows", where="Rows")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """int64 [B], tokens of each row."""
+        return self.offsets.diff()
+
+    @cached_property
+    def width(self) -> int:
+        """T, the longest row."""
+        return int(self.lengths.max()) if len(self) else 0
+
+    @cached_property
+    def row_index(self) -> torch.Tensor:
+        """int64 [S], the row of each token."""
+        return torch.repeat_interleave(torch.arange(len(self)), self.lengths)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """int64 [S], each token's place in its row."""
+        return torch.arange(len(self.token_ids)) - self.offsets[:-1][self.row_index]
+
+    @cached_property
+    def _flat_places(self) -> torch.Tensor:
+        return self.row_index * self.width + self.positions
+
+    @cached_property
+    def padded_mask(self) -> torch.Tensor:
+        """bool [B, T], the action mask."""
+        return self.pad(self.action_mask, False)
+
+    def pad(self, flat: torch.Tensor, fill: float = 0) -> torch.Tensor:
+        """[S] → [B, T], right-padded with `fill`."""
+        check_tensor(flat, "flat", flat.dtype, len(self.token_ids))
+        empty = flat.new_full((len(self) * self.width,), fill)
+        return empty.index_copy(0, self._flat_places, flat).view(len(self), self.width)
+
+    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        """[B, T] → [S], the values that are not padding."""
+        if tuple(padded.shape) != (len(self), self.width):
+            raise ContractError(f"shape {list(padded.shape)}; expected [{len(self)}, {self.width}]", where="Rows.unpad")
+        return padded.reshape(-1)[self._flat_places]
+
+    def scatter(self, turn_values: torch.Tensor) -> torch.Tensor:
+        """[N] → [B, T]: the value of each action token's turn, 0 elsewhere."""
+        check_tensor(turn_values, "turn_values", turn_values.dtype, len(self.turns))
+        if not len(self.turns):
+            return turn_values.new_zeros(len(self), self.width)
+        flat = torch.where(self.action_mask & (self.turn_index >= 0), turn_values[self.turn_index.clamp(min=0)], turn_values.new_zeros(()))
+        return self.pad(flat)
+
+    def mask_turns(self, keep: torch.Tensor) -> Rows:
+        """Rows whose action mask is cleared on turns where `keep` [N] is False."""
+        check_tensor(keep, "keep", torch.bool, len(self.turns))
+        if not len(self.turns):
+            return self
+        return self.with_action_mask(self.action_mask & (keep[self.turn_index.clamp(min=0)] | (self.turn_index < 0)))
+
+    def with_action_mask(self, action_mask: torch.Tensor) -> Rows:
+        """The same tokens with another set [S] of them in the loss (cold start also imitates a little of what was observed)."""
+        return replace(self, action_mask=action_mask)
+
+    def trained_turns(self) -> torch.Tensor:
+        """bool [N], turns that have an action token in the loss."""
+        found = torch.zeros(len(self.turns), dtype=torch.bool)
+        index = self.turn_index[self.action_mask]
+        found[index[index >= 0]] = True
+        return found
+
+    def turns_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """bool [N], turns that lie in the given rows (bool [B] or indices): the turns that `select` keeps, in the order it keeps them."""
+        chosen = torch.zeros(len(self), dtype=torch.bool)
+        chosen[rows] = True
+        return chosen[self.turns.row]
+
+    def select(self, rows: torch.Tensor | Sequence[int]) -> Rows:
+        """The given rows (bool [B] or distinct indices) in the given order, with their turns; turns keep their order."""
+        index = torch.as_tensor(rows)
+        index = index.nonzero().flatten() if index.dtype == torch.bool else index.long()
+        place = torch.full((len(self),), -1, dtype=torch.int64)
+        place[index] = torch.arange(len(index))
+        if int((place >= 0).sum()) != len(index):
+            raise ContractError("a row is selected twice", where="Rows.select")
+        lengths = self.lengths[index]
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        tokens = torch.arange(int(offsets[-1])) + torch.repeat_interleave(self.offsets[:-1][index] - offsets[:-1], lengths)
+        keep = place[self.turns.row] >= 0
+        renumbered = torch.cat([keep.long().cumsum(0) - 1, torch.full((1,), -1)])  # index -1, no turn, stays -1
+        flat = {name: getattr(self, name)[tokens] for name in TOKENS}
+        flat["turn_index"] = renumbered[flat["turn_index"]]
+        return Rows(
+            **flat,
+            offsets=offsets,
+            **{name: getattr(self, name)[index] for name in ROWS},
+            turns=self.turns.select(keep, place[self.turns.row[keep]]),
+            images=tuple(self.images[i] for i in index.tolist()),
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[Rows]) -> Rows:
+        """One after the other; turns too."""
+        if not parts:
+            return Rows.from_state(_EMPTY)
+        first_turn, first_row, first_token = _starts([len(p.turns) for p in parts]), _starts([len(p) for p in parts]), _starts([len(p.token_ids) for p in parts])
+        flat = {name: torch.cat([getattr(p, name) for p in parts]) for name in (*TOKENS, *ROWS)}
+        shifted = [torch.where(p.turn_index < 0, p.turn_index, p.turn_index + shift) for p, shift in zip(parts, first_turn, strict=True)]
+        flat["turn_index"] = torch.cat(shifted)
+        ends = [p.offsets[1:] + shift for p, shift in zip(parts, first_token, strict=True)]
+        return Rows(
+            **flat,
+            offsets=torch.cat([torch.zeros(1, dtype=torch.int64), *ends]),
+            turns=TurnTable.concat([p.turns for p in parts], first_row),
+            images=tuple(images for p in parts for images in p.images),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors by name and the image hashes; `from_state` is the inverse."""
+        names = (*TOKENS, "offsets", *ROWS)
+        return {**{name: getattr(self, name) for name in names}, "turns": self.turns.tensors(), "images": [list(images) for images in self.images]}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Rows:
+        """Rows from `state_dict()`. Raises ContractError for missing or malformed tensors."""
+        missing = {*TOKENS, "offsets", *ROWS, "turns", "images"} - set(state)
+        if missing:
+            raise ContractError(f"rows without {sorted(missing)}", where="Rows")
+        tensors = {name: state[name] for name in (*TOKENS, "offsets", *ROWS)}
+        return cls(**tensors, turns=TurnTable(**state["turns"]), images=tuple(tuple(images) for images in state["images"]))
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        from safetensors.torch import save_file
+
+        state = self.state_dict()
+        tensors = {f"turns.{name}": tensor for name, tensor in state.pop("turns").items()}
+        metadata = {"format": FORMAT, "images": json.dumps(state.pop("images"))}
+        tensors |= state
+        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Rows:
+        """Read what `save` wrote. Raises ContractError where the file is not a file of rows."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ContractError(f"format {metadata.get('format')!r}; expected {FORMAT!r}", where=str(path))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+        turns = {name.removeprefix("turns."): tensors.pop(name) for name in list(tensors) if name.startswith("turns.")}
+        return cls.from_state({**tensors, "turns": turns, "images": json.loads(metadata["images"])})
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    total, starts = 0, []
+    for size in sizes:
+        starts.append(total)
+        total += size
+    return starts
+
+
+_EMPTY = {
+    **{name: torch.zeros(0, dtype=dtype) for name, dtype in TOKENS.items()},
+    **{name: torch.zeros(0, dtype=torch.int64) for name in ROWS},
+    "offsets": torch.zeros(1, dtype=torch.int64),
+    "turns": {name: torch.zeros(0, dtype=turn_dtype(name)) for name in TurnTable.__dataclass_fields__},
+    "images": [],
+}

@@ -1,0 +1,73 @@
+"""spearrl eval: play a fixed panel with a run's newest checkpoint, or with a model directory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+HELP = "success on a fixed panel, with a 95 % interval"
+EXAMPLES = """examples:
+  spearrl eval runs/webshop-grpo-spear-s0 --split val
+  spearrl eval runs/webshop-grpo-spear-s0 --split val eval.tasks=500 eval.temperature=1.0
+  spearrl eval models/shop --json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="RUN|MODEL", help="a run directory, or a model directory that holds the config.toml it was made with")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the run's, e.g. eval.tasks=500")
+    parser.add_argument("--split", help="split the panel comes from (default: the run's eval.split)")
+    parser.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
+    parser.add_argument("--trajectories", metavar="FILE", help="write the episodes as JSON lines")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from spearrl.config import load_config
+    from spearrl.errors import RefusedError
+
+    target = Path(args.target)
+    if not (target / "config.toml").is_file():
+        raise RefusedError(f"{target} holds no config.toml", hint="give a run directory, or a model directory made by `spearrl sft`")
+    overrides = [*args.overrides, *([f"eval.split={args.split}"] if args.split else [])]
+    config = load_config(target / "config.toml", [*overrides, f"model.path={_model_of(target, args.step)}"])
+    from spearrl.assembly import evaluate_groups
+
+    result, groups = evaluate_groups(config)
+    if args.trajectories:
+        from spearrl.run import readable
+
+        with Path(args.trajectories).open("w") as file:
+            file.writelines(json.dumps(readable(t), ensure_ascii=False) + "\n" for g in groups for t in g.trajectories)
+    print(json.dumps({"model": config.model.path, **result.as_json()}) if args.json else _table(result, config.model.path))
+    return 0
+
+
+def _model_of(target: Path, step: int | None) -> Path:
+    from spearrl.checkpoint import newest_checkpoint
+    from spearrl.errors import CheckpointError
+
+    if not (target / "checkpoints").is_dir():
+        return target
+    if step is None:
+        return newest_checkpoint(target / "checkpoints")[0]
+    path = target / "checkpoints" / f"step-{step:06d}"
+    if not path.is_dir():
+        found = ", ".join(p.name for p in sorted((target / "checkpoints").glob("step-*")))
+        raise CheckpointError(f"no checkpoint of step {step} (there are: {found})", where=str(target))
+    return path
+
+
+def _table(result: Any, model: str) -> str:
+    lines = [
+        f"model    {model}",
+        f"panel    {result.panel}: {result.success.tasks} tasks of {result.split!r}, {result.attempts} attempt(s), temperature {result.temperature}",
+        f"success  {result.success}",
+        *(f"  {name}: {rate}" for name, rate in result.strata.items()),
+        f"reward   {result.reward:.3f}   turns {result.turns:.2f}",
+        *(f"{name}   {value:.3f}" for name, value in result.measures.items()),
+        *(f"{name}   {value}" for name, value in result.notes.items()),
+        "status   " + ", ".join(f"{name} {count}" for name, count in sorted(result.statuses.items())),
+    ]
+    return "\n".join(lines)

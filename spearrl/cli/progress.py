@@ -1,0 +1,106 @@
+"""What a run prints while it goes: one line a step, fixed columns, on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+COLUMNS = (
+    ("step", 8, "step / steps"),
+    ("succ", 6, "share of the step's episodes that succeeded, sampled at rollout.temperature"),
+    ("reward", 7, "mean episode reward as the environment paid it"),
+    ("turns", 6, "turns per episode"),
+    ("len", 5, "tokens per reply"),
+    ("ent", 6, "entropy of the policy at the sampled tokens, nats"),
+    ("clip", 6, "share of tokens whose probability ratio was clipped"),
+    ("grad", 6, "gradient norm before clipping"),
+    ("gamma", 6, "weight of self-imitation"),
+    ("mu", 6, "weight of the intrinsic reward"),
+    ("buf", 6, "units in the replay buffer"),
+    ("replay", 7, "rows replayed in this step"),
+    ("tok/s", 7, "sampled tokens per second of the whole step"),
+    ("roll", 6, "seconds of rollout"),
+    ("learn", 6, "seconds of old log-probabilities, advantages and update"),
+    ("eta", 7, "time left"),
+)
+HEADER_EVERY = 20
+
+
+class Progress:
+    """Prints events as they come. `report` is what Trainer and cold start call."""
+
+    def __init__(self) -> None:
+        self._lines = 0
+        self._first: float | None = None
+        self._first_step = 0
+
+    def report(self, kind: str, values: dict[str, Any]) -> None:
+        handler = getattr(self, f"_{kind}", None)
+        if handler is not None:
+            handler(values)
+
+    def _expert(self, v: dict[str, Any]) -> None:
+        _say(f"expert: {v['episodes']} episodes, {100 * v['success']:.1f}% succeed, {v['tokens']} tokens, {v['dropped']} too long")
+
+    def _sft(self, v: dict[str, Any]) -> None:
+        _say(f"cold start {v['update']:>4}/{v['updates']}  loss {v['loss']:.3f}  {v['tokens_per_s'] / 1000:.1f}k tok/s  {v['seconds']:.0f}s")
+
+    def _eval(self, v: dict[str, Any]) -> None:
+        extra = "".join(f"  {k} {100 * x:.1f}%" for k, x in v.items() if k.startswith("success "))
+        score = f"  task score {v['task_score']:.3f}" if "task_score" in v else ""
+        _say(
+            f"eval at step {v['step']}: success {100 * v['success']:.1f}% [{100 * v['low']:.1f}, {100 * v['high']:.1f}] on {v['tasks']} tasks"
+            f"{score}  turns {v['turns']:.1f}{extra}  (panel {v['panel']}, {v['seconds']:.1f}s)"
+        )
+
+    def _checkpoint(self, v: dict[str, Any]) -> None:
+        _say(f"saved {v['path']}")
+
+    def _warning(self, v: dict[str, Any]) -> None:
+        _say(f"  ! {v['text']}")
+
+    def _resume(self, v: dict[str, Any]) -> None:
+        _say(f"resumed from {v['from']}: weights, optimiser, {v['replay_stored']} stored rows, {v['baselines']} baselines, task order (derived from the seed)")
+
+    def _step(self, v: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._first_step = now - v["time/step"], v["step"] - 1
+        if self._lines % HEADER_EVERY == 0:
+            _say("".join(name.rjust(width) for name, width, _ in COLUMNS))
+        self._lines += 1
+        left = (now - self._first) / (v["step"] - self._first_step) * (v["steps"] - v["step"])
+        cells = (
+            f"{v['step']}/{v['steps']}",
+            f"{100 * v['rollout/success']:.0f}%",
+            f"{v['rollout/reward']:.2f}",
+            f"{v['rollout/turns']:.1f}",
+            f"{v['rollout/reply_tokens']:.1f}",
+            f"{v.get('policy/entropy', 0.0):.3f}",
+            f"{100 * v.get('policy/clip_fraction', 0.0):.1f}%",
+            f"{v.get('policy/grad_norm', 0.0):.2f}",
+            f"{v['gamma']:.2f}",
+            f"{v['mu']:.2f}",
+            f"{v.get('replay/stored', 0):.0f}",
+            f"{v.get('replay/rows', 0):.0f}",
+            f"{v['time/tokens_per_s']:.0f}",
+            f"{v.get('time/rollout', 0.0):.2f}s",
+            f"{v.get('time/prepare', 0.0) + v.get('time/update', 0.0):.2f}s",
+            _duration(left),
+        )
+        _say("".join(cell.rjust(width) for cell, (_, width, _) in zip(cells, COLUMNS, strict=True)))
+
+
+def explain_columns() -> str:
+    """The meaning of every column of the progress line."""
+    return "\n".join(f"{name:>8}  {meaning}" for name, _, meaning in COLUMNS)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}" if minutes >= 60 else f"{minutes}m{rest:02d}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

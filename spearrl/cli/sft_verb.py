@@ -1,0 +1,41 @@
+"""spearrl sft: the cold start alone; writes a model directory that `train --model` takes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from spearrl.cli.parsing import add_config_arguments, config_from
+
+HELP = "cold start: clone scripted-expert episodes"
+EXAMPLES = """examples:
+  spearrl sft --env webshop --output models/shop
+  spearrl sft --preset tiny sft.episodes=1000 --output models/small
+  spearrl train --preset tiny --model models/shop sft.enabled=false"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--output", metavar="DIR", required=True, help="where the model directory is written")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = config_from(args)
+    from spearrl.assembly import evaluate, make_environment, prepare_torch, save_policy, starting_model
+    from spearrl.cli.progress import Progress
+    from spearrl.config import to_toml
+    from spearrl.errors import RefusedError
+
+    output = Path(args.output)
+    if output.exists() and any(output.iterdir()):
+        raise RefusedError(f"{output} is not empty", hint="choose another --output")
+    config = config.model_copy(update={"sft": config.sft.model_copy(update={"enabled": True})})
+    device = prepare_torch(config)
+    model, tokenizer = starting_model(config, make_environment(config), device, Progress().report)
+    save_policy(model, tokenizer, output)
+    (output / "config.toml").write_text(to_toml(config))
+    print("evaluating", file=sys.stderr)
+    result = evaluate(config.model_copy(update={"model": config.model.model_copy(update={"path": str(output)})}))
+    print(f"{output}: success {result.success} on {result.split} at temperature {result.temperature}")
+    return 0

@@ -1,0 +1,163 @@
+"""What settings exist: their keys, kinds and constraints in words, and the key somebody probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from spearrl.config.sections import ENVIRONMENT, PLAIN_TEXT, RUN_NAME, RunConfig, Section
+
+Key = tuple[str, ...]
+FREE = ("env", "options")  # below this key any name may stand; the environment knows which mean something
+_PATTERNS = {
+    RUN_NAME: "text of a-z, 0-9, '.', '_' and '-' that begins with a letter or digit, at most 64 characters",
+    PLAIN_TEXT: "text without control characters, not empty",
+    ENVIRONMENT: 'a built-in name such as "webshop", or an import path "my_pkg.mod:Class"',
+}
+_KINDS = {int: "integer", float: "number", bool: "true or false", str: "text", dict: "table"}
+_BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+# How other trainers call it.
+_ELSEWHERE = {
+    "learning_rate": "learner.lr",
+    "lr_rate": "learner.lr",
+    "optim": "learner",
+    "optimizer": "learner",
+    "actor": "learner",
+    "trainer": "run",
+    "environment": "env",
+    "evaluation": "eval",
+    "algorithm": "algo",
+    "advantage": "algo.advantage",
+    "policy": "algo.policy",
+    "sil": "algo.sil",
+    "epochs": "run.steps",
+    "max_steps": "run.steps",
+    "total_steps": "run.steps",
+    "total_epochs": "run.steps",
+    "batch_size": "rollout.groups_per_step",
+    "train_batch_size": "rollout.groups_per_step",
+    "num_generations": "rollout.group_size",
+    "n": "rollout.group_size",
+    "max_new_tokens": "rollout.max_reply_tokens",
+    "max_tokens": "rollout.max_reply_tokens",
+    "max_completion_length": "rollout.max_reply_tokens",
+    "max_response_length": "rollout.max_reply_tokens",
+    "max_model_len": "rollout.context_tokens",
+    "max_seq_len": "rollout.context_tokens",
+    "max_length": "rollout.context_tokens",
+    "max_grad_norm": "learner.grad_clip",
+    "ppo_mini_batch_size": "learner.mini_batch_rows",
+    "micro_batch_size": "learner.micro_batch_tokens",
+    "model_name_or_path": "model.path",
+    "cliprange": "algo.policy.clip_low",
+    "clip_ratio": "algo.policy.clip_low",
+    "loss_agg_mode": "algo.policy.aggregation",
+    "name_or_path": "model.path",
+    "test_freq": "eval.every",
+    "save_freq": "run.checkpoint_every",
+    "save_steps": "run.checkpoint_every",
+}
+
+
+def dotted(key: Key) -> str:
+    """("run", "seed") -> "run.seed"."""
+    return ".".join(key)
+
+
+@cache
+def sections() -> dict[Key, type[Section]]:
+    """Every section by its key; () is the whole config. A parent comes before its children."""
+    found: dict[Key, type[Section]] = {(): RunConfig}
+    queue: list[Key] = [()]
+    while queue:
+        parent = queue.pop(0)
+        for name, info in found[parent].model_fields.items():
+            if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+                found[(*parent, name)] = info.annotation
+                queue.append((*parent, name))
+    return found
+
+
+@cache
+def leaves() -> dict[Key, FieldInfo]:
+    """Every setting that is a value, by its key."""
+    return {
+        (*parent, name): info
+        for parent, model in sections().items()
+        for name, info in model.model_fields.items()
+        if (*parent, name) not in sections()
+    }
+
+
+def base_type(info: FieldInfo) -> Any:
+    """The annotation without "or None": a plain type, or a Literal."""
+    if get_origin(info.annotation) is Literal:
+        return info.annotation
+    members = [member for member in get_args(info.annotation) if member is not NoneType]
+    if get_origin(info.annotation) is dict:
+        return dict
+    return members[0] if members else info.annotation
+
+
+def accepts_none(info: FieldInfo) -> bool:
+    return NoneType in get_args(info.annotation)
+
+
+def choices(info: FieldInfo) -> tuple[str, ...]:
+    """The words a Literal field accepts; () for other fields."""
+    kind = base_type(info)
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def default_of(info: FieldInfo) -> Any:
+    return info.get_default(call_default_factory=True)
+
+
+def constraint(info: FieldInfo) -> str:
+    """Kind and bounds in words. Example: "number > 0 and < 1"."""
+    if choices(info):
+        words = "one of " + ", ".join(f'"{choice}"' for choice in choices(info))
+    else:
+        pattern = next((item.pattern for item in info.metadata if getattr(item, "pattern", None)), None)
+        words = _PATTERNS.get(pattern, "") if pattern else _KINDS[base_type(info)]
+        bounds = [f"{sign} {getattr(item, name):g}" for item in info.metadata for name, sign in _BOUNDS if hasattr(item, name)]
+        words += f" {' and '.join(bounds)}" if bounds else ""
+    return f'{words}, or "none"' if accepts_none(info) else words
+
+
+def nearest(key: Key) -> str:
+    """What to do about a key that is not a setting: the likeliest one, or those of its section."""
+    known = {dotted(k): k for k in (*leaves(), *sections()) if k}
+    name = key[-1][:80]
+    parent = next(key[:end] for end in range(len(key) - 1, -1, -1) if key[:end] in sections())
+    wrong = key[len(parent)][:80]
+    siblings = list(sections()[parent].model_fields)
+    elsewhere = [text for text, k in known.items() if k[-1] == name]
+    if near := difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.75):
+        rest = (*parent, near[0], *key[len(parent) + 1 :])
+        found = [dotted(rest if rest in leaves() else (*parent, near[0]))]
+    elif elsewhere:
+        found = elsewhere[:2]
+    elif name in _ELSEWHERE or wrong in _ELSEWHERE:
+        found = [_ELSEWHERE.get(name) or _ELSEWHERE[wrong]]
+    else:
+        found = difflib.get_close_matches(dotted(key)[:160], known, n=1, cutoff=0.7) or [
+            dotted((*parent, s)) for s in difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.55)
+        ]
+    if found:
+        return f"did you mean {' or '.join(_described(known[text]) for text in found)}?"
+    where = f"{dotted(parent)} has" if parent else "the sections are"
+    return f"use one of the known settings ({where}: {', '.join(siblings)})"
+
+
+def _described(key: Key) -> str:
+    if key in sections():
+        return f"the section {dotted(key)}"
+    default = default_of(leaves()[key])
+    shown = "" if default is PydanticUndefined else f", default {'none' if default is None else default}"
+    return f"{dotted(key)} ({constraint(leaves()[key])}{shown})"

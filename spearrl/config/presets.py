@@ -1,0 +1,158 @@
+"""Named starting points: dotted key -> value. A preset sets hyper-parameters; which parts are on is said by its algo.name.
+
+"tiny" learns on a laptop's CPU in minutes. The others are cells of the paper's agent tables (arXiv 2509.22601) for Qwen2.5-1.5B-Instruct,
+with the numbers of the released scripts; where release and paper differ, they follow the paper.
+"""
+
+from __future__ import annotations
+
+DEFAULT = "tiny"  # what runs where neither file, preset nor model is given
+
+_TINY: dict[str, object] = {
+    "run.steps": 60,
+    "model.path": "tiny",
+    "model.tiny.layers": 3,
+    "model.tiny.hidden_size": 128,
+    "model.tiny.heads": 4,
+    "model.tiny.feed_forward": 256,
+    "model.tiny.vocab_size": 1024,
+    "env.name": "webshop",
+    "env.style": "chat",
+    "env.max_turns": 8,
+    "env.options.observation": "compact",
+    "env.options.reply": "plain",
+    "rollout.groups_per_step": 8,
+    "rollout.group_size": 8,
+    "rollout.max_reply_tokens": 24,
+    "rollout.context_tokens": 512,
+    "rollout.slots": 64,
+    "algo.name": "grpo+spear",
+    "algo.advantage.normalize_std": True,
+    "algo.policy.clip_low": 0.2,
+    "algo.policy.clip_high": 0.28,
+    "algo.policy.dual_clip": 10.0,
+    "algo.policy.aggregation": "token-mean",
+    # The paper's 2048 entries and T = 200 never come into play in a run this short.
+    "algo.sil.unit": "trajectory",
+    "algo.sil.capacity": 16,
+    "algo.sil.baseline_capacity": 640,
+    "algo.sil.max_age": 5,
+    "algo.sil.reward_scale": 10.0,
+    "algo.sil.gamma.kind": "cosine",
+    "algo.sil.gamma.steps": 20,
+    "algo.intrinsic.mu.kind": "cosine",
+    "algo.intrinsic.mu.steps": 20,
+    "learner.lr": 3e-4,
+    "learner.mini_batches": 2,
+    "sft.enabled": True,
+    "sft.episodes": 3000,
+    "sft.epochs": 4,
+    "sft.batch_episodes": 32,
+    "sft.lr": 3e-3,
+    "eval.every": 10,
+    "eval.tasks": 200,
+    "eval.temperature": 0.4,
+}
+
+# What all cells of the agent tables share: 32 x 8 episodes a step, prompts made afresh every turn, so one row a turn.
+_AGENT_1_5B: dict[str, object] = {
+    "run.checkpoint_every": 10,
+    "model.path": "Qwen/Qwen2.5-1.5B-Instruct",
+    "env.style": "windowed",
+    "rollout.groups_per_step": 32,
+    "rollout.group_size": 8,
+    "rollout.temperature": 1.0,
+    "rollout.max_reply_tokens": 512,
+    "rollout.cache_mib": 16384,
+    "algo.policy.dual_clip": 10.0,
+    "algo.policy.horizon": 512,
+    "algo.policy.entropy_coef": 0.0,  # the paper's; the release's YAML has 0.001
+    "algo.invalid_penalty": 0.1,
+    "learner.lr": 1e-6,
+    "learner.weight_decay": 0.01,
+    "learner.grad_clip": 1.0,
+    "learner.gradient_checkpointing": True,
+    "eval.every": 5,
+    "eval.tasks": 128,
+    "eval.temperature": 0.4,
+}
+_WEBSHOP: dict[str, object] = {
+    "run.steps": 350,
+    "env.name": "webshop",
+    "env.max_turns": 15,
+    "rollout.context_tokens": 4096 + 512,  # prompt + response
+    "learner.mini_batch_rows": 256,
+    "learner.micro_batch_tokens": 4 * (4096 + 512),
+    "eval.split": "val",
+}
+_ALFWORLD: dict[str, object] = {
+    "run.steps": 200,
+    "env.name": "alfworld",
+    "env.max_turns": 50,
+    "rollout.context_tokens": 2048 + 512,
+    "learner.mini_batch_rows": 1024,
+    "learner.micro_batch_tokens": 8 * (2048 + 512),
+    "eval.split": "valid_seen",
+}
+# Column "base": plain GRPO.
+_BASE: dict[str, object] = {
+    "algo.name": "grpo",
+    "algo.advantage.normalize_std": True,
+    "algo.policy.clip_low": 0.2,
+    "algo.policy.clip_high": 0.2,
+    "algo.policy.aggregation": "token-mean",
+}
+# Column "Dr.BoT": the bag of tricks without self-imitation. Its quality filters are inert in the release; the paper applies them.
+_DRBOT: dict[str, object] = {
+    "algo.name": "grpo",
+    "algo.advantage.normalize_std": False,
+    "algo.policy.clip_low": 0.2,
+    "algo.policy.clip_high": 0.28,
+    "algo.policy.aggregation": "seq-mean-token-sum-norm",
+    "algo.filters.overlong": True,
+    "algo.filters.void_turn": True,
+    "algo.filters.repetitive": True,
+    "algo.filters.unreadable": True,
+    "algo.filters.group_keep": 0.75,
+}
+# Column "SPEAR": Dr.BoT + self-imitation + intrinsic reward + covariance clipping.
+_SPEAR: dict[str, object] = {
+    **_DRBOT,
+    "algo.name": "grpo+spear",
+    "algo.sil.unit": "row",  # the 2048 of the scripts counts turns; so many trajectories never gather within max_age
+    "algo.sil.capacity": 2048,
+    "algo.sil.baseline_capacity": 10240,
+    "algo.sil.max_age": 5,
+    "algo.sil.recalibration": "median",
+    "algo.sil.normalize_std": False,
+    "algo.sil.gamma.kind": "cosine",
+    "algo.sil.gamma.steps": 200,  # in force in both releases, whatever the ALFWorld script's unused 100 says
+    "algo.sil.gamma.peak": 1.0,
+    "algo.intrinsic.mu.kind": "cosine",
+    "algo.intrinsic.mu.steps": 200,
+    "algo.clip_cov.ratio": 0.0002,
+    "algo.clip_cov.lower": 1.0,
+    "algo.clip_cov.upper": 5.0,
+    "algo.clip_cov.replay_ratio": 0.02,
+    "algo.clip_cov.replay_lower": 2.0,
+    "algo.clip_cov.replay_upper": 60.0,
+}
+
+PRESETS: dict[str, dict[str, object]] = {
+    "tiny": _TINY,
+    "webshop-1.5b": {**_AGENT_1_5B, **_WEBSHOP, **_SPEAR},
+    "webshop-1.5b-drbot": {**_AGENT_1_5B, **_WEBSHOP, **_DRBOT},
+    "webshop-1.5b-base": {**_AGENT_1_5B, **_WEBSHOP, **_BASE},
+    "alfworld-1.5b": {**_AGENT_1_5B, **_ALFWORLD, **_SPEAR},
+    "alfworld-1.5b-drbot": {**_AGENT_1_5B, **_ALFWORLD, **_DRBOT},
+    "alfworld-1.5b-base": {**_AGENT_1_5B, **_ALFWORLD, **_BASE},
+}
+DESCRIPTIONS = {
+    "tiny": "WebShop, GRPO+SPEAR, a model built from scratch: minutes on a CPU",
+    "webshop-1.5b": "the paper's WebShop cell, Qwen2.5-1.5B-Instruct, GRPO+SPEAR",
+    "webshop-1.5b-drbot": "the same with the bag of tricks, without SPEAR",
+    "webshop-1.5b-base": "the same with plain GRPO",
+    "alfworld-1.5b": "the paper's ALFWorld cell, Qwen2.5-1.5B-Instruct, GRPO+SPEAR",
+    "alfworld-1.5b-drbot": "the same with the bag of tricks, without SPEAR",
+    "alfworld-1.5b-base": "the same with plain GRPO",
+}

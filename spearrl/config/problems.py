@@ -1,0 +1,35 @@
+"""Complaints about settings are collected, then raised together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spearrl.errors import ConfigError
+
+SHOWN = 40  # complaints listed; the rest is counted
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. `fix` is an instruction or a "did you mean"; `keys` are the settings involved."""
+
+    message: str
+    fix: str
+    where: str = ""  # "run.toml:14", "command line", "preset tiny"
+    keys: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        fix = self.fix if self.fix.startswith("did you mean") else f"fix: {self.fix}"
+        return f"{self.where}: {self.message}\n  {fix}" if self.where else f"{self.message}\n  {fix}"
+
+
+def raise_all(problems: Sequence[Problem]) -> None:
+    """Raise ConfigError listing every problem; return where there is none."""
+    if not problems:
+        return
+    lines = ["settings", *(str(problem) for problem in problems[:SHOWN])]
+    if len(problems) > SHOWN:
+        lines.append(f"… and {len(problems) - SHOWN} more")
+    lines.append(f"{len(problems)} error{'s' if len(problems) > 1 else ''}; nothing was started.")
+    raise ConfigError("\n".join(lines))

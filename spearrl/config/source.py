@@ -1,0 +1,146 @@
+"""Reading a TOML file so that every key keeps its line."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from spearrl.config.problems import Problem
+
+MAX_BYTES = 1 << 20
+_PART = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*')"""
+_KEY = rf"{_PART}(?:[ \t]*\.[ \t]*{_PART})*"
+_HEADER = re.compile(rf"[ \t]*\[\[?[ \t]*({_KEY})[ \t]*\]")
+_ASSIGNMENT = re.compile(rf"[ \t]*({_KEY})[ \t]*=")
+_TOKEN = re.compile(r'"""|\'\'\'|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]{}]')
+_AT = re.compile(r" \(at line (\d+), column \d+\)$")
+
+
+class Source:
+    """A parsed config file. `tree` is its content; `at(key)` says where a key stands, as "run.toml:14"."""
+
+    def __init__(self, name: str, tree: dict[str, Any], lines: dict[tuple[str, ...], int]):
+        self.name, self.tree, self._lines = name, tree, lines
+
+    def at(self, key: tuple[str, ...]) -> str:
+        """Line of the key, or of the nearest table that holds it (inline tables have one line)."""
+        line = next((self._lines[key[:end]] for end in range(len(key), 0, -1) if key[:end] in self._lines), None)
+        return f"{self.name}:{line}" if line else self.name
+
+
+def read(path: str | Path) -> Source | Problem:
+    """The file, or what is wrong with it. A directory stands for the config.toml in it."""
+    name = str(path)
+    try:
+        file = Path(path)
+        if file.is_dir():
+            file = file / "config.toml"
+            name = str(file)
+        if not file.exists():
+            return Problem("the config file does not exist", "use the path of a TOML file or of a run directory, or --preset tiny", name)
+        if not file.is_file():
+            return Problem("is not a regular file", "use the path of a TOML file", name)
+        with file.open("rb") as handle:
+            raw = handle.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        return Problem(f"cannot be read: {getattr(error, 'strerror', None) or error}", "use a readable TOML file", name.replace("\0", "\\0")[:200])
+    if len(raw) > MAX_BYTES:
+        return Problem(f"is larger than {MAX_BYTES >> 20} MiB, which no config is", "use a config file, not a data file", name)
+    try:
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        return Problem(f"is not UTF-8 text (byte {error.start})", "fix the encoding: save the file as UTF-8", name)
+    return parse(text, name)
+
+
+def parse(text: str, name: str) -> Source | Problem:
+    """The TOML text, or its first syntax error."""
+    try:
+        return Source(name, tomllib.loads(text), _lines_of(text))
+    except tomllib.TOMLDecodeError as error:
+        return _syntax_problem(text, name, str(error))
+    except RecursionError:
+        return Problem("is nested too deeply", "use plain tables such as [rollout]", name)
+    except ValueError as error:  # a date that does not exist, an integer of too many digits
+        return Problem(f"holds a value that TOML cannot read: {str(error)[:120]}", "fix the value", name)
+
+
+def _syntax_problem(text: str, name: str, message: str) -> Problem:
+    found = _AT.search(message)
+    line = int(found.group(1)) if found else len(text.splitlines()) or 1
+    lines = text.split("\n")
+    shown = lines[line - 1].strip()[:80] if line <= len(lines) else ""
+    where = f"{name}:{line}"
+    what = _AT.sub("", message).removesuffix(" (at end of document)")
+    if "overwrite" in what or "twice" in what or "Cannot declare" in what or "mutate" in what:
+        return Problem(f"{shown!r} sets a key or table that is set already", "fix: give each key and each [table] once".removeprefix("fix: "), where)
+    if name.endswith((".yaml", ".yml", ".json")):
+        return Problem("is not TOML", "use TOML: [rollout] on one line, group_size = 8 on the next", where)
+    if "Invalid value" in what and "=" in shown:
+        return Problem(f"{shown!r} has no valid value", 'use "…" around text; true and false are lower case; numbers as 8, 0.2 or 1e-6', where)
+    return Problem(f"{shown!r} is not TOML: {what}", "fix the line: [section] for a table, key = value for a setting", where)
+
+
+def _lines_of(text: str) -> dict[tuple[str, ...], int]:
+    """Line number of every table header and assignment of a valid TOML text, by full key."""
+    lines: dict[tuple[str, ...], int] = {}
+    table: tuple[str, ...] = ()
+    position, line = 0, 1
+    while position < len(text):
+        if header := _HEADER.match(text, position):
+            table = _split(header.group(1))
+            lines.setdefault(table, line)
+            end = _end_of_line(text, header.end())
+        elif assignment := _ASSIGNMENT.match(text, position):
+            key = table + _split(assignment.group(1))
+            for stop in range(len(table) + 1, len(key) + 1):
+                lines.setdefault(key[:stop], line)
+            end = _end_of_value(text, assignment.end())
+        else:
+            end = _end_of_line(text, position)
+        line += text.count("\n", position, end)
+        position = end
+    return lines
+
+
+def _end_of_line(text: str, position: int) -> int:
+    found = text.find("\n", position)
+    return len(text) if found < 0 else found + 1
+
+
+def _end_of_value(text: str, position: int) -> int:
+    """Past the line on which a value ends; arrays and triple-quoted texts span lines."""
+    depth = 0
+    while True:
+        stop = _end_of_line(text, position)
+        token = _TOKEN.search(text, position, stop)
+        if token is None:
+            if depth == 0 or stop == len(text):
+                return stop
+            position = stop
+            continue
+        position, word = token.end(), token.group()
+        if word in ('"""', "'''"):
+            position = _end_of_text(text, position, word)
+        else:
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(word, 0)
+
+
+def _end_of_text(text: str, position: int, quote: str) -> int:
+    while (found := text.find(quote, position)) >= 0:
+        backslashes = len(text[position:found]) - len(text[position:found].rstrip("\\"))
+        if quote == "'''" or backslashes % 2 == 0:
+            end = found + 3
+            while text[end : end + 1] == quote[0]:
+                end += 1  # up to two quotes may touch the closing ones
+            return end
+        position = found + 1
+    return len(text)
+
+
+def _split(key: str) -> tuple[str, ...]:
+    """The parts of a dotted key. Quoted parts are read by TOML's own rules."""
+    parts = re.findall(_PART, key)
+    return tuple(next(iter(tomllib.loads(f"{part} = 0"))) if part[0] in "\"'" else part for part in parts)

@@ -1,0 +1,54 @@
+"""A value that does not suit its setting: what to say about it."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from spearrl.config.dump import toml_value
+from spearrl.config.fields import base_type, choices, constraint, default_of
+from spearrl.config.problems import Problem
+
+_YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def wrong_value(key: str, info: FieldInfo, value: Any, where: str) -> Problem:
+    """The problem of a value that its setting refuses."""
+    return Problem(f"{key} = {shorten(value)} is not possible: it is {constraint(info)}", _fix(key, info, value), where, (key,))
+
+
+def shorten(value: Any) -> str:
+    """A value as TOML on one short line."""
+    try:
+        text = toml_value(value)
+    except (RecursionError, ValueError):  # nested too deeply; an integer of too many digits
+        text = type(value).__name__
+    text = text.encode(errors="replace").decode()
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _fix(key: str, info: FieldInfo, value: Any) -> str:
+    kind, words = base_type(info), choices(info)
+    if words:
+        near = difflib.get_close_matches(str(value).lower()[:80], words, n=1, cutoff=0.4)
+        return f'did you mean {key}="{near[0]}"?' if near else "use " + " or ".join(f'"{word}"' for word in words)
+    if kind is bool and str(value).lower() in (*_YES, *_NO):
+        return f"use {key}={'true' if str(value).lower() in _YES else 'false'}"
+    if kind in (int, float) and isinstance(value, str) and (number := _number(value, kind)) is not None:
+        return f"use {key}={number}, without quotes"
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return f"use {key}={int(value)}, without a fraction"
+    if kind is str and not isinstance(value, str):
+        return f'use {key}="…", in quotes'
+    finite = "a finite " if kind is float and isinstance(value, float) else ""
+    default = default_of(info)
+    return f"use {finite}{constraint(info)}" + (f" (default {'none' if default is None else default})" if default != "" else "")
+
+
+def _number(text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        return None

@@ -1,0 +1,178 @@
+"""Products: the original's files, the packed ones, or a generated catalogue, cleaned into the records the simulator shows."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from spearrl.envs.webshop.generate import generate
+from spearrl.envs.webshop.search import Index, product_text
+from spearrl.errors import ConfigError
+
+Product = dict[str, Any]
+CHUNK = 1 << 20  # characters read at a time from a product file: the full one has several GB
+LAYOUT = "a folder with items_shuffle*.json, items_ins_v2*.json (and items_human_ins.json for human goals), or with products_*.jsonl.xz"
+
+
+class Catalogue:
+    """Read-only products, and the search index over them (built when first used)."""
+
+    def __init__(self, products: Iterable[Product]):
+        self.products = tuple(products)
+        self.by_asin = {product["asin"]: product for product in self.products}
+        self.instructed = sum(bool(p["instruction_text"]) for p in self.products)
+
+    @cached_property
+    def index(self) -> Index:
+        return Index.from_texts([product_text(product) for product in self.products])
+
+    def search(self, keywords: list[str], limit: int = 50) -> list[Product]:
+        """The products a query finds, best first. `<a> x`, `<c> x`, `<q> x` list an attribute, category or query (no limit)."""
+        rest = " ".join(keywords[1:]).strip()
+        if keywords[0] == "<a>":
+            return [p for p in self.products if rest in p["Attributes"]]
+        if keywords[0] == "<c>":
+            return [p for p in self.products if p["category"] == (keywords[1].strip() if len(keywords) > 1 else "")]
+        if keywords[0] == "<q>":
+            return [p for p in self.products if p["query"] == rest]
+        return [self.products[number] for number, _ in self.index.search(" ".join(keywords), limit)]
+
+
+@lru_cache(maxsize=8)
+def load(data: str | None, num_products: int | None, seed: int) -> Catalogue:
+    """The catalogue behind `env.options.data`, loaded once per process; None: generated. Raises ConfigError."""
+    if data is None:
+        raw, attributes = generate(num_products or 480, seed)
+        return Catalogue(_cleaned(raw, attributes, {}))
+    path = Path(data).expanduser()
+    if not path.exists():
+        raise ConfigError(f"{data!r} does not exist", where="env.options.data", hint=f"point it at {LAYOUT}")
+    folder = path if path.is_dir() else path.parent
+    source = path if path.is_file() else _product_file(folder)
+    attributes = _attributes(folder, source.name)
+    human = folder / "items_human_ins.json"
+    instructions = _json(human) if human.exists() else {}
+    try:
+        products = list(_cleaned(_first(_records(source), num_products), attributes, instructions))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"a product in {source.name} is not in WebShop's format: {error!r}", where="env.options.data", hint=f"use {LAYOUT}") from error
+    if not products:
+        raise ConfigError(f"{source.name} holds no products", where="env.options.data", hint=f"use {LAYOUT}")
+    return Catalogue(products)
+
+
+def _product_file(folder: Path) -> Path:
+    """verl-agent's small set where both are there; the full set by its file name."""
+    found = sorted(folder.glob("items_shuffle*.json"), key=lambda p: (p.stem == "items_shuffle", p.name))
+    found += sorted(p for p in folder.glob("products_*.jsonl.xz") if not p.name.endswith("_text.jsonl.xz"))
+    if not found:
+        raise ConfigError(f"no product file in {folder}", where="env.options.data", hint=f"point it at {LAYOUT}")
+    return found[0]
+
+
+def _attributes(folder: Path, source: str) -> dict[str, Any]:
+    """Attributes and synthetic instructions by asin; the file of the product file's size where there are several."""
+    size = re.search(r"_\d+", source)
+    wanted = folder / f"items_ins_v2{size.group() if size else ''}.json"
+    others = sorted(folder.glob("items_ins_v2*.json"))
+    if not wanted.exists() and not others:
+        raise ConfigError(f"no items_ins_v2*.json in {folder}", where="env.options.data", hint=f"point it at {LAYOUT}")
+    return _json(wanted if wanted.exists() else others[0])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path.name} is not JSON: {error}", where="env.options.data", hint="download the file again") from error
+
+
+def _first(records: Iterator[Product], count: int | None) -> Iterator[Product]:
+    for number, record in enumerate(records):
+        if number == count:
+            return
+        yield record
+
+
+def _records(path: Path) -> Iterator[Product]:
+    """Raw product records, one at a time: a JSON array is streamed, so the full set never lies in memory as text."""
+    if path.name.endswith(".jsonl.xz"):
+        with lzma.open(path, "rt", encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+        return
+    decoder, buffer, place = json.JSONDecoder(), "", 0
+    with path.open(encoding="utf-8") as stream:
+        while True:
+            more = stream.read(CHUNK)
+            buffer, place = buffer[place:] + more, 0
+            while True:
+                place = _skip(buffer, place)
+                if place >= len(buffer) or (more and len(buffer) - place < 2):
+                    break
+                try:
+                    record, place = decoder.raw_decode(buffer, place)
+                except json.JSONDecodeError as error:
+                    if more:
+                        break
+                    raise ConfigError(f"{path.name} is not a JSON array of products: {error}", where="env.options.data", hint="download it again") from error
+                yield record
+            if not more:
+                return
+
+
+def _skip(buffer: str, place: int) -> int:
+    while place < len(buffer) and buffer[place] in "[], \r\n\t":
+        place += 1
+    return place
+
+
+def _cleaned(records: Iterable[Product], attributes: dict[str, Any], human: dict[str, Any]) -> Iterator[Product]:
+    seen: set[str] = set()
+    for raw in records:
+        asin = raw["asin"]
+        if asin == "nan" or len(asin) > 10 or asin in seen:
+            continue
+        seen.add(asin)
+        known = attributes.get(asin, {})
+        bullets = raw["small_description"]
+        pricing, price = _price(raw.get("pricing"))
+        yield {
+            "asin": asin,
+            "name": raw["name"],
+            "category": raw["category"],
+            "query": raw["query"].lower().strip(),
+            "product_category": raw["product_category"],
+            "Title": raw["name"],
+            "Description": raw["full_description"],
+            "BulletPoints": bullets if isinstance(bullets, list) else [bullets],
+            "Rating": "N.A.",
+            "Reviews": [],
+            "pricing": pricing,
+            "Price": price,
+            "options": _options(raw.get("customization_options")),
+            "Attributes": known.get("attributes", ["DUMMY_ATTR"]),
+            "instruction_text": known.get("instruction"),
+            "instruction_attributes": known.get("instruction_attributes"),
+            "instructions": human.get(asin, raw.get("instructions", [])),
+        }
+
+
+def _price(raw: Any) -> tuple[list[float], str]:
+    """Numbers and shown text of "$a" or "$a$b" (or of numbers already parsed); no price means $100."""
+    if not raw:
+        return [100.0], "$100.0"
+    parts = [re.sub(r"[^\d.]", "", part) for part in raw.split("$")[1:]] if isinstance(raw, str) else raw
+    numbers = [float(part) for part in parts if part != ""] or [100.0]
+    if len(numbers) == 1:
+        return numbers, f"${numbers[0]}"
+    return numbers[:2], f"${numbers[0]} to ${numbers[1]}"
+
+
+def _options(raw: Any) -> dict[str, list[str]]:
+    groups = raw.items() if raw else ()
+    return {name.lower(): [v["value"].strip().replace("/", " | ").lower() for v in values] for name, values in groups if values is not None}

@@ -1,0 +1,279 @@
+"""The learner in this process: one model on one device, plain torch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+from spearrl.batching import Batch, Rows, forward_inputs, micro_batches, mini_batches
+from spearrl.config import LearnerSection
+from spearrl.errors import CheckpointError, ConfigError
+from spearrl.learner.logprobs import token_logprobs
+from spearrl.learner.minibatch import LossInputs, Share, Tally, dropped_tokens, row_keys, split_objectives
+from spearrl.learner.optimizer import learning_rate, load_optimizer, make_optimizer, save_optimizer
+from spearrl.learner.protocol import UpdateResult
+from spearrl.losses import Objective
+from spearrl.seeds import derive
+
+
+class LocalLearner:
+    """Trains a transformers causal language model in place.
+
+    Args:
+        model: float parameters; its hidden states times its output embedding must be its logits.
+        temperature: log-probabilities are of logits / temperature, as sampled.
+        total_steps: optimiser steps over which the rate falls to 0; None: it stays.
+        joint: one optimiser step for on-policy and replay rows, J + γ J_SIL (arXiv 2509.22601), instead of steps of their own.
+    Raises:
+        ConfigError: a model whose head is not a plain linear map.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        settings: LearnerSection,
+        *,
+        temperature: float = 1.0,
+        device: str | torch.device = "cpu",
+        total_steps: int | None = None,
+        joint: bool = False,
+    ):
+        self.model = model.to(device)
+        self.settings, self.temperature, self.total_steps, self.joint = settings, temperature, total_steps, joint
+        self.device = torch.device(device)
+        self.steps = 0
+        self._bf16 = _use_bf16(settings.precision, self.device)
+        _without_dropout(self.model)
+        if settings.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self._check_head()
+        self.optimizer = make_optimizer(self.model.named_parameters(), settings)
+
+    def logprobs(self, rows: Rows) -> torch.Tensor:
+        """[B, T] log-probabilities of action tokens at the temperature, 0 elsewhere; no gradient."""
+        self.model.eval()
+        found = torch.zeros(len(rows), rows.width, dtype=_logprob_dtype(self.model))
+        with torch.no_grad():
+            for index in micro_batches(rows.lengths, self.settings.micro_batch_tokens):
+                part = rows.select(index)
+                found[index, : part.width] = self._forward(part)[0].cpu()
+        return found
+
+    def update(self, on_policy: Batch, replay: Batch | None, *, gamma: float, objectives: Sequence[Objective], seed: int) -> UpdateResult:
+        """Optimiser steps on the on-policy rows, then on the replayed ones with weight γ (or both in each step: `joint`).
+
+        The gradient of a step does not depend on micro-batches, padding or the order of rows. A step whose loss or gradient is not
+        finite is skipped and counted.
+        """
+        started, tally, skipped, before = time.monotonic(), Tally(), 0, self.steps
+        on_objectives, replay_objectives = split_objectives(objectives, gamma)
+        self.model.train(self.settings.gradient_checkpointing)
+        plan = self._plan(on_policy, on_objectives, replay if replay_objectives else None, replay_objectives, seed)
+        for shares in plan:
+            fresh = self.steps == before
+            skipped += not self._step([Share(s.batch, s.objectives, s.seed, s.current and fresh) for s in shares], tally)
+        self.model.eval()
+        tokens = len(on_policy.rows.token_ids) + (len(replay.rows.token_ids) if replay is not None and replay_objectives else 0)
+        metrics = {**tally.means(), "policy/updates": float(self.steps - before), "policy/lr": self._rate(max(0, self.steps - 1))}
+        seconds = time.monotonic() - started
+        return UpdateResult({**metrics, "update/tokens": float(tokens), "update/seconds": seconds}, skipped)
+
+    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter once (tied ones under their first name), as named in a model directory."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()
+
+    def save(self, folder: str | Path) -> None:
+        """Write weights (a model directory), optimiser state and step count, all safetensors and JSON."""
+        folder = Path(folder)
+        self.model.save_pretrained(folder)
+        save_optimizer(folder, self.optimizer, self._names(), self.steps)
+
+    def load(self, folder: str | Path) -> None:
+        """Restore exactly what `save` wrote. Raises CheckpointError where files are missing or belong to another model."""
+        folder = Path(folder)
+        _load_weights(self.model, folder)
+        self.steps = load_optimizer(folder, self.optimizer, self._names())
+
+    def _plan(
+        self,
+        on_policy: Batch,
+        on_objectives: list[tuple[Objective, float]],
+        replay: Batch | None,
+        replay_objectives: list[tuple[Objective, float]],
+        seed: int,
+    ) -> list[list[Share]]:
+        """The shares of each optimiser step, in order."""
+        parts = self._parts(len(on_policy))
+        size = math.ceil(len(on_policy) / parts)
+        steps = [[share] for share in _shares(on_policy, on_objectives, parts, derive(seed, "on-policy"), current=True)]
+        if replay is None:
+            return steps
+        replay_parts = parts if self.joint else max(1, math.ceil(len(replay) / max(size, 1)))
+        replayed = _shares(replay, replay_objectives, replay_parts, derive(seed, "replay"), current=False)
+        if not self.joint:
+            return steps + [[share] for share in replayed]
+        for number, share in enumerate(replayed):
+            steps[number % len(steps)].append(share) if steps else steps.append([share])
+        return steps
+
+    def _parts(self, rows: int) -> int:
+        wanted = math.ceil(rows / self.settings.mini_batch_rows) if self.settings.mini_batch_rows else self.settings.mini_batches
+        return max(1, min(wanted, rows))
+
+    def _step(self, shares: list[Share], tally: Tally) -> bool:
+        """One optimiser step; False where it was skipped for a loss or gradient that is not finite."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = sum(self._backward(share, tally) for share in shares)
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        size = float(norm)
+        if not (math.isfinite(total) and math.isfinite(size)):
+            self.optimizer.zero_grad(set_to_none=True)
+            return False
+        tally.add(shares[0].objectives[0][0].kind, {"grad_norm": size}, 1.0)
+        trained = (p for group in self.optimizer.param_groups for p in group["params"])
+        torch.nn.utils.clip_grads_with_norm_(trained, self.settings.grad_clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(self.steps)
+        self.optimizer.step()
+        self.steps += 1
+        return True
+
+    def _backward(self, share: Share, tally: Tally) -> float:
+        """Add a share's gradient; returns its loss."""
+        drops = self._selection(share)
+        denominators = share.denominators()
+        losses = [0.0] * len(share.objectives)
+        for index in micro_batches(share.batch.rows.lengths, self.settings.micro_batch_tokens):
+            batch = share.batch.select(index)
+            inputs = LossInputs.of(batch, self.device)
+            logprobs, entropy = self._forward(batch.rows)
+            tokens = float(inputs.action_mask.sum())
+            total: torch.Tensor = logprobs.new_zeros(())
+            for i, (objective, factor) in enumerate(share.objectives):
+                drop = drops[i][index.to(self.device), : logprobs.shape[1]] if i in drops else None
+                if i in share.scope("micro_batch") and objective.clip_cov is not None:
+                    drop = dropped_tokens(inputs, logprobs.detach(), objective, objective.clip_cov, share.seed)
+                needed = entropy if objective.needs_entropy else None
+                loss, metrics = objective.loss(inputs, logprobs, denominator=denominators[i], drop=drop, entropy=needed)
+                total = total + factor * loss
+                losses[i] += float(loss.detach())
+                tally.add(objective.kind, _without(metrics, "loss"), tokens)
+                tally.add(objective.kind, {"entropy": float(entropy.detach().sum()) / max(tokens, 1.0)}, tokens)
+                if drop is not None:
+                    tally.add(objective.kind, {"dropped": float(drop.sum()) / max(tokens, 1.0)}, tokens)
+            total.backward()
+        for (objective, _), loss in zip(share.objectives, losses, strict=True):
+            tally.add(objective.kind, {"loss": loss}, 1.0)
+        return sum(factor * loss for (_, factor), loss in zip(share.objectives, losses, strict=True))
+
+    def _selection(self, share: Share) -> dict[int, torch.Tensor]:
+        """Tokens dropped per objective, chosen over the whole mini-batch on current log-probabilities."""
+        chosen = share.scope("mini_batch")
+        if not chosen:
+            return {}
+        inputs = LossInputs.of(share.batch, self.device)
+        if share.current:
+            logprobs = inputs.old_logprobs
+        else:
+            logprobs = self.logprobs(share.batch.rows).to(self.device)
+            self.model.train(self.settings.gradient_checkpointing)
+        found = {}
+        for i in chosen:
+            objective, _ = share.objectives[i]
+            if objective.clip_cov is not None:
+                found[i] = dropped_tokens(inputs, logprobs, objective, objective.clip_cov, share.seed)
+        return found
+
+    def _forward(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies [b, T] of action tokens, 0 elsewhere."""
+        inputs = forward_inputs(rows)
+        head = self.model.get_output_embeddings()
+        with self._autocast():
+            states = self.model.base_model(input_ids=inputs.token_ids.to(self.device), use_cache=False).last_hidden_state
+        hidden = states.reshape(-1, states.shape[-1])[inputs.source.to(self.device)]
+        values = token_logprobs(
+            hidden, head.weight, inputs.target.to(self.device), bias=head.bias, temperature=self.temperature, chunk=self.settings.lm_head_chunk
+        )
+        place = inputs.place.to(self.device)
+        logprobs, entropies = (v.new_zeros(len(rows) * rows.width).index_copy(0, place, v).view(len(rows), rows.width) for v in values)
+        return logprobs, entropies
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16)
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(step, self.settings, self.total_steps)
+
+    def _names(self) -> dict[torch.Tensor, str]:
+        return {parameter: name for name, parameter in self.model.named_parameters()}
+
+    def _check_head(self) -> None:
+        """Logits of a probe must be hidden states times the head: some models scale or cap them afterwards."""
+        head = self.model.get_output_embeddings()
+        probe = torch.arange(4, device=self.device).remainder(len(head.weight)).unsqueeze(0)
+        self.model.eval()
+        with torch.no_grad():
+            expected = self.model(input_ids=probe, use_cache=False).logits.float()
+            found = head(self.model.base_model(input_ids=probe, use_cache=False).last_hidden_state).float()
+        if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+            name = type(self.model).__name__
+            raise ConfigError(f"{name} changes its logits after the output layer (a cap or a scale)", where="model.path", hint="use a model with a plain head")
+
+
+def _shares(batch: Batch, objectives: list[tuple[Objective, float]], parts: int, seed: int, *, current: bool) -> list[Share]:
+    """Parts of equal size by keyed hash of row; parts without an action token say nothing and are left out."""
+    if not objectives:
+        return []
+    pieces = [batch.select(index.sort().values) for index in mini_batches(row_keys(batch.rows.uid, seed), parts)]
+    return [Share(piece, objectives, derive(seed, number), current) for number, piece in enumerate(pieces) if bool(piece.action_mask.any())]
+
+
+def _without(metrics: dict[str, float], name: str) -> dict[str, float]:
+    return {key: value for key, value in metrics.items() if key != name}
+
+
+def _logprob_dtype(model: torch.nn.Module) -> torch.dtype:
+    return torch.promote_types(next(model.parameters()).dtype, torch.float32)
+
+
+def _use_bf16(precision: str, device: torch.device) -> bool:
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _without_dropout(model: torch.nn.Module) -> None:
+    """Dropout would make the ratio of new to old probabilities noise."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _load_weights(model: torch.nn.Module, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise CheckpointError("no model*.safetensors", where=str(folder))
+    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    # Tied parameters are stored once; named_parameters yields each once too.
+    own = dict(model.named_parameters())
+    missing, unknown = sorted(set(own) - set(stored)), sorted(set(stored) - set(model.state_dict()))
+    wrong = [name for name, tensor in own.items() if name in stored and stored[name].shape != tensor.shape]
+    if missing or unknown or wrong:
+        found = f"missing {missing[:3]}, unknown {unknown[:3]}, other shape {wrong[:3]}"
+        raise CheckpointError(f"weights of another model: {found}", where=str(folder), hint="load the checkpoint with the model it was saved with")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(stored[name])

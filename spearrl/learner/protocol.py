@@ -1,0 +1,45 @@
+"""What a trainer asks of a learner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from spearrl.batching import Batch, Rows
+from spearrl.losses import Objective
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """Metrics of an update, and how many of its optimiser steps were skipped for non-finite numbers."""
+
+    metrics: dict[str, float]
+    skipped: int
+
+
+class Learner(Protocol):
+    """Owns the trained parameters. Packing, padding and sharding are private to it: losses always see [B, T]."""
+
+    def logprobs(self, rows: Rows) -> torch.Tensor:
+        """[B, T] log-probabilities of action tokens, 0 elsewhere; no gradient."""
+        ...
+
+    def update(self, on_policy: Batch, replay: Batch | None, *, gamma: float, objectives: Sequence[Objective], seed: int) -> UpdateResult:
+        """Optimiser steps on a batch, and on replayed rows with weight γ."""
+        ...
+
+    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter once, under its name in a model directory."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Weights and optimiser state."""
+        ...
+
+    def load(self, folder: str | Path) -> None:
+        """Exactly what `save` wrote."""
+        ...

@@ -1,0 +1,90 @@
+"""What happens to rewards and turns between rollout and advantages: intrinsic bonus, quality flags, group filter, penalty."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spearrl.errors import ContractError
+
+_ACTION = re.compile(r"<action>.*?</action>", re.DOTALL)
+# U+FFFD itself, its UTF-8 bytes read as Latin-1 or GBK, and those of the full-width question mark that some decoders put in its place.
+_GARBAGE = ("\ufffd", "\u00ef\u00bf\u00bd", "\u951f\u65a4\u62f7", "\u00ef\u00bc\u0178", "\u00ef\u00bc\u009f")
+
+
+def tool_bonus(count: int, *, per_call: float = 0.1, cap: float = 1.0) -> float:
+    """Intrinsic reward of an episode with `count` tool calls, before its schedule: min(cap, per_call * count) (SPEAR, arXiv:2509.22601)."""
+    return min(cap, per_call * count)
+
+
+def penalise_invalid(values: Tensor, invalid: Tensor, *, coefficient: float = 0.1) -> Tensor:
+    """values - coefficient on turns whose action was invalid. [N] rewards or step returns; `invalid` is bool or 0/1."""
+    return values - coefficient * invalid.to(values.dtype)
+
+
+def overlong(tokens: int, limit: int) -> bool:
+    """Whether a reply of `tokens` tokens used up its limit (and so was cut)."""
+    return tokens >= limit
+
+
+def void_turn(text: str | None) -> bool:
+    """Whether a reply has no `<action>…</action>` after its last `</think>`. An empty action counts as one; so does a reply that never thinks."""
+    return _ACTION.search((text or "").rpartition("</think>")[2]) is None
+
+
+def repetitive(token_ids: Sequence[int], *, ngram: int = 20, times: int = 10) -> bool:
+    """Whether some run of `ngram` tokens occurs at least `times` times, overlaps counted.
+
+    Raises:
+        ContractError: ngram or times below 1.
+    """
+    if ngram < 1 or times < 1:
+        raise ContractError(f"repetitive(ngram={ngram}, times={times}); both must be >= 1", hint="the usual setting is ngram=20, times=10")
+    if len(token_ids) < ngram + times - 1:
+        return False
+    if max(Counter(token_ids).values()) < times:  # a run repeats only if its first token does
+        return False
+    grams = Counter(zip(*(token_ids[start:] for start in range(ngram)), strict=False))
+    return max(grams.values()) >= times
+
+
+def unreadable(text: str) -> bool:
+    """Whether decoded text holds a replacement character (U+FFFD), also one that was decoded wrongly a second time."""
+    return any(piece in text for piece in _GARBAGE)
+
+
+def filter_groups_by_std(rewards: Tensor, group_ids: Tensor, trajectory_ids: Tensor, *, keep: float = 0.75) -> Tensor:
+    """Ids of the int(keep * groups) groups (at least 1) whose trajectories differ most in reward, in order of first appearance.
+
+    A trajectory's reward is the mean over its turns; deviations have ddof 0; of equal ones the group that appears first is kept.
+
+    Args:
+        rewards, group_ids, trajectory_ids: [N] per turn.
+        keep: share of groups; 1 or more keeps all.
+    """
+    values = rewards.double()
+    groups, group_of_turn = torch.unique(group_ids, return_inverse=True)
+    trajectories, trajectory = torch.unique(trajectory_ids, return_inverse=True)
+    position = torch.arange(len(values), device=values.device)
+    first = torch.full((len(groups),), len(values), device=values.device).scatter_reduce(0, group_of_turn, position, "amin")
+    if keep >= 1 or len(groups) < 2:
+        return groups[first.argsort()]
+    member_of = torch.zeros_like(trajectories).scatter_(0, trajectory, group_of_turn)
+    # Distances from a member of the group, so that equal rewards have a deviation of exactly 0 and ties stay ties.
+    floor = values.new_full((len(groups),), torch.inf).scatter_reduce(0, group_of_turn, values, "amin")
+    scores = _means(values - floor[group_of_turn], trajectory, len(trajectories))
+    centred = scores - _means(scores, member_of, len(groups))[member_of]
+    variance = _means(centred.square(), member_of, len(groups))
+    order = first.argsort()
+    ranked = order[variance[order].argsort(descending=True, stable=True)]
+    kept = ranked[: max(1, int(keep * len(groups)))]
+    return groups[kept[first[kept].argsort()]]
+
+
+def _means(values: Tensor, index: Tensor, groups: int) -> Tensor:
+    zeros = values.new_zeros(groups)
+    return zeros.index_add(0, index, values) / zeros.index_add(0, index, torch.ones_like(values))

@@ -1,0 +1,45 @@
+"""Rates, intervals, panels."""
+
+from __future__ import annotations
+
+import pytest
+
+from spearrl.config import EvalSection
+from spearrl.evaluation import panel_id, success_rate, summarise, wilson
+from spearrl.types import Group, Status, Task, Trajectory
+
+
+def group(number: int, *statuses: Status, stratum: str = "s") -> Group:
+    task = Task(f"t{number}", "val", {"stratum": stratum})
+    return Group(number, task, [Trajectory(task, number, i, number * 10 + i, status=s, info={"score": float(i)}) for i, s in enumerate(statuses)])
+
+
+def test_wilson_by_hand():
+    low, high = wilson(0.5, 100)
+    assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
+    assert wilson(0.0, 10)[0] == 0.0 and wilson(1.0, 10)[1] == 1.0
+
+
+def test_faulty_episodes_are_in_no_rate():
+    groups = [group(0, Status.SUCCESS), group(1, Status.FAILURE), group(2, Status.ENV_ERROR)]
+    rate = success_rate(groups)
+    assert rate.rate == 0.5 and rate.tasks == 2
+    result = summarise(groups, EvalSection(tasks=3), "p")
+    assert result.errors == 1 and result.statuses == {"success": 1, "failure": 1, "env_error": 1}
+
+
+def test_attempts_are_averaged_within_a_task():
+    rate = success_rate([group(0, Status.SUCCESS, Status.FAILURE), group(1, Status.SUCCESS, Status.SUCCESS)])
+    assert rate.rate == 0.75 and rate.tasks == 2
+
+
+def test_strata_are_reported_apart():
+    result = summarise([group(0, Status.SUCCESS, stratum="seen"), group(1, Status.FAILURE, stratum="unseen")], EvalSection(), "p")
+    assert result.strata["seen"].rate == 1.0 and result.strata["unseen"].rate == 0.0
+
+
+def test_the_panel_hash_changes_with_what_defines_it():
+    tasks = [Task("a", "val"), Task("b", "val")]
+    base = panel_id(tasks, EvalSection())
+    assert base == panel_id(tasks, EvalSection())
+    assert len({base, panel_id(tasks[:1], EvalSection()), panel_id(tasks, EvalSection(temperature=1.0)), panel_id(tasks, EvalSection(seed=1))}) == 4

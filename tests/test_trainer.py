@@ -1,0 +1,169 @@
+"""What users rely on, through the real trainer: learning, determinism, resume, self-imitation, faults."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from spearrl.errors import ContractError, RefusedError
+from spearrl.trainer import Trainer
+from tests.small import fingerprint, small_config
+
+
+def events(trainer: Trainer, kind: str) -> list[dict]:
+    lines = (trainer.run.path / "events.jsonl").read_text().splitlines()
+    return [e for e in map(json.loads, lines) if e["event"] == kind]
+
+
+def run(config) -> Trainer:
+    trainer = Trainer(config)
+    trainer.train()
+    trainer.close()
+    return trainer
+
+
+def test_two_runs_of_one_seed_have_identical_parameters(tmp_path):
+    first, second = (run(small_config(tmp_path, name=name)) for name in ("a", "b"))
+    assert fingerprint(first.parts.model) == fingerprint(second.parts.model)
+    other = run(small_config(tmp_path, "run.seed=1", name="c"))
+    assert fingerprint(other.parts.model) != fingerprint(first.parts.model)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    whole = run(small_config(tmp_path, name="whole"))
+    part = Trainer(small_config(tmp_path, name="part"))
+    part._report = lambda kind, values: setattr(part, "stop_requested", kind == "step" and values["step"] == 3)
+    part.train()
+    part.close()
+    assert part.step == 3
+    resumed = Trainer.resume(part.run.path)
+    assert resumed.step == 3
+    resumed.train()
+    resumed.close()
+    assert fingerprint(resumed.parts.model) == fingerprint(whole.parts.model)
+    assert len(resumed.replay) == len(whole.replay)
+    assert resumed.policy_version == whole.policy_version
+
+
+def test_self_imitation_goes_through_the_trainer(tmp_path):
+    """What lies in the buffer is exactly the step's winning trajectories, with the old_logprobs of their own step; it is replayed once, later."""
+    config = small_config(tmp_path, "run.steps=6")
+    trainer = Trainer(config)
+    seen = {}
+    add, drain = trainer.replay.add, trainer.replay.drain
+
+    def spy_add(step, rows, rewards, advantages, old_logprobs):
+        won = {int(t) for t, a in zip(rows.turns.trajectory_ids, advantages, strict=True) if a > 0}
+        for row in range(len(rows)):
+            trajectory = int(rows.trajectory[row])
+            if trajectory in won:
+                mask = rows.padded_mask[row]
+                seen[trajectory] = (step, old_logprobs[row][mask].clone(), rows.pad(rows.token_ids)[row][mask].clone())
+        return add(step, rows, rewards, advantages, old_logprobs)
+
+    replayed = []
+
+    def spy_drain(step, baseline, generator):
+        batch = drain(step, baseline, generator)
+        if batch is not None:
+            replayed.append((step, batch))
+        return batch
+
+    trainer.replay.add, trainer.replay.drain = spy_add, spy_drain
+    trainer.train()
+    trainer.close()
+    assert replayed, "no flush happened: the test would prove nothing"
+    used = []
+    for step, batch in replayed:
+        mask = batch.action_mask
+        assert (batch.advantages[mask] > 0).all()
+        assert (batch.advantages[~mask] == 0).all()
+        for row in range(len(batch.rows)):
+            trajectory = int(batch.rows.trajectory[row])
+            stored_step, old, ids = seen[trajectory]
+            assert stored_step < step
+            assert torch.equal(batch.old_logprobs[row][mask[row]], old)
+            assert torch.equal(batch.rows.pad(batch.rows.token_ids)[row][mask[row]], ids)
+            used.append(trajectory)
+    assert len(used) == len(set(used))
+    lines = events(trainer, "step")
+    assert any(line["replay/rows"] > 0 for line in lines)
+    assert all("sil/loss" in line for line in lines if line["replay/rows"] > 0)
+
+
+def test_the_three_algorithms_differ_only_in_config(tmp_path):
+    prints = {algo: fingerprint(run(small_config(tmp_path, algo=algo, name=algo.replace("+", "-"))).parts.model) for algo in ("grpo", "grpo+sil", "grpo+spear")}
+    assert len(set(prints.values())) == 3
+
+
+def test_observation_tokens_never_train(tmp_path):
+    trainer = Trainer(small_config(tmp_path))
+    update, checked = trainer.parts.learner.update, []
+
+    def spy(on_policy, replay, **settings):
+        for batch in (on_policy, replay):
+            if batch is None:
+                continue
+            ids, mask = batch.rows.pad(batch.rows.token_ids), batch.action_mask
+            text = trainer.parts.tokenizer.decode(ids[mask].tolist())
+            assert "it is" not in text and "want" not in text and "<|user|>" not in text
+            assert (batch.advantages[~mask] == 0).all()
+            checked.append(int(mask.sum()))
+        return update(on_policy, replay, **settings)
+
+    trainer.parts.learner.update = spy
+    trainer.train()
+    trainer.close()
+    assert sum(checked) > 0
+
+
+def test_training_learns_the_toy(tmp_path):
+    config = small_config(tmp_path, "run.steps=25", "eval.every=25", "eval.tasks=24", "rollout.group_size=8", "learner.lr=3e-3")
+    trainer = Trainer(config)
+    trainer.train()
+    trainer.close()
+    curve = [e["success"] for e in events(trainer, "eval")]
+    assert curve[-1] >= min(0.95, curve[0] + 0.2), curve
+
+
+@pytest.mark.parametrize("style", ["chat", "windowed"])
+def test_both_prompt_styles_train(tmp_path, style):
+    trainer = run(small_config(tmp_path, f"env.style={style}", "run.steps=2"))
+    assert trainer.step == 2
+    shapes = {e["rollout/turns"] for e in events(trainer, "step")}
+    assert all(turns >= 1 for turns in shapes)
+
+
+def test_a_broken_environment_costs_its_episodes_only(tmp_path):
+    trainer = run(small_config(tmp_path, "env.options.broken=3", "run.steps=6", "sft.enabled=false"))
+    lost = [e for e in events(trainer, "step") if e.get("rollout/errors", 0) > 0]
+    assert lost and all(e["rollout/groups_lost"] == 1 for e in lost)
+    record = [json.loads(line) for e in lost for line in (trainer.run.path / f"trajectories/step-{e['step']:06d}.jsonl").read_text().splitlines()]
+    assert any("the shelf fell down" in (t["error"] or "") for t in record)
+
+
+def test_a_nan_reward_names_the_environment_and_the_task(tmp_path):
+    config = small_config(tmp_path, "env.options.nan=1", "run.steps=6")
+    trainer = Trainer(config)
+    with pytest.raises(ContractError, match="fetch-1"):
+        trainer.train()
+    trainer.close()
+
+
+def test_the_resolved_config_starts_the_same_run_again(tmp_path):
+    from spearrl.config import load_config
+
+    first = run(small_config(tmp_path, name="first", algo="grpo"))
+    again = load_config(first.run.path / "config.toml", ["run.name=again"])
+    assert fingerprint(run(again).parts.model) == fingerprint(first.parts.model)
+
+
+def test_a_run_directory_is_not_overwritten_or_shared(tmp_path):
+    trainer = Trainer(small_config(tmp_path))
+    with pytest.raises(RefusedError, match="in use"):
+        Trainer.resume(trainer.run.path)
+    trainer.close()
+    with pytest.raises(RefusedError, match="exists"):
+        Trainer(small_config(tmp_path))
