@@ -90,12 +90,12 @@ def starting_model(config: RunConfig, environment: Environment, device: str, rep
     else:
         model, tokenizer = load_model(config.model.path), load_tokenizer(config.model.path)
     if config.sft.enabled:
-        cold_start(config, model.to(device), tokenizer, transcripts, device, report)
+        cold_start(config, model.to(device), tokenizer, transcripts, report=report)
     return model, tokenizer
 
 
-def cold_start(config: RunConfig, model: torch.nn.Module, tokenizer: Any, transcripts: list[Transcript], device: str, report: Report) -> None:
-    """Clone the expert's episodes into `model`, in place."""
+def cold_start(config: RunConfig, model: torch.nn.Module, tokenizer: Any, transcripts: list[Transcript], *, report: Report) -> None:
+    """Clone the expert's episodes into `model`, in place, on the device it is on."""
     seed = config.run.seed
     encoder = ChatEncoder(tokenizer)
     lessons = encode(
@@ -110,7 +110,7 @@ def cold_start(config: RunConfig, model: torch.nn.Module, tokenizer: Any, transc
             "dropped": lessons.dropped,
         },
     )
-    fit(model, lessons, config.sft, config.learner, seed=derive(seed, "sft"), device=device, report=lambda values: report("sft", values))
+    fit(model, lessons, config.sft, config.learner, seed=derive(seed, "sft"), device=str(next(model.parameters()).device), report=lambda values: report("sft", values))
 
 
 def evaluate(config: RunConfig) -> EvalResult:

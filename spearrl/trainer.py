@@ -15,7 +15,7 @@ from spearrl.assembly import Parts, Report, assemble, make_environment, prepare_
 from spearrl.batching import Batch, rows_from_groups
 from spearrl.buffers import BaselineBuffer, ReplayBuffer
 from spearrl.checkpoint import clean, load_state, newest_checkpoint, save_checkpoint, save_state
-from spearrl.config import RunConfig, load_config
+from spearrl.config import RunConfig, check, load_config
 from spearrl.evaluation import EvalResult, choose_panel, numeric_means, run_panel
 from spearrl.models import load_model, load_tokenizer
 from spearrl.run import Run
@@ -37,6 +37,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, *, report: Report = _silent, _run: Run | None = None):
+        check(config)
         self.config = config
         self.run = _run or Run.create(config)
         self.stop_requested = False

@@ -178,6 +178,10 @@ def test_golden_masked_statistics(tree, precision):
     for case in golden(f"masked_stats_{tree}")["cases"]:
         values, mask = torch.tensor(case["values"], dtype=dtype), torch.tensor(case["mask"]).bool()
         mean, variance = masked_moments(values, mask)
+        if mask.sum() < 2:  # the reference raises; one value has no spread, none has no mean either
+            close(torch.stack([mean, variance]), [float(values[mask].sum()), 0.0], rtol=1e-7, atol=1e-7)
+            assert whiten(values, mask).abs().max() < 1e-3
+            continue
         close(mean, case["masked_mean"][precision], **tolerance)
         close(variance, case["masked_var"][precision], **tolerance)
         close(whiten(values, mask)[mask], f64(case["masked_whiten"][precision])[mask], **tolerance)
@@ -288,6 +292,9 @@ def test_a_hundred_thousand_turns_take_milliseconds():
     count = 100_000
     trajectory = torch.arange(count) // 20
     rewards, group, anchor = torch.rand(count), trajectory // 8, torch.randint(0, 2**62, (count,)) % 997
-    start = time.perf_counter()
-    gigpo_advantages(rewards, discounted_returns(rewards, trajectory, 0.95), group, anchor, trajectory_ids=trajectory)
-    assert time.perf_counter() - start < 2.0  # a loop over groups takes minutes; the margin is for busy machines
+    spent = []
+    for _ in range(3):
+        start = time.thread_time()  # processor time: other processes do not count
+        gigpo_advantages(rewards, discounted_returns(rewards, trajectory, 0.95), group, anchor, trajectory_ids=trajectory)
+        spent.append(time.thread_time() - start)
+    assert min(spent) < 0.5  # about 0.03 s; a loop over groups takes many seconds

@@ -21,7 +21,8 @@ LAYERS = [
     {"sft"},
     {"assembly", "plan", "study", "report"},
     {"trainer"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 BUDGETS = {"trainer.py": 250}
 PACKAGE_LINES = 16_000

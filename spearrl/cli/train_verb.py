@@ -35,11 +35,8 @@ def run(args: argparse.Namespace) -> int:
     config = None if args.resume else config_from(args)
     from spearrl.trainer import Trainer
 
-    progress = Progress()
-    if config is None:
-        trainer = Trainer.resume(args.resume, report=progress.report, overrides=args.overrides)
-    else:
-        trainer = Trainer(config, report=progress.report)
+    report = Progress().report
+    trainer = Trainer(config, report=report) if config else Trainer.resume(args.resume, report=report, overrides=args.overrides)
     caught = _stop_gently(trainer)
     path = trainer.run.path
     print(f"run  {path}  (config.toml, events.jsonl, trajectories/, checkpoints/, tb/)", file=sys.stderr)

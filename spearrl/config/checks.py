@@ -46,7 +46,9 @@ def _rollout(config: RunConfig) -> Iterator[Problem]:
         yield Problem(message, f"use rollout.context_tokens={8 * reply}, or fewer reply tokens", keys=("rollout.context_tokens", "rollout.max_reply_tokens"))
     if 0 < total < reply:
         message = f"rollout.max_response_tokens={total} for a whole episode is less than rollout.max_reply_tokens={reply} for one reply"
-        yield Problem(message, f"use rollout.max_response_tokens={8 * reply}, or 0 for no limit", keys=("rollout.max_response_tokens", "rollout.max_reply_tokens"))
+        yield Problem(
+            message, f"use rollout.max_response_tokens={8 * reply}, or 0 for no limit", keys=("rollout.max_response_tokens", "rollout.max_reply_tokens")
+        )
 
 
 def _advantage(config: RunConfig) -> Iterator[Problem]:
@@ -115,8 +117,8 @@ def _replay_never_due(config: RunConfig) -> Iterator[Problem]:
     most = groups * rollout.group_size * (sil.max_age + 2)
     if sil.fill_factor * sil.capacity >= most:
         yield Problem(
-            f"algo.sil.capacity={sil.capacity}: replay starts above {sil.fill_factor * sil.capacity:g} stored trajectories, but in algo.sil.max_age={sil.max_age} "
-            f"steps fewer than {most} are played, so nothing is ever replayed",
+            f"algo.sil.capacity={sil.capacity}: replay starts above {sil.fill_factor * sil.capacity:g} stored trajectories, but within "
+            f"algo.sil.max_age={sil.max_age} steps fewer than {most} are played, so nothing is ever replayed",
             f"use algo.sil.capacity={max(1, groups * rollout.group_size // 4)}",
             keys=("algo.sil.capacity", "algo.sil.max_age"),
         )

@@ -83,4 +83,5 @@ def _key(name: str) -> str:
 
 def _line(name: str, value: Any, dotted: str, comments: Mapping[str, str] | None) -> str:
     text = f"{_key(name)} = {toml_value(value)}"
-    return f"{text}  # {comments[dotted]}" if comments and dotted in comments else text
+    comment = "".join(c if c.isprintable() else "?" for c in (comments or {}).get(dotted, ""))
+    return f"{text}  # {comment}" if comment else text

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
+from collections.abc import Iterator
 from functools import cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from spearrl.config.sections import ENVIRONMENT, PLAIN_TEXT, RUN_NAME, RunConfig, Section
 
@@ -71,27 +72,21 @@ def dotted(key: Key) -> str:
 
 @cache
 def sections() -> dict[Key, type[Section]]:
-    """Every section by its key; () is the whole config. A parent comes before its children."""
-    found: dict[Key, type[Section]] = {(): RunConfig}
-    queue: list[Key] = [()]
-    while queue:
-        parent = queue.pop(0)
-        for name, info in found[parent].model_fields.items():
-            if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-                found[(*parent, name)] = info.annotation
-                queue.append((*parent, name))
-    return found
+    """Every section by its key; () is the whole config. A parent comes just before its children."""
+    return dict(_below((), RunConfig))
+
+
+def _below(key: Key, section: type[Section]) -> Iterator[tuple[Key, type[Section]]]:
+    yield key, section
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            yield from _below((*key, name), info.annotation)
 
 
 @cache
 def leaves() -> dict[Key, FieldInfo]:
     """Every setting that is a value, by its key."""
-    return {
-        (*parent, name): info
-        for parent, model in sections().items()
-        for name, info in model.model_fields.items()
-        if (*parent, name) not in sections()
-    }
+    return {(*parent, name): info for parent, model in sections().items() for name, info in model.model_fields.items() if (*parent, name) not in sections()}
 
 
 def base_type(info: FieldInfo) -> Any:
@@ -138,13 +133,16 @@ def nearest(key: Key) -> str:
     wrong = key[len(parent)][:80]
     siblings = list(sections()[parent].model_fields)
     elsewhere = [text for text, k in known.items() if k[-1] == name]
-    if near := difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.75):
-        rest = (*parent, near[0], *key[len(parent) + 1 :])
-        found = [dotted(rest if rest in leaves() else (*parent, near[0]))]
+    near = difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.75)
+    moved = (*parent, *near, *key[len(parent) + 1 :])
+    if moved in leaves():
+        found = [dotted(moved)]
     elif elsewhere:
         found = elsewhere[:2]
-    elif name in _ELSEWHERE or wrong in _ELSEWHERE:
-        found = [_ELSEWHERE.get(name) or _ELSEWHERE[wrong]]
+    elif near:
+        found = [dotted((*parent, *near))]
+    elif alias := difflib.get_close_matches(name, _ELSEWHERE, n=1, cutoff=0.85) or difflib.get_close_matches(wrong, _ELSEWHERE, n=1, cutoff=0.85):
+        found = [_ELSEWHERE[alias[0]]]
     else:
         found = difflib.get_close_matches(dotted(key)[:160], known, n=1, cutoff=0.7) or [
             dotted((*parent, s)) for s in difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.55)
@@ -158,6 +156,5 @@ def nearest(key: Key) -> str:
 def _described(key: Key) -> str:
     if key in sections():
         return f"the section {dotted(key)}"
-    default = default_of(leaves()[key])
-    shown = "" if default is PydanticUndefined else f", default {'none' if default is None else default}"
-    return f"{dotted(key)} ({constraint(leaves()[key])}{shown})"
+    default = json.dumps(default_of(leaves()[key]))
+    return f"{dotted(key)} ({constraint(leaves()[key])}, default {default})"

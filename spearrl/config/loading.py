@@ -141,10 +141,10 @@ def _value(key: Key, raw: str) -> Any:
 
 
 def _flatten(key: Key, value: Any) -> Iterator[tuple[Key, Any]]:
-    """The single settings of a tree. Tables are entered where sections are; other tables stay values."""
-    inside_free = key[: len(FREE)] == FREE
-    deep = inside_free and len(key) - len(FREE) > MAX_OPTION_DEPTH
-    if not isinstance(value, dict) or deep or not (key in sections() or inside_free) or (inside_free and key != FREE and not value):
+    """The single settings of a tree. Tables of unknown names, and those nested too deeply, stay whole."""
+    free = len(key) - len(FREE) if key[: len(FREE)] == FREE else 0
+    known = key in sections() or key in leaves() or 0 < free <= MAX_OPTION_DEPTH
+    if not isinstance(value, dict) or not known or not (value or key in sections() or key == FREE):
         yield key, value
         return
     for name, item in value.items():
@@ -210,7 +210,7 @@ def _merge(layers: Sequence[Sequence[_Setting]], problems: list[Problem]) -> dic
         _leave_environment(settings, layer)
         layer = _with_modules(layer, problems)
         for setting in layer:
-            for key in [k for k in settings if _overlap(k, setting.key)]:
+            for key in [k for k in settings if _overlap(k, setting.key)] if setting.key[: len(FREE)] == FREE else ():
                 del settings[key]
             settings[setting.key] = setting
     return settings

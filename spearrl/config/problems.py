@@ -21,14 +21,20 @@ class Problem:
 
     def __str__(self) -> str:
         fix = self.fix if self.fix.startswith("did you mean") else f"fix: {self.fix}"
-        return f"{self.where}: {self.message}\n  {fix}" if self.where else f"{self.message}\n  {fix}"
+        text = f"{self.where}: {self.message}" if self.where else self.message
+        return f"{_printable(text)}\n  {_printable(fix)}"
+
+
+def _printable(text: str) -> str:
+    """Control characters escaped: file names and keys may hold what drives a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", errors="replace").decode() for c in text)
 
 
 def raise_all(problems: Sequence[Problem]) -> None:
     """Raise ConfigError listing every problem; return where there is none."""
     if not problems:
         return
-    lines = ["settings", *(str(problem) for problem in problems[:SHOWN])]
+    lines = ["invalid settings", *(str(problem) for problem in problems[:SHOWN])]
     if len(problems) > SHOWN:
         lines.append(f"… and {len(problems) - SHOWN} more")
     lines.append(f"{len(problems)} error{'s' if len(problems) > 1 else ''}; nothing was started.")

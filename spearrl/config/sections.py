@@ -64,7 +64,9 @@ class TinySection(Section):
 
 
 class ModelSection(Section):
-    path: str = Field("tiny", pattern=PLAIN_TEXT, description='Model directory of any causal language model, or "tiny": build one from scratch for this environment.')
+    path: str = Field(
+        "tiny", pattern=PLAIN_TEXT, description='Model directory of any causal language model, or "tiny": build one from scratch for this environment.'
+    )
     tiny: TinySection = Field(default_factory=TinySection, description="Shape of the tiny model.")
 
 
@@ -100,7 +102,9 @@ class PolicySection(Section):
     clip_low: float = Field(0.2, gt=0, lt=1, description="Lower clip of the probability ratio.")
     clip_high: float = Field(0.2, gt=0, description="Upper clip of the probability ratio.")
     dual_clip: float | None = Field(10.0, gt=1, description="Dual-clip bound c on the loss of negative advantages; none: off.")
-    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field("token-mean", description="How token losses become one number.")
+    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
+        "token-mean", description="How token losses become one number."
+    )
     horizon: int = Field(512, ge=1, description="Tokens that seq-mean-token-sum-norm divides by (the longest response).")
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
 
@@ -119,11 +123,13 @@ class ScheduleSection(Section):
 
 class SilSection(Section):
     enabled: bool = Field(False, description="Self-imitation: replay the agent's own good trajectories.")
-    capacity: int = Field(2048, ge=1, description="Replay units drawn at most per flush.")
+    capacity: int = Field(64, ge=1, description="Replay units drawn at most per flush.")
     baseline_capacity: int = Field(10240, ge=1, description="Group baselines kept for the P50 recalibration.")
     max_age: int = Field(5, ge=0, description="Steps a stored trajectory stays usable.")
     fill_factor: float = Field(1.5, gt=0, description="A flush is due when more than fill_factor x capacity stored units beat the baseline.")
-    recalibration: Literal["median", "decay"] = Field("median", description='"median": advantage = reward − P50 of recent group means; "decay": old advantage x decay.')
+    recalibration: Literal["median", "decay"] = Field(
+        "median", description='"median": advantage = reward − P50 of recent group means; "decay": old advantage x decay.'
+    )
     decay: float = Field(1.0, gt=0, le=1, description='Factor of recalibration="decay".')
     normalize_std: bool = Field(False, description="Divide recalibrated advantages by the P50 of group deviations.")
     keep_zero: bool = Field(False, description="Keep units whose recalibrated advantage is exactly 0.")
@@ -131,7 +137,9 @@ class SilSection(Section):
     subset: Literal["all", "power_of_two"] = Field("all", description="Replay up to capacity units, or the largest power of two of them.")
     min_rows: int = Field(1, ge=1, description="Fewer replay rows than this: no replay this step.")
     unit: Literal["trajectory", "row"] = Field("trajectory", description="What is stored and drawn: whole trajectories or single rows.")
-    update: Literal["alternating", "joint"] = Field("alternating", description="Replay in optimiser steps of its own, or in one objective with the on-policy batch.")
+    update: Literal["alternating", "joint"] = Field(
+        "alternating", description="Replay in optimiser steps of its own, or in one objective with the on-policy batch."
+    )
     reward_scale: float = Field(1.0, gt=0, description="Recalibrated advantages are divided by this (10: rewards of 0/10 become 0/1).")
     gamma: ScheduleSection = Field(default_factory=ScheduleSection, description="Schedule of the replay weight γ: warm-up.")
 
@@ -153,7 +161,9 @@ class ClipCovSection(Section):
     replay_ratio: float = Field(0.02, gt=0, le=1, description="ratio for replayed tokens.")
     replay_lower: float = Field(2.0, description="lower for replayed tokens.")
     replay_upper: float = Field(60.0, description="upper for replayed tokens.")
-    scope: Literal["mini_batch", "micro_batch"] = Field("mini_batch", description="Tokens a selection is made over; micro_batch depends on the micro-batch size (as released).")
+    scope: Literal["mini_batch", "micro_batch"] = Field(
+        "mini_batch", description="Tokens a selection is made over; micro_batch depends on the micro-batch size (as released)."
+    )
 
 
 class FilterSection(Section):
@@ -165,7 +175,7 @@ class FilterSection(Section):
 
 
 class AlgoSection(Section):
-    name: str = Field("grpo+spear", description="base[+module...]; sets fields of this section before your own settings do.")
+    name: str = Field("grpo", description="base[+module...]; sets fields of this section before your own settings do.")
     advantage: AdvantageSection = Field(default_factory=AdvantageSection, description="Group advantages.")
     policy: PolicySection = Field(default_factory=PolicySection, description="Policy loss, on-policy and replay.")
     sil: SilSection = Field(default_factory=SilSection, description="Self-imitation.")

@@ -15,6 +15,7 @@ _KEY = rf"{_PART}(?:[ \t]*\.[ \t]*{_PART})*"
 _HEADER = re.compile(rf"[ \t]*\[\[?[ \t]*({_KEY})[ \t]*\]")
 _ASSIGNMENT = re.compile(rf"[ \t]*({_KEY})[ \t]*=")
 _TOKEN = re.compile(r'"""|\'\'\'|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*|[\[\]{}]')
+_LONG_KEY = re.compile(r"""(?<![\w"'-])(?:[\w"'-]+[ \t]*\.[ \t]*){64}""")
 _AT = re.compile(r" \(at line (\d+), column \d+\)$")
 
 
@@ -32,7 +33,7 @@ class Source:
 
 def read(path: str | Path) -> Source | Problem:
     """The file, or what is wrong with it. A directory stands for the config.toml in it."""
-    name = str(path)
+    name = str(path)[:300]
     try:
         file = Path(path)
         if file.is_dir():
@@ -45,7 +46,7 @@ def read(path: str | Path) -> Source | Problem:
         with file.open("rb") as handle:
             raw = handle.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        return Problem(f"cannot be read: {getattr(error, 'strerror', None) or error}", "use a readable TOML file", name.replace("\0", "\\0")[:200])
+        return Problem(f"cannot be read: {getattr(error, 'strerror', None) or error}", "use a readable TOML file", name)
     if len(raw) > MAX_BYTES:
         return Problem(f"is larger than {MAX_BYTES >> 20} MiB, which no config is", "use a config file, not a data file", name)
     try:
@@ -57,6 +58,9 @@ def read(path: str | Path) -> Source | Problem:
 
 def parse(text: str, name: str) -> Source | Problem:
     """The TOML text, or its first syntax error."""
+    if found := _LONG_KEY.search(text):  # tomllib takes quadratic time on these
+        line = text.count("\n", 0, found.start()) + 1
+        return Problem("a key of more than 64 parts is nested too deeply", "use plain tables such as [rollout]", f"{name}:{line}")
     try:
         return Source(name, tomllib.loads(text), _lines_of(text))
     except tomllib.TOMLDecodeError as error:
@@ -75,7 +79,7 @@ def _syntax_problem(text: str, name: str, message: str) -> Problem:
     where = f"{name}:{line}"
     what = _AT.sub("", message).removesuffix(" (at end of document)")
     if "overwrite" in what or "twice" in what or "Cannot declare" in what or "mutate" in what:
-        return Problem(f"{shown!r} sets a key or table that is set already", "fix: give each key and each [table] once".removeprefix("fix: "), where)
+        return Problem(f"{shown!r} sets a key or table that is set already", "give each key and each [table] once", where)
     if name.endswith((".yaml", ".yml", ".json")):
         return Problem("is not TOML", "use TOML: [rollout] on one line, group_size = 8 on the next", where)
     if "Invalid value" in what and "=" in shown:

@@ -16,7 +16,7 @@ _YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 def wrong_value(key: str, info: FieldInfo, value: Any, where: str) -> Problem:
     """The problem of a value that its setting refuses."""
-    return Problem(f"{key} = {shorten(value)} is not possible: it is {constraint(info)}", _fix(key, info, value), where, (key,))
+    return Problem(f"{key} = {shorten(value)} does not fit; expected {constraint(info)}", _fix(key, info, value), where, (key,))
 
 
 def shorten(value: Any) -> str:
@@ -42,9 +42,9 @@ def _fix(key: str, info: FieldInfo, value: Any) -> str:
         return f"use {key}={int(value)}, without a fraction"
     if kind is str and not isinstance(value, str):
         return f'use {key}="…", in quotes'
-    finite = "a finite " if kind is float and isinstance(value, float) else ""
+    article = {int: "an ", float: "a finite " if isinstance(value, float) else "a "}.get(kind, "")
     default = default_of(info)
-    return f"use {finite}{constraint(info)}" + (f" (default {'none' if default is None else default})" if default != "" else "")
+    return f"use {article}{constraint(info)}" + (f" (default {toml_value(default)})" if default != "" else "")
 
 
 def _number(text: str, kind: type) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from spearrl.batching import Batch, Rows, forward_inputs, micro_batches, mini_batches
 from spearrl.config import LearnerSection
 from spearrl.errors import CheckpointError, ConfigError
+from spearrl.learner.attention import Float32Attention
 from spearrl.learner.logprobs import token_logprobs
 from spearrl.learner.minibatch import LossInputs, Share, Tally, dropped_tokens, row_keys, split_objectives
 from spearrl.learner.optimizer import learning_rate, load_optimizer, make_optimizer, save_optimizer
@@ -155,47 +156,41 @@ class LocalLearner:
             inputs = LossInputs.of(batch, self.device)
             logprobs, entropy = self._forward(batch.rows)
             tokens = float(inputs.action_mask.sum())
+            mean_entropy = float(entropy.detach().sum()) / max(tokens, 1.0)
             total: torch.Tensor = logprobs.new_zeros(())
             for i, (objective, factor) in enumerate(share.objectives):
-                drop = drops[i][index.to(self.device), : logprobs.shape[1]] if i in drops else None
-                if i in share.scope("micro_batch") and objective.clip_cov is not None:
-                    drop = dropped_tokens(inputs, logprobs.detach(), objective, objective.clip_cov, share.seed)
+                drop = drops[i]
+                drop = None if drop is None else drop[index.to(self.device), : logprobs.shape[1]]
+                if i in share.scope("micro_batch"):
+                    drop = dropped_tokens(objective, inputs, logprobs.detach(), share.seed)
                 needed = entropy if objective.needs_entropy else None
                 loss, metrics = objective.loss(inputs, logprobs, denominator=denominators[i], drop=drop, entropy=needed)
                 total = total + factor * loss
                 losses[i] += float(loss.detach())
-                tally.add(objective.kind, _without(metrics, "loss"), tokens)
-                tally.add(objective.kind, {"entropy": float(entropy.detach().sum()) / max(tokens, 1.0)}, tokens)
-                if drop is not None:
-                    tally.add(objective.kind, {"dropped": float(drop.sum()) / max(tokens, 1.0)}, tokens)
+                tally.add(objective.kind, {**metrics, "entropy": mean_entropy}, tokens)
             total.backward()
         for (objective, _), loss in zip(share.objectives, losses, strict=True):
             tally.add(objective.kind, {"loss": loss}, 1.0)
         return sum(factor * loss for (_, factor), loss in zip(share.objectives, losses, strict=True))
 
-    def _selection(self, share: Share) -> dict[int, torch.Tensor]:
+    def _selection(self, share: Share) -> dict[int, torch.Tensor | None]:
         """Tokens dropped per objective, chosen over the whole mini-batch on current log-probabilities."""
         chosen = share.scope("mini_batch")
         if not chosen:
-            return {}
+            return dict.fromkeys(range(len(share.objectives)))
         inputs = LossInputs.of(share.batch, self.device)
         if share.current:
             logprobs = inputs.old_logprobs
         else:
             logprobs = self.logprobs(share.batch.rows).to(self.device)
             self.model.train(self.settings.gradient_checkpointing)
-        found = {}
-        for i in chosen:
-            objective, _ = share.objectives[i]
-            if objective.clip_cov is not None:
-                found[i] = dropped_tokens(inputs, logprobs, objective, objective.clip_cov, share.seed)
-        return found
+        return {i: dropped_tokens(o, inputs, logprobs, share.seed) if i in chosen else None for i, (o, _) in enumerate(share.objectives)}
 
     def _forward(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropies [b, T] of action tokens, 0 elsewhere."""
         inputs = forward_inputs(rows)
         head = self.model.get_output_embeddings()
-        with self._autocast():
+        with self._precision():
             states = self.model.base_model(input_ids=inputs.token_ids.to(self.device), use_cache=False).last_hidden_state
         hidden = states.reshape(-1, states.shape[-1])[inputs.source.to(self.device)]
         values = token_logprobs(
@@ -205,8 +200,14 @@ class LocalLearner:
         logprobs, entropies = (v.new_zeros(len(rows) * rows.width).index_copy(0, place, v).view(len(rows), rows.width) for v in values)
         return logprobs, entropies
 
-    def _autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16)
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self._bf16:
+                stack.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
+            if self._bf16 and self.device.type == "cpu":
+                stack.enter_context(Float32Attention())
+            yield
 
     def _rate(self, step: int) -> float:
         return learning_rate(step, self.settings, self.total_steps)
@@ -233,10 +234,6 @@ def _shares(batch: Batch, objectives: list[tuple[Objective, float]], parts: int,
         return []
     pieces = [batch.select(index.sort().values) for index in mini_batches(row_keys(batch.rows.uid, seed), parts)]
     return [Share(piece, objectives, derive(seed, number), current) for number, piece in enumerate(pieces) if bool(piece.action_mask.any())]
-
-
-def _without(metrics: dict[str, float], name: str) -> dict[str, float]:
-    return {key: value for key, value in metrics.items() if key != name}
 
 
 def _logprob_dtype(model: torch.nn.Module) -> torch.dtype:

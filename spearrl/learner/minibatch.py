@@ -11,7 +11,7 @@ import torch
 
 from spearrl.batching import Batch, denominator
 from spearrl.errors import ConfigError
-from spearrl.losses import ClipCov, Objective, counter_keys, covariance_selection
+from spearrl.losses import Objective, counter_keys
 from spearrl.seeds import derive
 
 TRAINED_ON = {"policy": "on_policy", "sft": "on_policy", "sil": "replay"}
@@ -66,26 +66,10 @@ def row_keys(uid: torch.Tensor, seed: int) -> torch.Tensor:
     return counter_keys(derive(seed, "mini-batch"), uid, 1).flatten()
 
 
-def dropped_tokens(inputs: LossInputs, logprobs: torch.Tensor, objective: Objective, clip_cov: ClipCov, seed: int) -> torch.Tensor:
-    """bool [B, T], the tokens that covariance clipping (arXiv 2505.22617) takes out of the loss.
-
-    Tokens that PPO's clip already stops are no candidates. The draw is a hash of seed, row and position: order and padding do not matter.
-    """
-    log_ratio = torch.where(inputs.action_mask, logprobs - inputs.old_logprobs, 0.0)
-    ratio = log_ratio.clamp(-20, 20).exp()
-    over = (inputs.advantages > 0) & (ratio > 1 + objective.clip_high)
-    under = (inputs.advantages < 0) & (ratio < 1 - objective.clip_low)
-    keys = counter_keys(derive(seed, "clip-cov", objective.kind), inputs.uid, logprobs.shape[1]).to(logprobs.device)
-    return covariance_selection(
-        logprobs,
-        inputs.advantages,
-        inputs.action_mask,
-        ratio=clip_cov.ratio,
-        lower=clip_cov.lower,
-        upper=clip_cov.upper,
-        exclude=over | under,
-        keys=keys,
-    )
+def dropped_tokens(objective: Objective, inputs: LossInputs, logprobs: torch.Tensor, seed: int) -> torch.Tensor | None:
+    """bool [B, T], what covariance clipping takes out of the loss; the draw is a hash of seed, row and position, so order and padding do not matter."""
+    keys = counter_keys(derive(seed, "clip-cov", objective.kind), inputs.uid.to(logprobs.device), logprobs.shape[1])
+    return objective.selection(inputs, logprobs, keys=keys)
 
 
 @dataclass

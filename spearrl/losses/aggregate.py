@@ -37,7 +37,7 @@ def aggregate(values: Tensor, mask: Tensor, mode: str, *, horizon: float | None 
     if denominator is not None:
         return numerator / (denominator or 1.0)  # 0: a mini-batch without tokens, whose numerator is 0
     if mode == "token-mean":
-        return numerator / (mask.sum() + 1e-8)
+        return numerator / (mask.sum().to(values.dtype) + 1e-8)
     if mode != "seq-mean-token-sum-norm":
         return numerator / max(len(mask), 1)
     if not horizon:
@@ -55,4 +55,4 @@ def token_means(mask: Tensor, values: Mapping[str, Tensor]) -> dict[str, float]:
     """Means over the mask as floats, with one transfer from the device."""
     live = mask.bool()
     sums = torch.stack([torch.where(live, value.double(), 0.0).sum() for value in values.values()])
-    return dict(zip(values, (sums / (live.sum() + 1e-8)).tolist(), strict=True))
+    return dict(zip(values, (sums / (live.sum().double() + 1e-8)).tolist(), strict=True))

@@ -72,9 +72,7 @@ def clip_cov_loss(
     Args (all [B, T]): as `clipped_policy_loss` and `covariance_selection`; dropped_fraction is the share of tokens drawn or in `drop`.
     """
     exclude = clipped_tokens(logprobs, old_logprobs, advantages, action_mask, clip_low=clip_low, clip_high=clip_high)
-    drawn = covariance_selection(
-        logprobs, advantages, action_mask, ratio=ratio, lower=lower, upper=upper, exclude=exclude, generator=generator, keys=keys
-    )
+    drawn = covariance_selection(logprobs, advantages, action_mask, ratio=ratio, lower=lower, upper=upper, exclude=exclude, generator=generator, keys=keys)
     return clipped_policy_loss(
         logprobs,
         old_logprobs,
@@ -111,8 +109,8 @@ def kl_cov_loss(
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     live = mask.flatten().nonzero()[:, 0]
     quota = max(int(ratio * len(live)), 1)
-    order = _covariance(logprobs, advantages, mask).flatten()[live].argsort(descending=True, stable=True)
-    selected = _at(live[order[:quota]], mask)
+    highest = _covariance(logprobs, advantages, mask).flatten()[live].topk(min(quota, len(live))).indices
+    selected = _at(live[highest], mask)
     loss = -advantages * log_ratio.clamp(-FLOAT32_LOG_LIMIT, FLOAT32_LOG_LIMIT).exp() + torch.where(selected, kl_coef * log_ratio.abs(), 0.0)
     metrics = {"penalised_fraction": selected, "approx_kl": -log_ratio, "abs_log_ratio": log_ratio.abs()}
     metrics["dropped_fraction"] = torch.zeros_like(mask) if drop is None else drop
@@ -133,11 +131,12 @@ def counter_keys(seed: int, uids: Tensor, width: int) -> Tensor:
 @torch.no_grad()
 def _covariance(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """Centred product per token, float64 [B, T]; means over the mask, 0 outside."""
-    centred = []
+    count = mask.sum().clamp(min=1)
+    product = mask.double()
     for values in (advantages, logprobs):
         values = torch.where(mask, values, 0.0).double()
-        centred.append(torch.where(mask, values - aggregate(values, mask, "token-mean"), 0.0))
-    return centred[0] * centred[1]
+        product = product * (values - values.sum() / count)
+    return product
 
 
 def _at(positions: Tensor, like: Tensor) -> Tensor:

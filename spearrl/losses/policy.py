@@ -45,9 +45,7 @@ def clipped_policy_loss(
 
 
 @torch.no_grad()
-def clipped_tokens(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, action_mask: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2
-) -> Tensor:
+def clipped_tokens(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, action_mask: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2) -> Tensor:
     """bool [B, T]: tokens whose gradient PPO's clip has already removed. All arguments [B, T]."""
     mask = action_mask.bool()
     _, unclipped, clipped = _surrogates(logprobs, old_logprobs, torch.where(mask, advantages, 0.0), mask, (1 - clip_low, 1 + clip_high))

@@ -10,7 +10,7 @@ from typing import Any
 from spearrl.envs.webshop.catalogue import Product
 from spearrl.envs.webshop.goals import NO_LIMIT
 from spearrl.envs.webshop.pages import Session
-from spearrl.envs.webshop.render import Page
+from spearrl.envs.webshop.render import Move, Page
 
 WORD = re.compile(r"[^\W_]+(?:[.'][^\W_]+)*")
 FILLER = frozenset(("find", "me", "a", "an", "with", "for", "and", "the", "i", "am", "im", "i'm", "is", "that", "looking", "want", "need", "some", "of"))
@@ -47,9 +47,9 @@ class Short:
 
     title: str  # with the price
     options: str  # one line a group
-    actions: dict[str, str]  # of its item page: shown action -> the simulator's
+    labels: dict[str, str]  # of its item page: shown label -> the simulator's name
     admissible: tuple[str, ...]
-    labels: dict[str, str]  # option value -> its label
+    values: dict[str, str]  # option value -> its label
 
 
 class CompactRenderer:
@@ -59,22 +59,22 @@ class CompactRenderer:
         self._title_words, self._ids = title_words, ids
         self._shorts: dict[str, Short] = {}
 
-    def show(self, session: Session, goal: dict[str, Any], score: float | None, changed: bool) -> Page:
-        """The page of `session`; `changed=False` (the action was impossible) shows one word instead."""
-        body, actions, admissible = self._page(session)
-        first = session.page == "index"
+    def show(self, session: Session, goal: dict[str, Any], move: Move) -> Page:
+        """The page of `session`, or only what changed: one word after an impossible action, the choice after an option click."""
+        body, labels, admissible = self._page(session)
+        option = move.option
         full = body + "".join(f"\n chosen {words(name)}: {self._label(session, value)}" for name, value in session.options.items())
-        if not changed:
-            return Page("invalid", full, full, admissible, actions)
-        text = f"{short_instruction(goal)}\n{body}" if first else body
-        return Page(text, full, full, admissible, actions)
-
-    def chosen(self, session: Session, page: Page, option: tuple[str, str]) -> Page:
-        """The page after an option click: only what was chosen."""
-        return Page(f"chosen {words(option[0])}: {self._label(session, option[1])}", page.body, page.anchor, page.admissible, page.actions)
+        if not move.changed:
+            text = "invalid"
+        elif option is not None:
+            text = f"chosen {words(option)}: {self._label(session, session.options[option])}"
+        else:
+            text = body
+        instruction = f"{short_instruction(goal)}\n" if session.page == "index" and move.changed else ""
+        return Page(instruction + text, text, full, admissible, labels)
 
     def _label(self, session: Session, value: str) -> str:
-        return self.short(session.product).labels.get(value, value) if session.product else value
+        return self.short(session.product).values.get(value, value) if session.product else value
 
     def short(self, product: Product) -> Short:
         found = self._shorts.get(product["asin"])
@@ -84,47 +84,49 @@ class CompactRenderer:
 
     def _shorten(self, product: Product) -> Short:
         title = " ".join([*words(product["Title"]).split()[: self._title_words], f"${math.ceil(max(product['pricing']))}"])
-        actions = {f"click[{label}]": f"click[{name}]" for label, name in BUTTONS.items()}
-        labels: dict[str, str] = {}
+        labels, spelled = dict(BUTTONS), {}
         for value in (value for values in product["options"].values() for value in values if value):
-            if value not in labels:
-                labels[value] = _free(words(value), actions)
-                actions[f"click[{labels[value]}]"] = f"click[{value}]"
+            if value not in spelled:
+                spelled[value] = _free(words(value), labels)
+                labels[spelled[value]] = value
         lines = []
         for name, values in product["options"].items():
-            shown = [labels[value] for value in values if value]
+            shown = [spelled[value] for value in values if value]
             lines.append(f"\n {words(name)}: " + (", " if any(" " in label for label in shown) else " ").join(shown))
-        return Short(title, "".join(lines), actions, tuple(actions), labels)
+        return Short(title, "".join(lines), labels, _clicks(labels), spelled)
 
     def _page(self, session: Session) -> tuple[str, dict[str, str], tuple[str, ...]]:
         if session.page == "item" and session.product is not None:
             short = self.short(session.product)
-            return f"item {short.title}{short.options}\n buy", short.actions, short.admissible
+            return f"item {short.title}{short.options}\n buy", short.labels, short.admissible
         if session.page == "results":
             return self._results(session)
         if session.page in ("index", "done"):
             return ("search", {}, ("search[<your query>]",)) if session.page == "index" else ("done", {}, ())
-        actions = {f"click[{label}]": f"click[{BUTTONS[label]}]" for label in ("back", "prev")}
-        return f"{session.page} {_detail(session)}\n prev", actions, tuple(actions)
+        labels = {label: BUTTONS[label] for label in ("back", "prev")}
+        return f"{session.page} {_detail(session)}\n prev", labels, _clicks(labels)
 
     def _results(self, session: Session) -> tuple[str, dict[str, str], tuple[str, ...]]:
-        buttons = {"back": "back to search", "prev": "< prev", "next": "next >"} if session.number > 1 else {"back": "back to search", "next": "next >"}
-        actions = {f"click[{label}]": f"click[{name}]" for label, name in buttons.items()}
+        labels = {"back": "back to search", "prev": "< prev", "next": "next >"} if session.number > 1 else {"back": "back to search", "next": "next >"}
         lines = [f"page {session.number}"]
         for place, product in enumerate(session.visible(), 1):
             label = str(place) if self._ids == "position" else product["asin"].lower()
-            actions[f"click[{label}]"] = f"click[{product['asin'].lower()}]"
+            labels[label] = product["asin"].lower()
             lines.append(f"\n {label} {self.short(product).title}")
-        return "".join([*lines, "\n prev next" if session.number > 1 else "\n next"]), actions, tuple(actions)
+        return "".join([*lines, "\n prev next" if session.number > 1 else "\n next"]), labels, _clicks(labels)
 
 
 def _free(label: str, taken: dict[str, str]) -> str:
     """`label`, numbered where another option of the product already has it."""
     number, wanted = 1, label
-    while f"click[{label}]" in taken:
+    while label in taken:
         number += 1
         label = f"{wanted} {number}"
     return label
+
+
+def _clicks(labels: dict[str, str]) -> tuple[str, ...]:
+    return tuple(f"click[{label}]" for label in labels)
 
 
 def _detail(session: Session) -> str:

@@ -35,6 +35,7 @@ class Session:
     product: Product | None = None
     options: dict[str, str] = field(default_factory=dict)
     opened: set[str] = field(default_factory=set)  # asins
+    chose: str | None = None  # the option that the last click picked
 
     def visible(self) -> list[Product]:
         """The products on the results page shown."""
@@ -51,18 +52,18 @@ class Session:
             return item_targets(self.product, self.show_attrs)
         return {} if self.page == "done" else {"back to search": None, "< prev": None}
 
-    def play(self, text: str) -> bool:
-        """Play `search[words]` or `click[name]`; False, and nothing changed, where that is impossible here."""
-        action = parse_action(text)
-        if action is None or self.page == "done":
+    def play(self, kind: str, argument: str) -> bool:
+        """Play "search" (on any page) or "click"; False, and nothing changed, where that is impossible here."""
+        self.chose = None
+        if self.page == "done" or not argument:
             return False
-        if action[0] == "search":
-            self._search(action[1])
+        if kind == "search":
+            self._search(argument)
             return True
         targets = self.targets()
-        if action[0] != "click" or action[1] == "search" or action[1] not in targets:
+        if kind != "click" or argument == "search" or argument not in targets:
             return False
-        self._click(action[1], targets[action[1]])
+        self._click(argument, targets[argument])
         return True
 
     def _search(self, words: str) -> None:
@@ -91,6 +92,7 @@ class Session:
         elif name in SUB_PAGES:
             self.page = name
         elif option is not None:
+            self.chose = option[0]
             self.options[option[0]] = option[1]
         else:
             self._open(name.upper())

@@ -18,10 +18,19 @@ class Page:
     """What one state looks like to the policy."""
 
     text: str  # Observation.text
-    body: str  # the page without the instruction: later chat turns and windowed prompts
-    anchor: str  # what GiGPO compares states by
+    chat: str  # what later turns of a chat show: no instruction
+    body: str  # the whole page without the instruction: windowed prompts, and what GiGPO compares states by
     admissible: tuple[str, ...]
-    actions: dict[str, str] | None = None  # shown action -> the simulator's, where they differ
+    labels: dict[str, str] | None = None  # shown label -> the simulator's name, where they differ
+
+
+@dataclass(slots=True, frozen=True)
+class Move:
+    """What the last action did."""
+
+    changed: bool = True  # False: it was impossible
+    option: str | None = None  # name of the option it chose
+    score: float | None = None  # of the purchase it made
 
 
 @dataclass(slots=True, frozen=True)
@@ -41,14 +50,14 @@ class OriginalRenderer:
         self._rich, self._show_attrs = rich, show_attrs
         self._fragments: dict[str, Fragment] = {}
 
-    def show(self, session: Session, goal: dict[str, Any], score: float | None, changed: bool) -> Page:
-        """The page of `session`. `score`: the purchase's, on the page after it. `changed` matters to other renderers only."""
+    def show(self, session: Session, goal: dict[str, Any], move: Move) -> Page:
+        """The whole page of `session`, whatever the move was."""
         head = "" if session.page == "done" else f"Instruction:{SEP}{goal['instruction_text']}{SEP}"
         head = f"WebShop{SEP}{head}" if session.page == "index" else head
-        plain, quoted = self._strings(session, score)
+        plain, quoted = self._strings(session, move.score)
         if not self._rich:
-            return Page(head + plain, quoted, quoted, self._admissible(session))
-        body = "".join(f"{line}\n" for line in _rich_body(session, score))
+            return Page(head + plain, plain, quoted, self._admissible(session))
+        body = "".join(f"{line}\n" for line in _rich_body(session, move.score))
         above = "" if session.page == "done" else _rich_head(session, goal["instruction_text"])
         return Page(above + body, body, body, self._admissible(session))
 

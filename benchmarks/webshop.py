@@ -1,0 +1,67 @@
+"""Time of a WebShop step and reset: median and 99th percentile, beside the 25 ms a step of the original simulator takes.
+
+    python benchmarks/webshop.py [--episodes 300] [--data FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+from spearrl.envs import make
+from spearrl.types import Reply
+
+ORIGINAL_MS = 25.0  # the original's Flask, Jinja and BeautifulSoup, per step
+SHARED = Path(os.environ.get("SPEARRL_SHARED", Path(__file__).resolve().parents[1] / ".." / "shared")) / "data" / "webshop"
+
+
+def play(data: str | None, observation: str, episodes: int) -> None:
+    """Play the noisy expert and print one line."""
+    start = time.perf_counter()
+    shop = make("webshop", data=data, observation=observation, reply="plain")
+    tasks = shop.tasks("train")
+    loading = 1e3 * (time.perf_counter() - start)
+    slot = shop.spawn()
+    slot.expert_noise = 0.3
+    resets, steps, searches = [], [], []
+    for number in range(-20, episodes):  # the first twenty warm the caches and are not counted
+        start = time.perf_counter()
+        slot.reset(tasks[number % len(tasks)], number + 20)
+        resets.append(1e3 * (time.perf_counter() - start))
+        for _ in range(slot.max_turns):
+            action = slot.parse(Reply(slot.format(slot.expert() or ""), (), "stop"))
+            start = time.perf_counter()
+            outcome = slot.step(action)
+            (searches if action.text.startswith("search") else steps).append(1e3 * (time.perf_counter() - start))
+            if outcome.terminated:
+                break
+        if number < 0:
+            resets, steps, searches = [], [], []
+    every = steps + searches
+    figures = "  ".join(f"{name} {summary(times)}" for name, times in (("step", every), ("search", searches), ("click", steps), ("reset", resets)))
+    ratio = ORIGINAL_MS / statistics.fmean(every)
+    print(f"{'generated' if data is None else 'data':9} {observation:9} load {loading:6.0f} ms  {figures}  mean step {statistics.fmean(every):.3f} ms = original / {ratio:.0f}")
+
+
+def summary(times: list[float]) -> str:
+    """Median and 99th percentile in milliseconds."""
+    return f"{statistics.median(times):.3f}/{statistics.quantiles(times, n=100)[98]:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--episodes", type=int, default=300)
+    parser.add_argument("--data", default=str(SHARED) if SHARED.exists() else None, help="folder of WebShop's data; none: only the generated catalogue")
+    arguments = parser.parse_args()
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; milliseconds, median/p99")
+    for data in (None, arguments.data) if arguments.data else (None,):
+        for observation in ("text", "text_rich", "compact"):
+            play(data, observation, arguments.episodes)
+
+
+if __name__ == "__main__":
+    main()

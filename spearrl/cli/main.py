@@ -1,0 +1,102 @@
+"""The `spearrl` command: finds the verb, loads its module only, and turns errors into messages and exit codes.
+
+A verb's module has HELP (one line), EXAMPLES (ends its --help), add_arguments(parser) and run(args) -> exit code.
+Standard output carries results, standard error everything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from spearrl import __version__
+from spearrl.errors import SpearError
+
+VERBS = {
+    "train": ("spearrl.cli.train_verb", "train an agent"),
+    "sft": ("spearrl.cli.sft_verb", "cold start: clone scripted-expert episodes"),
+    "eval": ("spearrl.cli.eval_verb", "success on a fixed panel, with a 95 % interval"),
+    "config": ("spearrl.cli.config_verb", "resolved settings, their sources, differences, schema"),
+}
+INTERRUPTED = 130
+BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
+_SUMMARY = """usage: spearrl VERB [arguments]     (spearrl VERB --help explains one)
+
+{verbs}
+
+examples:
+  spearrl train --env webshop --algo grpo+spear     learns on a laptop's CPU; a small model built for it
+  spearrl config show --preset tiny --why           what it would use, and why
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with whole option names only and a suggestion for a mistyped one."""
+
+    def __init__(self, prog: str, *, description: str, examples: str):
+        super().__init__(prog, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        wrong = [word.partition("=")[0] for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
+        near = [match for word in wrong for match in difflib.get_close_matches(word, known, n=1)]
+        hint = f"\n  did you mean {' and '.join(near)}?" if near else f"\n  fix: use the arguments that {self.prog} --help lists"
+        self.exit(2, f"error: {self.prog}: {message}{hint}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. Errors that are not SpearError keep their traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
+    except SpearError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Else the interpreter complains once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        if len(words) > 1 and words[1] in VERBS:
+            return _dispatch([words[1], "--help"])
+        print(summary(), end="")
+        return 0
+    verb, *rest = words
+    if verb in ("-V", "--version", "version"):
+        print(f"spearrl {__version__}")
+        return 0
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean spearrl {near[0]}?" if near else f"fix: use one of: {', '.join(VERBS)}"
+        print(f"error: spearrl has no verb {verb[:60]!r}\n  {hint}", file=sys.stderr)
+        return 2
+    module = import_module(VERBS[verb][0])
+    parser = Parser(f"spearrl {verb}", description=module.HELP, examples=module.EXAMPLES)
+    module.add_arguments(parser)
+    try:
+        args = parser.parse_intermixed_args(rest)
+    except SystemExit as done:  # argparse ends --help and wrong usage this way
+        return int(done.code or 0)
+    return int(module.run(args))
+
+
+def summary() -> str:
+    """What `spearrl` alone prints."""
+    return _SUMMARY.format(verbs="\n".join(f"  {verb:<8} {words}" for verb, (_, words) in VERBS.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Arguments shared by the verbs that take a config, and the config they make."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spearrl.config import Resolved, RunConfig
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """A config file and overrides in any order, and the flags for the most used settings."""
+    from spearrl.config.grammar import BASES, MODULES
+    from spearrl.config.presets import PRESETS
+
+    parser.add_argument("overrides", nargs="*", metavar="FILE | section.key=value", help="a config file (TOML) or run directory, and settings that win over it")
+    parser.add_argument("--preset", metavar="NAME", help=f"start from these settings: {', '.join(PRESETS)}")
+    parser.add_argument("--env", metavar="NAME", help='environment: webshop, or "my_pkg.mod:Class" of your own')
+    parser.add_argument("--algo", metavar="NAME", help=f"base[+module...]: {', '.join(BASES)} + {', '.join(MODULES)}; e.g. grpo+spear")
+    parser.add_argument("--model", metavar="DIR", help='model directory, or "tiny": build one for this environment')
+
+
+def config_from(args: argparse.Namespace) -> RunConfig:
+    """The config that the shared arguments describe; advice about it goes to standard error. Raises ConfigError."""
+    resolved = resolved_from(args)
+    announce(resolved)
+    return resolved.config
+
+
+def resolved_from(args: argparse.Namespace) -> Resolved:
+    """The config with its sources, silently. Raises ConfigError."""
+    from spearrl.config import resolve
+    from spearrl.errors import ConfigError
+
+    overrides = [word for word in args.overrides if _is_override(word)]
+    files = [word for word in args.overrides if not _is_override(word)]
+    if len(files) > 1:
+        names = ", ".join(repr(name[:60]) for name in files)
+        raise ConfigError(f"{len(files)} config files were given ({names})", where="command line", hint="use one file; settings are section.key=value")
+    return resolve(files[0] if files else None, overrides, env=args.env, algo=args.algo, model=args.model, preset=args.preset)
+
+
+def announce(resolved: Resolved) -> None:
+    """On standard error: the preset nobody asked for, and what will probably disappoint."""
+    from spearrl.config import advice
+
+    if resolved.by_default:
+        text = f"no config file, preset or model was given: using preset {resolved.preset} (spearrl config show --why lists it)"
+        print(text, file=sys.stderr)
+    for problem in advice(resolved.config):
+        print(f"warning: {problem}", file=sys.stderr)
+
+
+def _is_override(word: str) -> bool:
+    """section.key=value; a path may hold "=" too, but only behind a "/"."""
+    key, separator, _ = word.partition("=")
+    return bool(separator) and "/" not in key

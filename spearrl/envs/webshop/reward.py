@@ -1,0 +1,125 @@
+"""WebShop's reward for a purchase (arXiv:2207.01206, section 3.3), as the original code computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spearrl.envs.webshop.fuzzy import token_set_ratio
+from spearrl.envs.webshop.nouns import NounTagger, default_tagger
+
+Option = str | tuple[str, str]  # a value, or (name, value)
+
+MATCH = 85  # a token_set_ratio above this is a match
+NO_GOAL_NOUNS = 0.2  # the title score where the goal's title has no nouns
+# In the order searched: a value that holds several is known by the first.
+_COLORS = """
+    alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo caramel champagne charcoal
+    cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal dark denim eggplant espresso fuchsia gold granite
+    grape graphite grass gray green grey heather indigo ivory ivy khaki lavender lemon leopard light lilac lime magenta maroon mauve merlot
+    midnight mint mocha multicolor mushroom mustard natural navy nude olive orange peach pewter pink plum purple rainbow red rose royal rust
+    sand sapphire silver slate steel stone sunflower tan taupe teal tiger turquoise violet walnut wheat white wine yellow
+"""
+COLORS = tuple(_COLORS.split())
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A purchase's reward and its parts."""
+
+    total: float  # r_type * before_type, the original's reward
+    before_type: float  # (attributes matched + options matched + r_price) / (attributes + options + 1)
+    r_type: float  # 1, 0.5, 0.1 or 0: is it the kind of product asked for
+    r_attributes: float  # share of the goal's attributes matched
+    r_options: float | None  # share of the goal's options matched; None: it has none
+    r_price: float  # 1 if the price is within the limit
+    title_score: float  # share of the goal title's nouns in the bought title
+    query_match: bool
+    category_match: bool
+    tagger: str  # what found the nouns
+
+
+def purchase_reward(product: Mapping[str, Any], goal: Mapping[str, Any], price: float, options: Mapping[str, str], tagger: NounTagger | None = None) -> Score:
+    """Reward of buying `product` at `price` with the chosen `options` (name: value) for `goal`.
+
+    Args:
+        product: with the original's field names (Title, BulletPoints, Description, Attributes, name, query, product_category).
+        goal: attributes, goal_options (a dict, or a list of values), price_upper, name, query, product_category.
+        tagger: finds the nouns of titles; None: `default_tagger()`.
+    """
+    tagger = tagger or default_tagger()
+    wanted = goal["goal_options"]
+    pairs: list[Option] = list(wanted.items()) if isinstance(wanted, Mapping) else list(wanted)
+    attributes = matched_attributes(product, goal["attributes"])
+    chosen = matched_options(options.values(), pairs)
+    r_price = float(price <= goal["price_upper"])
+    before_type = (attributes + chosen + r_price) / (len(goal["attributes"]) + len(pairs) + 1)
+    title_score = title_similarity(product["name"], goal["name"], tagger)
+    query_match = product["query"] == goal["query"]
+    category_match = same_category(product["product_category"], goal["product_category"])
+    r_type = type_score(title_score, same_kind=query_match or category_match)
+    return Score(
+        total=before_type * r_type,
+        before_type=before_type,
+        r_type=r_type,
+        r_attributes=attributes / max(len(goal["attributes"]), 1),
+        r_options=chosen / len(pairs) if pairs else None,
+        r_price=r_price,
+        title_score=title_score,
+        query_match=query_match,
+        category_match=category_match,
+        tagger=tagger.name,
+    )
+
+
+def normalize_color(option: Option) -> Option:
+    """The first known colour that `option` contains, else `option` itself.
+
+    A pair contains only its two elements whole: ("color", "red") becomes "red", ("color", "dark red") stays a pair. That is what the
+    original does to the options of synthetic goals.
+    """
+    return next((color for color in COLORS if color in option), option)
+
+
+def matched_attributes(product: Mapping[str, Any], wanted: Sequence[str]) -> int:
+    """How many wanted attributes are like one of the product's or stand in its title, bullets or description."""
+    texts: tuple[str, ...] = ()
+    matched = 0
+    for attribute in wanted:
+        if any(token_set_ratio(own, attribute) > MATCH for own in product["Attributes"]):
+            matched += 1
+            continue
+        texts = texts or tuple(text.lower() for text in (product["Title"], " ".join(product["BulletPoints"]), product["Description"]))
+        matched += any(attribute in text for text in texts)
+    return matched
+
+
+def matched_options(chosen: Iterable[str], wanted: Iterable[Option]) -> int:
+    """How many wanted options are like one of the chosen values."""
+    values = [normalize_color(value) for value in chosen]
+    return sum(any(token_set_ratio(value, option) > MATCH for value in values) for option in map(normalize_color, wanted))
+
+
+def same_category(first: str, second: str) -> bool:
+    """Whether two category paths ("a › b › c") share at least two different parts."""
+    return len(_parts(first) & _parts(second)) >= 2
+
+
+def _parts(path: str) -> set[str]:
+    return {part.strip() for part in path.split("›")}
+
+
+def title_similarity(bought: str, goal: str, tagger: NounTagger) -> float:
+    """Distinct nouns in both titles over the nouns of the goal's, repeats counted."""
+    wanted = tagger.nouns(goal)
+    return len(set(wanted) & set(tagger.nouns(bought))) / len(wanted) if wanted else NO_GOAL_NOUNS
+
+
+def type_score(title_score: float, *, same_kind: bool) -> float:
+    """1 for the kind asked for, by query, category or title; a title with (almost) nothing in common overrides all of them."""
+    if title_score == 0:
+        return 0.0
+    if title_score < 0.1:
+        return 0.1
+    return 1.0 if same_kind or title_score > 0.2 else 0.5
