@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from spearrl.envs import make
-from spearrl.types import Reply
+from spearrl.types import Action, Reply
 
 ORIGINAL_MS = 25.0  # the original's Flask, Jinja and BeautifulSoup, per step
 SHARED = Path(os.environ.get("SPEARRL_SHARED", Path(__file__).resolve().parents[1] / ".." / "shared")) / "data" / "webshop"
@@ -24,8 +24,10 @@ def play(data: str | None, observation: str, episodes: int) -> None:
     start = time.perf_counter()
     shop = make("webshop", data=data, observation=observation, reply="plain")
     tasks = shop.tasks("train")
-    loading = 1e3 * (time.perf_counter() - start)
     slot = shop.spawn()
+    slot.reset(tasks[0], 0)
+    slot.step(Action("search[anything]"))  # builds the index
+    loading = 1e3 * (time.perf_counter() - start)
     slot.expert_noise = 0.3
     resets, steps, searches = [], [], []
     for number in range(-20, episodes):  # the first twenty warm the caches and are not counted
@@ -43,8 +45,9 @@ def play(data: str | None, observation: str, episodes: int) -> None:
             resets, steps, searches = [], [], []
     every = steps + searches
     figures = "  ".join(f"{name} {summary(times)}" for name, times in (("step", every), ("search", searches), ("click", steps), ("reset", resets)))
-    ratio = ORIGINAL_MS / statistics.fmean(every)
-    print(f"{'generated' if data is None else 'data':9} {observation:9} load {loading:6.0f} ms  {figures}  mean step {statistics.fmean(every):.3f} ms = original / {ratio:.0f}")
+    mean = statistics.fmean(every)
+    name = "generated" if data is None else "data"
+    print(f"{name:9} {observation:9} load {loading:5.0f}  {figures}  mean step {mean:.3f} = original / {ORIGINAL_MS / mean:.0f}")
 
 
 def summary(times: list[float]) -> str:

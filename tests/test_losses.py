@@ -346,7 +346,7 @@ def test_entropy_bonus_is_asked_for_and_subtracted():
     with pytest.raises(ContractError, match="entropy"):
         objective.loss(batch_of(old, advantages, mask), new, denominator=None)
     loss, metrics = objective.loss(batch_of(old, advantages, mask), new, denominator=None, entropy=entropy)
-    assert loss.item() == pytest.approx(float(clipped_policy_loss(new, old, advantages, mask)[0]) - 1.0, rel=1e-6)
+    assert loss.item() == pytest.approx(clipped_policy_loss(new, old, advantages, mask)[0].item() - 1.0, rel=1e-6)
     assert metrics["entropy"] == pytest.approx(2.0)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from spearrl.batching.rows import Rows
+from spearrl.batching.rows import Rows, row_indices
 from spearrl.errors import ConfigError, ContractError
 
 
@@ -45,11 +45,11 @@ class Batch:
     def select(self, rows: torch.Tensor | Sequence[int]) -> Batch:
         """The given rows (bool [B] or distinct indices), cut to the longest of them."""
         chosen = self.rows.select(rows)
-        index = torch.as_tensor(rows)
+        index = row_indices(rows)
         return Batch(chosen, **{name: tensor[index][:, : chosen.width] for name, tensor in self.tensors().items()})
 
 
-def denominator(action_mask: torch.Tensor, mode: str, horizon: int) -> float:
+def denominator(action_mask: torch.Tensor, mode: str, horizon: float) -> float:
     """The divisor of a whole mini-batch [B, T] for `aggregate`: action tokens, rows, or rows x horizon; at least 1.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -35,9 +36,9 @@ class _Builder:
     """Collects numbers in typed arrays, whose memory torch takes over without a pass through Python objects."""
 
     def __init__(self) -> None:
-        self.tokens = {name: array(CODES[dtype]) for name, dtype in TOKENS.items()}
+        self.tokens: dict[str, array[Any]] = {name: array(CODES[dtype]) for name, dtype in TOKENS.items()}
         self.row_fields = {name: array("q") for name in ROWS}
-        self.turns = {name: array(CODES[turn_dtype(name)]) for name in TurnTable.__dataclass_fields__}
+        self.turns: dict[str, array[Any]] = {name: array(CODES[turn_dtype(name)]) for name in TurnTable.__dataclass_fields__}
         self.offsets = array("q", [0])
         self.images: list[tuple[str, ...]] = []
         self.anchors: dict[str, int] = {}
@@ -120,12 +121,12 @@ def _check(turn: Turn, trajectory: Trajectory, number: int) -> None:
         raise ContractError(f"{len(turn.logprobs)} log-probabilities for {len(turn.token_ids)} sampled tokens", where=where)
 
 
-def _fill(target: array, runs: Iterable[tuple[int, int]]) -> None:
+def _fill(target: array[Any], runs: Iterable[tuple[int, int]]) -> None:
     for value, count in runs:
         target.extend(array(target.typecode, [value]) * count)
 
 
-def _tensor(values: array, dtype: torch.dtype) -> torch.Tensor:
+def _tensor(values: array[Any], dtype: torch.dtype) -> torch.Tensor:
     if not values:
         return torch.zeros(0, dtype=dtype)
     stored = torch.int8 if dtype == torch.bool else dtype

@@ -65,9 +65,9 @@ class Rows:
     def _check_turns(self) -> None:
         if bool(self.action_mask[self.offsets[:-1]].any()):
             raise ContractError("a row begins with an action token", where="Rows", hint="a prompt must hold at least one token")
-        if len(self.turn_index) and not (-1 <= int(self.turn_index.min()) and int(self.turn_index.max()) < len(self.turns)):
+        if len(self.turn_index) and not (int(self.turn_index.min()) >= -1 and int(self.turn_index.max()) < len(self.turns)):
             raise ContractError(f"turn_index is outside -1 .. {len(self.turns) - 1}", where="Rows")
-        if len(self.turns) and not (0 <= int(self.turns.row.min()) and int(self.turns.row.max()) < len(self)):
+        if len(self.turns) and not (int(self.turns.row.min()) >= 0 and int(self.turns.row.max()) < len(self)):
             raise ContractError(f"turns.row is outside the {len(self)} rows", where="Rows")
 
     def __len__(self) -> int:
@@ -148,8 +148,7 @@ class Rows:
 
     def select(self, rows: torch.Tensor | Sequence[int]) -> Rows:
         """The given rows (bool [B] or distinct indices) in the given order, with their turns; turns keep their order."""
-        index = torch.as_tensor(rows)
-        index = index.nonzero().flatten() if index.dtype == torch.bool else index.long()
+        index = row_indices(rows)
         place = torch.full((len(self),), -1, dtype=torch.int64)
         place[index] = torch.arange(len(index))
         if int((place >= 0).sum()) != len(index):
@@ -174,7 +173,8 @@ class Rows:
         """One after the other; turns too."""
         if not parts:
             return Rows.from_state(_EMPTY)
-        first_turn, first_row, first_token = _starts([len(p.turns) for p in parts]), _starts([len(p) for p in parts]), _starts([len(p.token_ids) for p in parts])
+        first_turn, first_row = _starts([len(p.turns) for p in parts]), _starts([len(p) for p in parts])
+        first_token = _starts([len(p.token_ids) for p in parts])
         flat = {name: torch.cat([getattr(p, name) for p in parts]) for name in (*TOKENS, *ROWS)}
         shifted = [torch.where(p.turn_index < 0, p.turn_index, p.turn_index + shift) for p, shift in zip(parts, first_turn, strict=True)]
         flat["turn_index"] = torch.cat(shifted)
@@ -222,6 +222,12 @@ class Rows:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
         turns = {name.removeprefix("turns."): tensors.pop(name) for name in list(tensors) if name.startswith("turns.")}
         return cls.from_state({**tensors, "turns": turns, "images": json.loads(metadata["images"])})
+
+
+def row_indices(rows: torch.Tensor | Sequence[int]) -> torch.Tensor:
+    """int64 indices of a bool mask or of indices."""
+    index = torch.as_tensor(rows)
+    return index.nonzero().flatten() if index.dtype == torch.bool else index.long()
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:

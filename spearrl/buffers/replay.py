@@ -212,9 +212,7 @@ class ReplayBuffer:
     def _draw(self, units: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """At most `capacity` of the units, uniformly, in their stored order."""
         count = len(units)
-        if self.subset == "power_of_two":
-            wanted = 1 << (count.bit_length() - 1) if count > 1 else 0
-        else:
-            wanted = count
+        power_of_two = 1 << (count.bit_length() - 1) if count > 1 else 0
+        wanted = power_of_two if self.subset == "power_of_two" else count
         chosen = torch.randperm(count, generator=generator)[: min(wanted, self.capacity)]
         return units[chosen.sort().values]

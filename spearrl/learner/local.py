@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from spearrl.config import LearnerSection
 from spearrl.errors import CheckpointError, ConfigError
 from spearrl.learner.attention import Float32Attention
 from spearrl.learner.logprobs import token_logprobs
-from spearrl.learner.minibatch import LossInputs, Share, Tally, dropped_tokens, row_keys, split_objectives
+from spearrl.learner.minibatch import LossInputs, Share, Tally, Weighted, dropped_tokens, row_keys, split_objectives
 from spearrl.learner.optimizer import learning_rate, load_optimizer, make_optimizer, save_optimizer
 from spearrl.learner.protocol import UpdateResult
 from spearrl.losses import Objective
@@ -44,7 +45,7 @@ class LocalLearner:
         total_steps: int | None = None,
         joint: bool = False,
     ):
-        self.model = model.to(device)
+        self.model: Any = model.to(device)
         self.settings, self.temperature, self.total_steps, self.joint = settings, temperature, total_steps, joint
         self.device = torch.device(device)
         self.steps = 0
@@ -74,8 +75,7 @@ class LocalLearner:
         started, tally, skipped, before = time.monotonic(), Tally(), 0, self.steps
         on_objectives, replay_objectives = split_objectives(objectives, gamma)
         self.model.train(self.settings.gradient_checkpointing)
-        plan = self._plan(on_policy, on_objectives, replay if replay_objectives else None, replay_objectives, seed)
-        for shares in plan:
+        for shares in self._plan((on_policy, on_objectives), (replay, replay_objectives), seed):
             fresh = self.steps == before
             skipped += not self._step([Share(s.batch, s.objectives, s.seed, s.current and fresh) for s in shares], tally)
         self.model.eval()
@@ -92,7 +92,7 @@ class LocalLearner:
     def save(self, folder: str | Path) -> None:
         """Write weights (a model directory), optimiser state and step count, all safetensors and JSON."""
         folder = Path(folder)
-        self.model.save_pretrained(folder)
+        _save_weights(self.model, folder)
         save_optimizer(folder, self.optimizer, self._names(), self.steps)
 
     def load(self, folder: str | Path) -> None:
@@ -101,26 +101,22 @@ class LocalLearner:
         _load_weights(self.model, folder)
         self.steps = load_optimizer(folder, self.optimizer, self._names())
 
-    def _plan(
-        self,
-        on_policy: Batch,
-        on_objectives: list[tuple[Objective, float]],
-        replay: Batch | None,
-        replay_objectives: list[tuple[Objective, float]],
-        seed: int,
-    ) -> list[list[Share]]:
+    def _plan(self, policy: tuple[Batch, Weighted], imitation: tuple[Batch | None, Weighted], seed: int) -> list[list[Share]]:
         """The shares of each optimiser step, in order."""
+        (on_policy, on_objectives), (replay, replay_objectives) = policy, imitation
         parts = self._parts(len(on_policy))
         size = math.ceil(len(on_policy) / parts)
         steps = [[share] for share in _shares(on_policy, on_objectives, parts, derive(seed, "on-policy"), current=True)]
-        if replay is None:
+        if replay is None or not replay_objectives:
             return steps
         replay_parts = parts if self.joint else max(1, math.ceil(len(replay) / max(size, 1)))
         replayed = _shares(replay, replay_objectives, replay_parts, derive(seed, "replay"), current=False)
         if not self.joint:
             return steps + [[share] for share in replayed]
+        if not steps:
+            return [[share] for share in replayed]
         for number, share in enumerate(replayed):
-            steps[number % len(steps)].append(share) if steps else steps.append([share])
+            steps[number % len(steps)].append(share)
         return steps
 
     def _parts(self, rows: int) -> int:
@@ -228,7 +224,7 @@ class LocalLearner:
             raise ConfigError(f"{name} changes its logits after the output layer (a cap or a scale)", where="model.path", hint="use a model with a plain head")
 
 
-def _shares(batch: Batch, objectives: list[tuple[Objective, float]], parts: int, seed: int, *, current: bool) -> list[Share]:
+def _shares(batch: Batch, objectives: Weighted, parts: int, seed: int, *, current: bool) -> list[Share]:
     """Parts of equal size by keyed hash of row; parts without an action token say nothing and are left out."""
     if not objectives:
         return []
@@ -250,11 +246,24 @@ def _use_bf16(precision: str, device: torch.device) -> bool:
 
 def _without_dropout(model: torch.nn.Module) -> None:
     """Dropout would make the ratio of new to old probabilities noise."""
+    module: Any
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+
+
+def _save_weights(model: Any, folder: Path) -> None:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _load_weights(model: torch.nn.Module, folder: Path) -> None:

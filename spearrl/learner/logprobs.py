@@ -7,6 +7,7 @@ backward pass computes it again.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,27 +29,34 @@ def token_logprobs(
     Returns:
         (log-probabilities [n], entropies [n] in nats).
     """
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _TokenLogprobs.apply(hidden, weight, bias, targets, temperature, chunk)
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    return _TokenLogprobs.apply(hidden, weight, bias, _Wanted(targets, temperature, chunk, dtype))
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is asked of the head, apart from what has a gradient."""
+
+    targets: torch.Tensor
+    temperature: float
+    chunk: int
+    dtype: torch.dtype  # of the computation
 
 
 class _TokenLogprobs(torch.autograd.Function):
     """d logp_t / d z = onehot(t) - p ; d H / d z = -p (log p + H), chunk by chunk."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, temperature: float, chunk: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-        logprobs, entropies = hidden.new_empty(len(hidden), dtype=dtype), hidden.new_empty(len(hidden), dtype=dtype)
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wanted: _Wanted) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, entropies = hidden.new_empty(len(hidden), dtype=wanted.dtype), hidden.new_empty(len(hidden), dtype=wanted.dtype)
         probabilities = None
-        for part, p, log_p_target, entropy in _chunks(hidden, weight, bias, targets, temperature, chunk, dtype):
+        for part, p, log_p_target, entropy in _chunks(hidden, weight, bias, wanted):
             logprobs[part], entropies[part] = log_p_target, entropy
             probabilities = p
         # A single chunk is kept: the memory bound is the same and the backward pass saves a product with the head.
-        single = len(hidden) <= chunk and any(ctx.needs_input_grad)
-        ctx.save_for_backward(hidden, weight, bias, targets, entropies, probabilities if single else None)
-        ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
+        single = len(hidden) <= wanted.chunk and any(ctx.needs_input_grad)
+        ctx.save_for_backward(hidden, weight, bias, wanted.targets, entropies, probabilities if single else None)
+        ctx.wanted = wanted
         ctx.set_materialize_grads(False)
         return logprobs, entropies
 
@@ -57,60 +65,74 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropies: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets, entropies, kept = ctx.saved_tensors
         if grad_logprobs is None and grad_entropies is None:
-            return None, None, None, None, None, None
+            return None, None, None, None
         grad_logprobs = torch.zeros_like(entropies) if grad_logprobs is None else grad_logprobs
+        dtype, wide = ctx.wanted.dtype, weight.to(ctx.wanted.dtype)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=ctx.dtype) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=ctx.dtype) if needs_bias and bias is not None else None
-        wide = weight.to(ctx.dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            if kept is not None and len(hidden):
-                parts: Iterator[tuple[slice, torch.Tensor]] = iter([(slice(0, len(hidden)), kept)])
-            else:
-                parts = ((part, p) for part, p, _, _ in _chunks(hidden, weight, bias, targets, ctx.temperature, ctx.chunk, ctx.dtype))
-            for part, p in parts:
-                upstream = None if grad_entropies is None else grad_entropies[part]
-                out = torch.empty_like(p) if kept is not None else p
-                grad_logits = _grad_logits(p, targets[part], entropies[part], grad_logprobs[part], upstream, out)
-                grad_logits.div_(ctx.temperature)
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
+        for part, p in _probabilities(hidden, weight, bias, ctx.wanted, kept):
+            upstream = None if grad_entropies is None else grad_entropies[part]
+            out = p if kept is None else torch.empty_like(p)
+            grad_logits = _grad_logits(p, targets[part], grad_logprobs[part], entropies=entropies[part], grad_entropies=upstream, out=out)
+            grad_logits.div_(ctx.wanted.temperature)
+            with torch.autocast(hidden.device.type, enabled=False):
                 if grad_hidden is not None:
                     grad_hidden[part] = torch.mm(grad_logits, wide).to(hidden.dtype)
                 if grad_weight is not None:
-                    grad_weight.addmm_(grad_logits.T, hidden[part].to(ctx.dtype))
+                    grad_weight.addmm_(grad_logits.T, hidden[part].to(dtype))
                 if grad_bias is not None:
                     grad_bias.add_(grad_logits.sum(0))
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        grad_bias = None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        narrow = (None if grad is None else grad.to(like.dtype) for grad, like in ((grad_weight, weight), (grad_bias, bias)))
+        return grad_hidden, *narrow, None
+
+
+def _probabilities(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wanted: _Wanted, kept: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(positions, probabilities [m, V]), from what the forward pass kept or once more."""
+    if kept is not None:
+        yield slice(0, len(hidden)), kept
+        return
+    for part, p, _, _ in _chunks(hidden, weight, bias, wanted):
+        yield part, p
 
 
 def _chunks(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, temperature: float, chunk: int, dtype: torch.dtype
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wanted: _Wanted
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(positions, probabilities [m, V], log-probabilities of the targets [m], entropies [m]); probabilities are overwritten by the next chunk."""
-    wide = weight.to(dtype)
-    size = min(chunk, max(len(hidden), 1))
+    dtype, temperature, wide = wanted.dtype, wanted.temperature, weight.to(wanted.dtype)
+    shift = None if bias is None else bias.to(dtype).div(temperature)
+    size = min(wanted.chunk, max(len(hidden), 1))
     logits, exponentials = hidden.new_empty(size, len(weight), dtype=dtype), hidden.new_empty(size, len(weight), dtype=dtype)
-    for begin in range(0, len(hidden), chunk):
-        part = slice(begin, min(begin + chunk, len(hidden)))
-        count = part.stop - begin
-        z, p = logits[:count], exponentials[:count]
-        torch.mm(hidden[part].to(dtype).div(temperature), wide.T, out=z)
-        if bias is not None:
-            z.add_(bias.to(dtype).div(temperature))
+    for begin in range(0, len(hidden), wanted.chunk):
+        part = slice(begin, min(begin + wanted.chunk, len(hidden)))
+        z, p = logits[: part.stop - begin], exponentials[: part.stop - begin]
+        with torch.autocast(hidden.device.type, enabled=False):
+            torch.mm(hidden[part].to(dtype).div(temperature), wide.T, out=z)
+        if shift is not None:
+            z.add_(shift)
         z.sub_(z.amax(-1, keepdim=True))
         torch.exp(z, out=p)
         total = p.sum(-1, keepdim=True)
         log_total = total.log().squeeze(-1)
         p.div_(total)
-        log_p_target = z.gather(1, targets[part, None]).squeeze(1) - log_total
-        mean_z = torch.bmm(p.unsqueeze(1), z.unsqueeze(2)).view(-1)
+        log_p_target = z.gather(1, wanted.targets[part, None]).squeeze(1) - log_total
+        with torch.autocast(hidden.device.type, enabled=False):
+            mean_z = torch.bmm(p.unsqueeze(1), z.unsqueeze(2)).view(-1)
         yield part, p, log_p_target, log_total - mean_z
 
 
 def _grad_logits(
-    p: torch.Tensor, targets: torch.Tensor, entropies: torch.Tensor, grad_logprobs: torch.Tensor, grad_entropies: torch.Tensor | None, out: torch.Tensor
+    p: torch.Tensor,
+    targets: torch.Tensor,
+    grad_logprobs: torch.Tensor,
+    *,
+    entropies: torch.Tensor,
+    grad_entropies: torch.Tensor | None,
+    out: torch.Tensor,
 ) -> torch.Tensor:
     """[m, V], before the division by the temperature; `out` may be p."""
     upstream = grad_logprobs.unsqueeze(1).to(p.dtype)

@@ -14,10 +14,11 @@ from spearrl.errors import ConfigError
 from spearrl.losses import Objective, counter_keys
 from spearrl.seeds import derive
 
+Weighted = Sequence[tuple[Objective, float]]  # objectives with the factor of each in the total
 TRAINED_ON = {"policy": "on_policy", "sft": "on_policy", "sil": "replay"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class LossInputs:
     """What an objective reads: [B, T], on the learner's device."""
 
@@ -36,7 +37,7 @@ class Share:
     """A batch's part in one optimiser step. `current`: no step ran since old_logprobs were computed, so they are the current ones."""
 
     batch: Batch
-    objectives: Sequence[tuple[Objective, float]]  # with the factor of each in the total
+    objectives: Weighted
     seed: int
     current: bool = False
 
@@ -49,7 +50,7 @@ class Share:
         return [i for i, (o, _) in enumerate(self.objectives) if o.clip_cov is not None and o.clip_cov.scope == name]
 
 
-def split_objectives(objectives: Sequence[Objective], gamma: float) -> tuple[list[tuple[Objective, float]], list[tuple[Objective, float]]]:
+def split_objectives(objectives: Sequence[Objective], gamma: float) -> tuple[Weighted, Weighted]:
     """(on-policy, replay) objectives with their factors: weight, times γ on replay. Raises ConfigError for an unknown kind."""
     split: dict[str, list[tuple[Objective, float]]] = {"on_policy": [], "replay": []}
     for objective in objectives:

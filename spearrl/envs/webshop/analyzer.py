@@ -78,16 +78,17 @@ def _grammar() -> re.Pattern[str]:
     x = _EXTEND
     letter, digit, connector = f"[AB]{x}", f"N{x}", f"_{x}"
     word = (
-        f"(?:B{x}(?:'{x}|\"{x}B{x})"  # Hebrew: a quote may end a word, a double quote may stand inside one
-        f"|{digit}(?:(?:(?:{connector})*|[,.']{x}){digit})*"
-        f"|{letter}(?:(?:(?:{connector})*|[:.']{x}){letter})*)+"
+        f"(?:{digit}(?:(?:(?:{connector})*|[,.']{x}){digit})*"
+        # after a Hebrew letter a double quote joins another, and a single quote may end the word
+        f"|{letter}(?:(?:(?:{connector})*|[:.']{x}|(?<=B)\"{x}(?=B)){letter})*(?:(?<=B)'{x})?)+"
     )
     katakana = f"K{x}(?:(?:{connector})*K{x})*"
     run = f"(?:{katakana}|{word})"
     joined = f"(?:{connector})*{run}(?:(?:{connector})+{run})*(?:{connector})*"
     pictograph = "(?:E[XG]*M|E|M)[XG]*F?"
     emoji = f"Z*{pictograph}(?:Z+{pictograph})*Z*|#X*F?C"
-    return re.compile(f"(?:{emoji})|{joined}|(?:T{x})+|[HI]{x}|R{x}R{x}")
+    # taking a run of nothing but connectors or joiners as a whole keeps the search linear
+    return re.compile(f"(?:{emoji})|{joined}|(?:T{x})+|[HI]{x}|R{x}R{x}|(?P<nothing>(?:{connector})+|Z+)")
 
 
 _WORD = _grammar()
@@ -95,7 +96,7 @@ _WORD = _grammar()
 
 def words(text: str) -> list[str]:
     """The words of a text by Unicode's word-break rules, as Lucene's StandardTokenizer finds them; punctuation is dropped."""
-    spans = (match.span() for match in _WORD.finditer(text.translate(_CLASSES)))
+    spans = (match.span() for match in _WORD.finditer(text.translate(_CLASSES)) if not match.lastgroup)
     return [text[at : min(at + MAX_TOKEN, end)] for begin, end in spans for at in range(begin, end, MAX_TOKEN)]
 
 

@@ -16,6 +16,8 @@ from spearrl.errors import ConfigError
 
 Product = dict[str, Any]
 CHUNK = 1 << 20  # characters read at a time from a product file: the full one has several GB
+LONGEST_RECORD = 1 << 24
+_DECODER = json.JSONDecoder()
 LAYOUT = "a folder with items_shuffle*.json, items_ins_v2*.json (and items_human_ins.json for human goals), or with products_*.jsonl.xz"
 
 
@@ -59,8 +61,8 @@ def load(data: str | None, num_products: int | None, seed: int) -> Catalogue:
     instructions = _json(human) if human.exists() else {}
     try:
         products = list(_cleaned(_first(_records(source), num_products), attributes, instructions))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ConfigError(f"a product in {source.name} is not in WebShop's format: {error!r}", where="env.options.data", hint=f"use {LAYOUT}") from error
+    except (KeyError, TypeError, AttributeError, ValueError, EOFError, lzma.LZMAError) as error:
+        raise ConfigError(f"{source.name} is not in WebShop's format: {error!r}", where="env.options.data", hint=f"use {LAYOUT}") from error
     if not products:
         raise ConfigError(f"{source.name} holds no products", where="env.options.data", hint=f"use {LAYOUT}")
     return Catalogue(products)
@@ -105,30 +107,30 @@ def _records(path: Path) -> Iterator[Product]:
         with lzma.open(path, "rt", encoding="utf-8") as lines:
             yield from map(json.loads, lines)
         return
-    decoder, buffer, place = json.JSONDecoder(), "", 0
+    rest, end = "", ""
     with path.open(encoding="utf-8") as stream:
-        while True:
-            more = stream.read(CHUNK)
-            buffer, place = buffer[place:] + more, 0
-            while True:
-                place = _skip(buffer, place)
-                if place >= len(buffer) or (more and len(buffer) - place < 2):
-                    break
-                try:
-                    record, place = decoder.raw_decode(buffer, place)
-                except json.JSONDecodeError as error:
-                    if more:
-                        break
-                    raise ConfigError(f"{path.name} is not a JSON array of products: {error}", where="env.options.data", hint="download it again") from error
-                yield record
-            if not more:
-                return
+        while (more := stream.read(CHUNK)) and len(rest) <= LONGEST_RECORD:
+            records, rest = _whole(rest + more)
+            end = more.rstrip()[-1:] or end
+            yield from records
+    if rest or end != "]":
+        raise ValueError("not a whole JSON array of products")
 
 
-def _skip(buffer: str, place: int) -> int:
-    while place < len(buffer) and buffer[place] in "[], \r\n\t":
-        place += 1
-    return place
+def _whole(text: str) -> tuple[list[Product], str]:
+    """The complete records at the start of `text`, and what is left of it."""
+    records: list[Product] = []
+    place = 0
+    while True:
+        while place < len(text) and text[place] in "[], \r\n\t":
+            place += 1
+        if place == len(text):
+            return records, ""
+        try:
+            record, place = _DECODER.raw_decode(text, place)
+        except json.JSONDecodeError:
+            return records, text[place:]
+        records.append(record)
 
 
 def _cleaned(records: Iterable[Product], attributes: dict[str, Any], human: dict[str, Any]) -> Iterator[Product]:

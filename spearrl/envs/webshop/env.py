@@ -17,7 +17,7 @@ from spearrl.envs.webshop.compact import CompactRenderer, short_instruction
 from spearrl.envs.webshop.expert import Expert
 from spearrl.envs.webshop.nouns import default_tagger
 from spearrl.envs.webshop.pages import Session, parse_action
-from spearrl.envs.webshop.render import Move, OriginalRenderer, Page
+from spearrl.envs.webshop.render import Move, OriginalRenderer
 from spearrl.envs.webshop.reward import purchase_reward
 from spearrl.envs.webshop.shop import open_shop
 from spearrl.errors import ConfigError, ContractError
@@ -25,7 +25,7 @@ from spearrl.seeds import derive
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
 
 CHINESE = re.compile("[\u4e00-\u9fff]")
-PLAIN = re.compile(r"(search|click)\[\s*([^\n]*\S)\s*\]")
+PLAIN = re.compile(r"(search|click)\[\s*([^\n\[]*[^\s\[])\s*\]")
 THOUGHT = "The next step follows from the page."
 REWARD = 10.0  # for a perfect purchase
 PERFECT = 1 - 1e-9
@@ -52,7 +52,7 @@ class WebShop(Environment):
         max_turns: int = Field(15, ge=1, description="Turns per episode.")
         history_length: int = Field(2, ge=0, description="Earlier turns a windowed prompt shows.")
         show_attrs: bool = Field(False, description="The original's Attributes page.")
-        results_per_page: int = Field(0, ge=0, le=10, description="Products per results page; 0: 10 (5 for the generated catalogue in compact). Fewer only in compact.")
+        results_per_page: int = Field(0, ge=0, le=10, description="Products per page (fewer than 10 only in compact); 0: 10, or 5 generated ones in compact.")
         title_words: int = Field(10, ge=1, description="Words of a title that compact pages show.")
         compact_ids: Literal["position", "asin"] = Field("position", description="What a compact results page names products by.")
 
@@ -71,8 +71,11 @@ class WebShop(Environment):
         self._shop = open_shop(chosen.data, chosen.num_products, chosen.seed, chosen.human_goals)
         self._tagged = chosen.reply == "tagged"
         self._compact = chosen.observation == "compact"
-        renderer = CompactRenderer(chosen.title_words, chosen.compact_ids) if self._compact else OriginalRenderer(chosen.observation == "text_rich", chosen.show_attrs)
-        self._renderer: CompactRenderer | OriginalRenderer = renderer
+        self._renderer: CompactRenderer | OriginalRenderer = (
+            CompactRenderer(chosen.title_words, chosen.compact_ids)
+            if self._compact
+            else OriginalRenderer(chosen.observation == "text_rich", chosen.show_attrs)
+        )
         self._per_page = chosen.results_per_page or (5 if self._compact and chosen.data is None else 10)
         self._tagger = default_tagger()
         self._session: Session | None = None
@@ -96,7 +99,8 @@ class WebShop(Environment):
     def reset(self, task: Task, seed: int) -> Observation:
         number = task.data.get("goal")
         if not isinstance(number, int) or not 0 <= number < len(self._shop.goals):
-            raise ConfigError(f"task {task.id!r} names goal {number!r}; there are {len(self._shop.goals)}", where="env webshop", hint="take tasks from tasks(split)")
+            reason = f"task {task.id!r} names goal {number!r}; there are {len(self._shop.goals)}"
+            raise ConfigError(reason, where="env webshop", hint="take tasks from tasks(split)")
         self._goal = self._shop.goals[number]
         draw = random.Random(derive(seed, "results"))
         self._session = Session(self._shop.catalogue, draw, self._per_page, self.options.show_attrs)
@@ -149,8 +153,8 @@ class WebShop(Environment):
         """A reply that `parse` turns into `text`. Plain ones have spaces inside the brackets, so that a word there is the same token as on a page."""
         if self._tagged:
             return f"<think>{THOUGHT}</think><action>{text}</action>"
-        action = parse_action(text)
-        return f"{action[0]}[ {action[1]} ]" if action else text
+        match = PLAIN.fullmatch(text)
+        return f"{match[1]}[ {match[2]} ]" if match else text
 
     def expert(self) -> str | None:
         """The scripted shopper's next action, from the true state; None after the purchase."""
@@ -165,7 +169,7 @@ class WebShop(Environment):
     def _buy(self, session: Session) -> Outcome:
         product = session.product or {}
         score = purchase_reward(product, self._goal, self._shop.prices[product["asin"]], session.options, self._tagger)
-        info = {"success": score.total >= PERFECT, "task_score": score.total, "score_before_type": score.before_type}
+        info: dict[str, Any] = {"success": score.total >= PERFECT, "task_score": score.total, "score_before_type": score.before_type}
         info |= {"r_type": score.r_type, "r_attributes": score.r_attributes, "r_price": score.r_price, "tagger": score.tagger}
         if score.r_options is not None:
             info["r_options"] = score.r_options

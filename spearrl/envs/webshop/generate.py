@@ -41,7 +41,8 @@ def generate(count: int, seed: int) -> tuple[list[dict[str, Any]], dict[str, Any
 
 def _instruction(words: list[str], noun: str, draw: random.Random) -> dict[str, Any]:
     wanted = draw.sample(words, 2)
-    return {"instruction": f"Find me a {' '.join(wanted)} {noun}", "instruction_attributes": wanted}
+    article = "an" if wanted[0][0] in "aeiou" else "a"
+    return {"instruction": f"Find me {article} {' '.join(wanted)} {noun}", "instruction_attributes": wanted}
 
 
 def _product(asin: str, family: str, noun: str, words: list[str], draw: random.Random) -> dict[str, Any]:

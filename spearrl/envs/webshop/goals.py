@@ -36,7 +36,8 @@ def _synthetic(products: Iterable[dict[str, Any]], prices: dict[str, float], dra
             options = dict(zip(names, values, strict=True))
             listed = ", and ".join(f"{name}: {value}" for name, value in options.items())
             text = product["instruction_text"] + (f" with {listed}" if listed else "") + price_text
-            yield _goal(product, text, product["instruction_text"], product["instruction_attributes"], options, limit)
+            goal = _goal(product, text, limit)
+            yield goal | {"wish": product["instruction_text"], "attributes": product["instruction_attributes"], "goal_options": options}
 
 
 def _human(products: Iterable[dict[str, Any]], prices: dict[str, float], draw: random.Random) -> Iterator[Goal]:
@@ -46,11 +47,12 @@ def _human(products: Iterable[dict[str, Any]], prices: dict[str, float], draw: r
                 continue
             limit, price_text = _price_limit(prices[product["asin"]], draw)
             wish = instruction["instruction"].strip(".")
-            yield _goal(product, wish + price_text, wish, instruction["instruction_attributes"], instruction["instruction_options"], limit)
+            goal = _goal(product, wish + price_text, limit)
+            yield goal | {"wish": wish, "attributes": instruction["instruction_attributes"], "goal_options": instruction["instruction_options"]}
 
 
-def _goal(product: dict[str, Any], text: str, wish: str, attributes: list[str], options: Any, limit: float) -> Goal:
-    """`wish` is the instruction without options and price; the other keys are the original's."""
+def _goal(product: dict[str, Any], text: str, limit: float) -> Goal:
+    """What both kinds share. Callers add attributes, goal_options and `wish` (the instruction without options and price; not the original's)."""
     return {
         "asin": product["asin"],
         "category": product["category"],
@@ -58,10 +60,7 @@ def _goal(product: dict[str, Any], text: str, wish: str, attributes: list[str], 
         "name": product["name"],
         "product_category": product["product_category"],
         "instruction_text": text,
-        "wish": wish,
-        "attributes": attributes,
         "price_upper": limit,
-        "goal_options": options,
     }
 
 

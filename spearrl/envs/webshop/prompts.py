@@ -17,7 +17,8 @@ PLAIN = "Answer with the action alone."
 
 ROLE = "You are an expert autonomous agent shopping in the WebShop e-commerce environment."
 TASK = "The task: {task}."
-PAST = "So far you have taken {count} step(s). The last {shown} observation(s) with the action taken at each:\n{history}\nThis is step {step}; the page now shows: {page}."
+PAST = "So far you have taken {count} step(s). The last {shown} observation(s) with the action taken at each:\n{history}"
+THEN = "This is step {step}; the page now shows: {page}."
 NOW = "The page now shows: {page}."
 CHOICES = "Actions admissible now:\n[\n{actions}\n]."
 DECIDE = "Choose the admissible action that best advances the shopping goal."
@@ -37,7 +38,8 @@ def windowed(task: str, page: str, actions: Sequence[str], past: Sequence[tuple[
         return short
     numbered = enumerate(past, count - len(past) + 1)
     history = "\n".join(f"[Observation {number}: '{seen}', Action {number}: '{done}']" for number, (seen, done) in numbered)
-    full = "\n".join([ROLE, TASK.format(task=task), PAST.format(count=count, shown=len(past), history=history, step=count + 1, page=page), *end])
+    middle = [PAST.format(count=count, shown=len(past), history=history), THEN.format(step=count + 1, page=page)]
+    full = "\n".join([ROLE, TASK.format(task=task), *middle, *end])
     return full if len(full) <= LONGEST else short
 
 

@@ -82,7 +82,8 @@ class OriginalRenderer:
             return plain, _quoted(plain.split(SEP))
         if session.page == "index":
             return "Search", "'Search'"
-        parts = [text.strip() for text in (_done_strings(session, score) if session.page == "done" else ["Back to Search", "< Prev", *_sub_page_strings(session)])]
+        strings = _done_strings(session, score) if session.page == "done" else ["Back to Search", "< Prev", *_sub_page_strings(session)]
+        parts = [text.strip() for text in strings]
         return SEP.join(parts), _quoted(parts)
 
     def _admissible(self, session: Session) -> tuple[str, ...]:

@@ -29,5 +29,6 @@ def open_shop(data: str | None, num_products: int | None, seed: int, human_goals
     goals = make_goals(catalogue.products, prices, draw, human=human_goals)
     if not goals:
         kind, file = ("human", "items_human_ins.json") if human_goals else ("synthetic", "items_ins_v2*.json")
-        raise ConfigError(f"these products have no {kind} goals", where="env.options.data", hint=f"put {file} beside the products, or flip env.options.human_goals")
+        hint = f"put {file} beside the products, or change env.options.human_goals"
+        raise ConfigError(f"these products have no {kind} goals", where="env.options.data", hint=hint)
     return Shop(catalogue, prices, tuple(goals))

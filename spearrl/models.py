@@ -1,0 +1,101 @@
+"""Models and tokenizers: building the tiny ones, loading and saving any causal language model as a plain transformers directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spearrl.config import TinySection
+from spearrl.errors import ConfigError
+
+END, PAD = "<|end|>", "<|pad|>"
+SPECIAL = (PAD, "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", END)
+# Three control tokens a turn: the role, the end, and the role that answers.
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+ROUND = 8  # vocabulary sizes are padded to a multiple of this
+CONTEXT = 32_768
+
+
+def build_tiny(corpus: Iterable[str], tiny: TinySection, seed: int) -> tuple[torch.nn.Module, Any]:
+    """A small Qwen3-style model from scratch, and a lossless tokenizer trained on `corpus`. Deterministic in `seed`."""
+    tokenizer = _train_tokenizer(corpus, tiny.vocab_size)
+    return _fresh_model(tiny, -(-len(tokenizer) // ROUND) * ROUND, tokenizer, seed), tokenizer
+
+
+def load_model(path: str, *, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A causal language model from a local directory. Raises ConfigError where there is none."""
+    from transformers import AutoModelForCausalLM
+
+    _check_directory(path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False).eval()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no causal language model can be loaded: {error}", where=path, hint="give a transformers model directory") from error
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a local model directory. Raises ConfigError where there is none."""
+    from transformers import AutoTokenizer
+
+    _check_directory(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer can be loaded: {error}", where=path, hint="the directory needs tokenizer.json") from error
+
+
+def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
+    """Write config.json, model.safetensors, tokenizer.json and the chat template."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _check_directory(path: str) -> None:
+    if not Path(path).is_dir():
+        hint = "download it first and give its folder, or use model.path=tiny"
+        raise ConfigError(f"model {path!r} is not a directory on this machine (nothing is downloaded)", where="model.path", hint=hint)
+
+
+def _train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Any:
+    """Byte-level BPE: lossless, frequent words become one token together with the space before them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    extra = list(SPECIAL[1:-1])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, additional_special_tokens=extra, clean_up_tokenization_spaces=False)
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def _fresh_model(tiny: TinySection, vocab_size: int, tokenizer: Any, seed: int) -> torch.nn.Module:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=tiny.hidden_size,
+        intermediate_size=tiny.feed_forward,
+        num_hidden_layers=tiny.layers,
+        num_attention_heads=tiny.heads,
+        num_key_value_heads=tiny.heads,
+        head_dim=tiny.hidden_size // tiny.heads,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**63)
+        return Qwen3ForCausalLM(config).eval()

@@ -1,0 +1,70 @@
+"""What a rollout engine is: token ids in, sampled token ids with their log-probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from spearrl.types import Image
+
+
+@dataclass(slots=True, frozen=True)
+class Sampling:
+    """How a reply is drawn. Log-probabilities are of logits / temperature, renormalised over what top_p and allowed_ids leave."""
+
+    temperature: float = 1.0  # 0: greedy, with log-probabilities at temperature 1
+    top_p: float = 1.0
+    max_tokens: int = 512
+    stop_ids: tuple[int, ...] = ()  # a sampled stop token is part of the completion
+    allowed_ids: tuple[int, ...] | None = None
+    seed: int = 0
+
+
+@dataclass(slots=True, frozen=True)
+class Request:
+    """One reply to sample. `id` orders admission: (group, sibling, turn)."""
+
+    id: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    images: tuple[Image, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    adapter: str | None = None
+    deadline_s: float | None = None  # seconds after which the engine gives the request up
+
+
+@dataclass(slots=True, frozen=True)
+class Completion:
+    """A sampled reply. Weights may change while it is drawn: the versions of its first and last token."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str  # "stop" | "length"
+    min_version: int = 0
+    max_version: int = 0
+    cached_tokens: int = 0  # prompt tokens that did not have to be computed
+
+
+class Engine(Protocol):
+    """Samples replies; one instance serves many coroutines."""
+
+    version: int
+
+    async def generate(self, request: Request) -> Completion:
+        """Raises EngineError where the request cannot be served."""
+        ...
+
+    async def cancel(self, request_id: tuple[int, ...]) -> None: ...
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | Path, version: int) -> None: ...
+
+    def health(self) -> bool: ...
+
+    def close(self) -> None: ...
