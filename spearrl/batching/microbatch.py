@@ -8,6 +8,9 @@ import torch
 
 from spearrl.batching.rows import Rows
 
+WORTHWHILE_TOKENS = 3072  # a smaller pass spends its time on launching operations
+FILLED = 0.9
+
 
 def mini_batches(keys: torch.Tensor, parts: int) -> list[torch.Tensor]:
     """Row indices of each optimiser step: rows in order of their key, cut into `parts` pieces whose sizes differ by at most one.
@@ -24,6 +27,8 @@ def mini_batches(keys: torch.Tensor, parts: int) -> list[torch.Tensor]:
 def micro_batches(lengths: torch.Tensor, max_tokens: int) -> list[torch.Tensor]:
     """Row indices of each forward pass: rows of similar length, with rows x longest <= max_tokens (a longer row goes alone).
 
+    A pass also ends early where it is worth its overhead already and the next row would be padded by a tenth or more.
+
     Args:
         lengths: int64 [B]. Longest rows come first, so that a pass that does not fit into memory fails at once.
     """
@@ -31,9 +36,13 @@ def micro_batches(lengths: torch.Tensor, max_tokens: int) -> list[torch.Tensor]:
     pieces, begin = [], 0
     sizes = lengths[order].tolist()
     for end in range(1, len(sizes) + 1):
-        if end == len(sizes) or (end + 1 - begin) * sizes[begin] > max_tokens:
-            pieces.append(order[begin:end])
-            begin = end
+        if end < len(sizes):
+            full = (end + 1 - begin) * sizes[begin] > max_tokens
+            wasteful = (end - begin) * sizes[begin] >= WORTHWHILE_TOKENS and sizes[end] <= FILLED * sizes[begin]
+            if not (full or wasteful):
+                continue
+        pieces.append(order[begin:end])
+        begin = end
     return pieces
 
 

@@ -97,6 +97,8 @@ class ReplayBuffer:
         """
         if tuple(rewards.shape) != (len(rows.turns),) or tuple(advantages.shape) != (len(rows.turns),):
             raise ContractError(f"rewards {list(rewards.shape)}, advantages {list(advantages.shape)}; expected [{len(rows.turns)}]", where="ReplayBuffer.add")
+        if tuple(old_logprobs.shape) != (len(rows), rows.width):
+            raise ContractError(f"old_logprobs {list(old_logprobs.shape)}; expected [{len(rows)}, {rows.width}]", where="ReplayBuffer.add")
         self._forget(step)
         self._last_step = step
         ids, owner = self._units(rows)

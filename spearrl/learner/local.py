@@ -27,7 +27,7 @@ class LocalLearner:
     """Trains a transformers causal language model in place.
 
     Args:
-        model: float parameters; its hidden states times its output embedding must be its logits.
+        model: a transformers model; its hidden states times its output embedding must be its logits.
         temperature: log-probabilities are of logits / temperature, as sampled.
         total_steps: optimiser steps over which the rate falls to 0; None: it stays.
         joint: one optimiser step for on-policy and replay rows, J + γ J_SIL (arXiv 2509.22601), instead of steps of their own.
@@ -37,7 +37,7 @@ class LocalLearner:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: Any,
         settings: LearnerSection,
         *,
         temperature: float = 1.0,
@@ -45,7 +45,7 @@ class LocalLearner:
         total_steps: int | None = None,
         joint: bool = False,
     ):
-        self.model: Any = model.to(device)
+        self.model = model.to(device)
         self.settings, self.temperature, self.total_steps, self.joint = settings, temperature, total_steps, joint
         self.device = torch.device(device)
         self.steps = 0
@@ -165,9 +165,9 @@ class LocalLearner:
                 losses[i] += float(loss.detach())
                 tally.add(objective.kind, {**metrics, "entropy": mean_entropy}, tokens)
             total.backward()
-        for (objective, _), loss in zip(share.objectives, losses, strict=True):
-            tally.add(objective.kind, {"loss": loss}, 1.0)
-        return sum(factor * loss for (_, factor), loss in zip(share.objectives, losses, strict=True))
+        for (objective, _), value in zip(share.objectives, losses, strict=True):
+            tally.add(objective.kind, {"loss": value}, 1.0)
+        return sum(factor * value for (_, factor), value in zip(share.objectives, losses, strict=True))
 
     def _selection(self, share: Share) -> dict[int, torch.Tensor | None]:
         """Tokens dropped per objective, chosen over the whole mini-batch on current log-probabilities."""

@@ -128,7 +128,7 @@ class WebShop(Environment):
     def window(self, history: Sequence[tuple[Observation, Action]], observation: Observation, task: Task) -> list[Message]:
         """SPEAR's prompt: task, the last `history_length` steps, page, admissible actions; over 13,000 characters without history."""
         shown = history[len(history) - min(self.options.history_length, len(history)) :]
-        past = [(seen.info.get("page", seen.text), action.text) for seen, action in shown]
+        past = [(seen.info.get("page", seen.text), action.text if self._tagged else self.format(action.text)) for seen, action in shown]
         page, goal = observation.info.get("page", observation.text), self._shop.goals[task.data["goal"]]
         if self._compact:
             return [Message("user", prompts.compact_window(short_instruction(goal), page, past))]

@@ -1,0 +1,114 @@
+"""Chunked log-probabilities against plain log_softmax at V = 152,000, d = 1,536: error, time and peak memory.
+
+    python benchmarks/logprobs.py [--positions 256 1024] [--chunk 128] [--threads 2]
+
+Peak memory is the growth of a fresh process's resident set over what inputs and gradients take. With --check the exit code is 1 unless the
+error is <= 1e-5 and the chunked peak does not grow with the number of positions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+
+from spearrl.learner.logprobs import token_logprobs
+
+VOCABULARY, WIDTH = 152_000, 1_536
+MIB = 2**20
+
+
+def inputs(positions: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(positions, WIDTH, generator=draw).requires_grad_()
+    weight = torch.empty(VOCABULARY, WIDTH).normal_(std=0.05, generator=draw).requires_grad_()
+    return hidden, weight, torch.randint(0, VOCABULARY, (positions,), generator=draw)
+
+
+def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+
+def chunked(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:
+    return token_logprobs(hidden, weight, targets, chunk=chunk)[0]
+
+
+def resident() -> float:
+    """Peak resident set so far in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(way: str, positions: int, chunk: int) -> dict[str, float]:
+    """Forward and backward in this process: seconds, and MiB above inputs and their gradients."""
+    hidden, weight, targets = inputs(positions)
+    hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+    weight.grad.fill_(0.0)  # touch the pages
+    before, start = resident(), time.perf_counter()
+    logprobs = plain(hidden, weight, targets) if way == "plain" else chunked(hidden, weight, targets, chunk)
+    (-logprobs.mean()).backward()
+    return {"seconds": time.perf_counter() - start, "mib": resident() - before}
+
+
+def error(positions: int, chunk: int) -> float:
+    """Largest distance from the same number in float64."""
+    hidden, weight, targets = inputs(positions)
+    with torch.no_grad():
+        found = chunked(hidden, weight, targets, chunk).double()
+        worst = 0.0
+        for row in range(positions):
+            logits = torch.zeros(VOCABULARY, dtype=torch.float64)
+            for begin in range(0, VOCABULARY, 8192):
+                logits[begin : begin + 8192] = weight[begin : begin + 8192].double() @ hidden[row].double()
+            worst = max(worst, abs(float(found[row] - logits.log_softmax(-1)[targets[row]])))
+    return worst
+
+
+def fresh(*arguments: str) -> dict[str, float]:
+    """Run this file in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--positions", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--one", choices=["plain", "chunked", "error"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.one == "error":
+        print(json.dumps({"error": error(options.positions[0], options.chunk)}))
+        return 0
+    if options.one:
+        print(json.dumps(measure(options.one, options.positions[0], options.chunk)))
+        return 0
+    common = ["--chunk", str(options.chunk), "--threads", str(options.threads)]
+    worst = fresh("--one", "error", "--positions", "16", *common)["error"]
+    print(
+        f"V={VOCABULARY} d={WIDTH} chunk={options.chunk}; one chunk of logits is {options.chunk * VOCABULARY * 4 / MIB:.0f} MiB, the head {VOCABULARY * WIDTH * 4 / MIB:.0f} MiB"
+    )
+    print(f"largest error against float64: {worst:.1e}")
+    peaks = []
+    for positions in options.positions:
+        ways = {way: fresh("--one", way, "--positions", str(positions), *common) for way in ("plain", "chunked")}
+        peaks.append(ways["chunked"]["mib"])
+        ratio = {key: ways["chunked"][key] / ways["plain"][key] for key in ("mib", "seconds")}
+        print(
+            f"n={positions}: plain {ways['plain']['mib']:.0f} MiB {ways['plain']['seconds']:.1f} s, "
+            f"chunked {ways['chunked']['mib']:.0f} MiB {ways['chunked']['seconds']:.1f} s; ratio memory {ratio['mib']:.2f} time {ratio['seconds']:.2f}"
+        )
+    growth = peaks[-1] - peaks[0]
+    allowed = 2 * options.chunk * VOCABULARY * 4 / MIB
+    print(f"growth of the chunked peak from n={options.positions[0]} to n={options.positions[-1]}: {growth:.0f} MiB")
+    return int(options.check and (worst > 1e-5 or growth > allowed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Messages to token ids. What the engine sampled is kept as sampled: a conversation only ever grows by new ids.
+
+    ids = previous ids + sampled ids + (the template's rendering of a dummy reply and the new messages, minus its prefix)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from spearrl.errors import ConfigError
+from spearrl.types import Message
+
+# Private-use characters stand in for control tokens that occur in message text while the template is rendered.
+_OPEN, _CLOSE = "\ue000", "\ue001"
+_STAND_IN = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
+_DUMMY = "\ue002reply\ue002"
+
+Key = tuple[tuple[str, str], ...]
+
+
+class ChatEncoder:
+    """Encodes conversations with a tokenizer's chat template.
+
+    `rewrites_history` (known after `verify()`): the template changes earlier turns when new ones come (Qwen3 drops old thinking);
+    then conversations are rendered anew every turn with `start`.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any):
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError("the tokenizer has no chat template", where="model.path", hint="use an instruct model, or set tokenizer.chat_template and save it")
+        self.tokenizer = tokenizer
+        self.rewrites_history = False
+        self._specials = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self._special = re.compile("|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))) or r"(?!)")
+        self._delta = lru_cache(maxsize=8192)(self._render_delta)
+        after = self._ids(self._render((("user", "x"), ("assistant", _DUMMY)), False).rpartition(_DUMMY)[2])
+        self.end_id: int | None = after[0] if after else tokenizer.eos_token_id
+        self.stop_ids: tuple[int, ...] = tuple(sorted({i for i in (self.end_id, tokenizer.eos_token_id) if i is not None}))
+
+    def start(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
+        """Ids of a whole conversation, ready for a reply."""
+        return tuple(self._ids(self._render(_key(messages), True, tools)))
+
+    def extend(self, prompt_ids: Sequence[int], sampled_ids: Sequence[int], new_messages: Sequence[Message]) -> tuple[int, ...]:
+        """Ids after a reply and what was said since, ready for the next reply. `sampled_ids` may end with the end-of-turn token or not."""
+        delta = self._delta(_key(new_messages))
+        ended = bool(sampled_ids) and sampled_ids[-1] == self.end_id
+        return (*prompt_ids, *sampled_ids, *(delta[1:] if ended and delta[:1] == (self.end_id,) else delta))
+
+    def reply_ids(self, text: str) -> tuple[int, ...]:
+        """A reply as the policy would have said it: plain text and the end-of-turn token."""
+        ids = self._plain(text)
+        return (*ids, self.end_id) if self.end_id is not None else tuple(ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without control tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def verify(self) -> None:
+        """Compare growing a conversation with rendering it whole; sets `rewrites_history` where they differ."""
+        first, second = Message("user", "one"), Message("user", "two")
+        reply = "<think>\nwhy\n</think>\n\nso"
+        grown = self.extend(self.start([first]), self.reply_ids(reply), [second])
+        whole = self.start([first, self.reply_message(reply), second])
+        self.rewrites_history = self._show(grown) != self._show(whole)
+
+    @staticmethod
+    def reply_message(text: str) -> Message:
+        return Message("assistant", text)
+
+    def _show(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _render_delta(self, key: Key) -> tuple[int, ...]:
+        text = self._render((("user", "x"), ("assistant", _DUMMY), *key), True)
+        return tuple(self._ids(text.partition(_DUMMY)[2]))
+
+    def _render(self, key: Key, prompt: bool, tools: Sequence[dict[str, Any]] = ()) -> str:
+        chat = [{"role": role, "content": self._special.sub(self._stand_in, text)} for role, text in key]
+        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt, tools=list(tools) or None))
+
+    def _stand_in(self, match: re.Match[str]) -> str:
+        return f"{_OPEN}{self._specials.index(match.group())}{_CLOSE}"
+
+    def _ids(self, rendered: str) -> list[int]:
+        """Control tokens of the template become control ids; those of message text (stand-ins) become plain text."""
+        if _OPEN not in rendered:
+            return list(self.tokenizer.encode(rendered, add_special_tokens=False))
+        ids: list[int] = []
+        for number, piece in enumerate(_STAND_IN.split(rendered)):
+            if number % 2:
+                known = int(piece) < len(self._specials)
+                ids += self._plain(self._specials[int(piece)] if known else f"{_OPEN}{piece}{_CLOSE}")
+            elif piece:
+                ids += self.tokenizer.encode(piece, add_special_tokens=False)
+        return ids
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+
+def _key(messages: Sequence[Message]) -> Key:
+    return tuple((m.role, m.text) for m in messages)
