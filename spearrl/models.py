@@ -52,6 +52,9 @@ def load_tokenizer(path: str) -> Any:
 
 def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
     """Write config.json, model.safetensors, tokenizer.json and the chat template."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -329,6 +329,15 @@ def test_gradient_checkpointing_changes_nothing():
     torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-12)
 
 
+def test_gradient_checkpointing_in_bf16():
+    rows = make_rows(RUNS)
+    results = []
+    for switch in (False, True):
+        learner = LocalLearner(tiny(), settings(grad_clip=1e9, precision="bf16", gradient_checkpointing=switch))
+        results.append(gradient(learner, batch_of(rows, learner, shift=0.2), None, [Objective("policy")]))
+    assert float((results[0] - results[1]).norm()) <= 0.05 * float(results[0].norm())
+
+
 def test_dropout_is_off():
     model = tiny()
     model.config.attention_dropout = 0.5

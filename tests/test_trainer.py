@@ -34,7 +34,7 @@ def test_two_runs_of_one_seed_have_identical_parameters(tmp_path):
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     whole = run(small_config(tmp_path, name="whole"))
     part = Trainer(small_config(tmp_path, name="part"))
-    part._report = lambda kind, values: setattr(part, "stop_requested", kind == "step" and values["step"] == 3)
+    part._report = lambda kind, values: setattr(part, "stop_requested", part.stop_requested or (kind == "step" and values["step"] == 3))
     part.train()
     part.close()
     assert part.step == 3
@@ -78,10 +78,10 @@ def test_self_imitation_goes_through_the_trainer(tmp_path):
     used = []
     for step, batch in replayed:
         mask = batch.action_mask
-        assert (batch.advantages[mask] > 0).all()
         assert (batch.advantages[~mask] == 0).all()
         for row in range(len(batch.rows)):
             trajectory = int(batch.rows.trajectory[row])
+            assert batch.advantages[row][mask[row]].max() > 0
             stored_step, old, ids = seen[trajectory]
             assert stored_step < step
             assert torch.equal(batch.old_logprobs[row][mask[row]], old)
@@ -98,25 +98,32 @@ def test_the_three_algorithms_differ_only_in_config(tmp_path):
     assert len(set(prints.values())) == 3
 
 
-def test_observation_tokens_never_train(tmp_path):
+def test_only_sampled_tokens_train(tmp_path):
+    """In every batch the learner gets, the masked tokens of a trajectory are exactly the tokens the engine sampled for it, with its log-probabilities."""
     trainer = Trainer(small_config(tmp_path))
-    update, checked = trainer.parts.learner.update, []
+    update, collect, sampled, checked = trainer.parts.learner.update, trainer.parts.collector.collect, {}, []
 
-    def spy(on_policy, replay, **settings):
-        for batch in (on_policy, replay):
-            if batch is None:
-                continue
+    def spy_collect(*tasks, **settings):
+        groups = collect(*tasks, **settings)
+        for trajectory in (t for g in groups for t in g.trajectories):
+            sampled[trajectory.id] = ([i for turn in trajectory.turns for i in turn.token_ids], [p for turn in trajectory.turns for p in turn.logprobs])
+        return groups
+
+    def spy_update(on_policy, replay, **settings):
+        for batch in (b for b in (on_policy, replay) if b is not None):
             ids, mask = batch.rows.pad(batch.rows.token_ids), batch.action_mask
-            text = trainer.parts.tokenizer.decode(ids[mask].tolist())
-            assert "it is" not in text and "want" not in text and "<|user|>" not in text
             assert (batch.advantages[~mask] == 0).all()
-            checked.append(int(mask.sum()))
+            for row, trajectory in enumerate(batch.rows.trajectory.tolist()):
+                wanted_ids, wanted_logprobs = sampled[trajectory]
+                assert ids[row][mask[row]].tolist() == wanted_ids
+                assert batch.old_logprobs[row][mask[row]].tolist() == pytest.approx(wanted_logprobs, abs=2e-3)
+                checked.append(trajectory)
         return update(on_policy, replay, **settings)
 
-    trainer.parts.learner.update = spy
+    trainer.parts.collector.collect, trainer.parts.learner.update = spy_collect, spy_update
     trainer.train()
     trainer.close()
-    assert sum(checked) > 0
+    assert len(checked) > 32
 
 
 def test_training_learns_the_toy(tmp_path):

@@ -37,12 +37,14 @@ class Fetch(Environment):
         return Observation("want: look or say", admissible=self._admissible())
 
     def step(self, action: Action) -> Outcome:
-        if self._index == self.options.broken:
+        played_by_policy = self.expert_noise == 0  # expert episodes stay sound, so that there is a model to begin with
+        if self._index == self.options.broken and played_by_policy:
             raise RuntimeError("the shelf fell down")
+        if self._index == self.options.nan and played_by_policy:
+            return Outcome(Observation("?"), float("nan"), False)
         if action.text == "look" and not self._looked:
             self._looked = True
-            reward = float("nan") if self._index == self.options.nan else 0.0
-            return Outcome(Observation(f"it is {self._color}", admissible=self._admissible()), reward, False)
+            return Outcome(Observation(f"it is {self._color}", admissible=self._admissible()), 0.0, False)
         if action.text.startswith("say "):
             success = self._looked and action.text == f"say {self._color}"
             return Outcome(Observation("end"), 10.0 * success, True, info={"success": success, "closeness": float(success)})

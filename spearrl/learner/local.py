@@ -201,7 +201,8 @@ class LocalLearner:
         with ExitStack() as stack:
             if self._bf16:
                 stack.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
-            if self._bf16 and self.device.type == "cpu":
+            # A checkpointed layer runs again inside the backward pass, where no such context reaches.
+            if self._bf16 and self.device.type == "cpu" and not self.settings.gradient_checkpointing:
                 stack.enter_context(Float32Attention())
             yield
 
