@@ -1,6 +1,6 @@
 """Time of a WebShop step and reset: median and 99th percentile, beside the 25 ms a step of the original simulator takes.
 
-    python benchmarks/webshop.py [--episodes 300] [--data FOLDER]
+python benchmarks/webshop.py [--episodes 300] [--data FOLDER]
 """
 
 from __future__ import annotations

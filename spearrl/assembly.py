@@ -112,9 +112,7 @@ def cold_start(config: RunConfig, model: torch.nn.Module, tokenizer: Any, transc
     """Clone the expert's episodes into `model`, in place, on the device it is on."""
     seed = config.run.seed
     encoder = ChatEncoder(tokenizer)
-    lessons = encode(
-        transcripts, encoder, style=config.env.style, context_tokens=config.rollout.context_tokens, settings=config.sft, seed=derive(seed, "sft")
-    )
+    lessons = encode(transcripts, encoder, style=config.env.style, context_tokens=config.rollout.context_tokens, settings=config.sft, seed=derive(seed, "sft"))
     report(
         "expert",
         {
@@ -124,7 +122,15 @@ def cold_start(config: RunConfig, model: torch.nn.Module, tokenizer: Any, transc
             "dropped": lessons.dropped,
         },
     )
-    fit(model, lessons, config.sft, config.learner, seed=derive(seed, "sft"), device=str(next(model.parameters()).device), report=lambda values: report("sft", values))
+    fit(
+        model,
+        lessons,
+        config.sft,
+        config.learner,
+        seed=derive(seed, "sft"),
+        device=str(next(model.parameters()).device),
+        report=lambda values: report("sft", values),
+    )
 
 
 def evaluate(config: RunConfig) -> EvalResult:
@@ -162,9 +168,7 @@ def _transcripts(config: RunConfig, environment: Environment) -> list[Transcript
     )
 
 
-def _collector(
-    config: RunConfig, engine: LocalEngine, encoder: ChatEncoder, environment: Environment, *, sampling: tuple[float, float]
-) -> Collector:
+def _collector(config: RunConfig, engine: LocalEngine, encoder: ChatEncoder, environment: Environment, *, sampling: tuple[float, float]) -> Collector:
     settings = config.rollout
     return Collector(
         engine,

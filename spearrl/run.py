@@ -1,6 +1,6 @@
 """The run directory: lock, resolved config, events, TensorBoard, trajectories.
 
-    config.toml  command.txt  versions.json  events.jsonl  trajectories/step-000001.jsonl  tb/  checkpoints/step-000020/
+config.toml  command.txt  versions.json  events.jsonl  trajectories/step-000001.jsonl  tb/  checkpoints/step-000020/
 """
 
 from __future__ import annotations

@@ -52,10 +52,26 @@ def encode(transcripts: Sequence[Transcript], encoder: ChatEncoder, *, style: st
     return Lessons(rows, weights, dropped)
 
 
-def fit(model: torch.nn.Module, lessons: Lessons, settings: SftSection, learner_settings: LearnerSection, *, seed: int, device: str, report: Callable[[dict[str, Any]], None]) -> None:
+def fit(
+    model: torch.nn.Module,
+    lessons: Lessons,
+    settings: SftSection,
+    learner_settings: LearnerSection,
+    *,
+    seed: int,
+    device: str,
+    report: Callable[[dict[str, Any]], None],
+) -> None:
     """Train `model` in place: AdamW, warm-up then linear decay, batches of episodes of similar length."""
     batches = [b for epoch in range(settings.epochs) for b in _batches(lessons.rows, settings.batch_episodes, derive(seed, "sft-epoch", epoch))]
-    changes = {"lr": settings.lr, "warmup_steps": settings.warmup_steps, "weight_decay": settings.weight_decay, "mini_batches": 1, "mini_batch_rows": 0}
+    changes = {
+        "lr": settings.lr,
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "beta2": settings.beta2,
+        "mini_batches": 1,
+        "mini_batch_rows": 0,
+    }
     learner = LocalLearner(model, learner_settings.model_copy(update=changes), device=device, total_steps=len(batches))
     objective, start, tokens = [Objective("sft")], time.monotonic(), 0
     for number, chosen in enumerate(batches, 1):

@@ -11,7 +11,7 @@ import torch
 
 from spearrl import algorithm
 from spearrl.algorithm import Shaped
-from spearrl.assembly import Parts, Report, assemble, make_environment, prepare_torch, save_policy, starting_model
+from spearrl.assembly import Parts, Report, assemble, make_environment, prepare_torch, starting_model
 from spearrl.batching import Batch, rows_from_groups
 from spearrl.buffers import BaselineBuffer, ReplayBuffer
 from spearrl.checkpoint import clean, load_state, newest_checkpoint, save_checkpoint, save_state
@@ -173,8 +173,8 @@ class Trainer:
         return self.baseline.percentile(50) if len(self.baseline) else 0.0
 
     def _write(self, folder: Path) -> None:
-        save_policy(self.parts.model, self.parts.tokenizer, folder)
         self.parts.learner.save(folder)
+        self.parts.tokenizer.save_pretrained(folder)
         state = {"step": self.step, "policy_version": self.policy_version, "replay": self.replay.state_dict(), "baseline": self.baseline.state_dict()}
         save_state(folder, "state", state)
 

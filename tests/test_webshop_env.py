@@ -286,7 +286,7 @@ def test_compact_labels_can_be_asins_and_pages_larger():
 
 
 def test_words_keep_a_value_that_has_none():
-    assert words("XX-Large / 28\" x 7.5") == "xx large 28 x 7.5" and words(" ★★ ") == "★★" and words("Men's") == "men's"
+    assert words('XX-Large / 28" x 7.5') == "xx large 28 x 7.5" and words(" ★★ ") == "★★" and words("Men's") == "men's"
 
 
 # expert

@@ -14,7 +14,7 @@ from spearrl.envs.webshop import WebShop
 from spearrl.envs.webshop.catalogue import Catalogue
 from spearrl.envs.webshop.goals import draw_prices, make_goals
 from spearrl.envs.webshop.pages import Session
-from spearrl.envs.webshop.search import Index, product_text
+from spearrl.envs.webshop.search import Index
 from spearrl.types import Action, Task
 from tests.shared_data import shared
 
@@ -35,11 +35,12 @@ def term_vectors() -> Iterator[dict[str, int]]:
 
 
 def shop(observation: str, index: str) -> WebShop:
-    """The environment with the golden run's search: where scores tie it kept the products' order (Lucene goes by asin, and so does the environment)."""
+    """The environment as users get it ("texts"), or with an index over Lucene's own term vectors, as the golden run had."""
     environment = WebShop(data=str(shared(FOLDER)), observation=observation)
+    if index == "texts":
+        return environment
     catalogue = Catalogue(environment._shop.catalogue.products)
-    documents = Index(term_vectors()) if index == "vectors" else Index.from_texts(map(product_text, catalogue.products))
-    catalogue.__dict__["index"] = documents
+    catalogue.__dict__["index"] = Index(term_vectors())
     environment._shop = dataclasses.replace(environment._shop, catalogue=catalogue)
     return environment
 

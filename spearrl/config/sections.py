@@ -209,6 +209,7 @@ class SftSection(Section):
     lr: float = Field(3e-3, gt=0, description="Peak AdamW learning rate; warms up, then falls linearly to 0.")
     warmup_steps: int = Field(30, ge=0, description="Optimiser steps of warm-up.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW second moment decay.")
     observation_weight: float = Field(0.05, ge=0, le=1, description="Loss weight of observation tokens; action tokens weigh 1.")
     observation_fraction: float = Field(1.0, gt=0, le=1, description="Share of observation tokens drawn for the loss.")
     noise: float = Field(0.3, ge=0, le=1, description="How imperfect the expert is: 0 perfect, 1 random; RL then has something to find.")

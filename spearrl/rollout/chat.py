@@ -1,6 +1,6 @@
 """Messages to token ids. What the engine sampled is kept as sampled: a conversation only ever grows by new ids.
 
-    ids = previous ids + sampled ids + (the template's rendering of a dummy reply and the new messages, minus its prefix)
+ids = previous ids + sampled ids + (the template's rendering of a dummy reply and the new messages, minus its prefix)
 """
 
 from __future__ import annotations
@@ -33,25 +33,31 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: Any):
         if not getattr(tokenizer, "chat_template", None):
-            raise ConfigError("the tokenizer has no chat template", where="model.path", hint="use an instruct model, or set tokenizer.chat_template and save it")
+            raise ConfigError(
+                "the tokenizer has no chat template", where="model.path", hint="use an instruct model, or set tokenizer.chat_template and save it"
+            )
         self.tokenizer = tokenizer
         self.rewrites_history = False
-        self._specials = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self._special = re.compile("|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))) or r"(?!)")
+        # The opening stand-in is itself replaced, so that no text can be mistaken for a stand-in.
+        self._specials = [*(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), _OPEN]
+        self._special = re.compile("|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))))
+        self._whole = lru_cache(maxsize=256)(self._render_whole)
         self._delta = lru_cache(maxsize=8192)(self._render_delta)
+        special = set(tokenizer.all_special_ids)
         after = self._ids(self._render((("user", "x"), ("assistant", _DUMMY)), False).rpartition(_DUMMY)[2])
-        self.end_id: int | None = after[0] if after else tokenizer.eos_token_id
+        self.end_id: int | None = next((i for i in after if i in special), tokenizer.eos_token_id)
         self.stop_ids: tuple[int, ...] = tuple(sorted({i for i in (self.end_id, tokenizer.eos_token_id) if i is not None}))
 
     def start(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
         """Ids of a whole conversation, ready for a reply."""
-        return tuple(self._ids(self._render(_key(messages), True, tools)))
+        return tuple(self._ids(self._render(_key(messages), True, tools))) if tools else self._whole(_key(messages))
 
     def extend(self, prompt_ids: Sequence[int], sampled_ids: Sequence[int], new_messages: Sequence[Message]) -> tuple[int, ...]:
         """Ids after a reply and what was said since, ready for the next reply. `sampled_ids` may end with the end-of-turn token or not."""
         delta = self._delta(_key(new_messages))
-        ended = bool(sampled_ids) and sampled_ids[-1] == self.end_id
-        return (*prompt_ids, *sampled_ids, *(delta[1:] if ended and delta[:1] == (self.end_id,) else delta))
+        if sampled_ids and sampled_ids[-1] == self.end_id and self.end_id in delta:
+            delta = delta[delta.index(self.end_id) + 1 :]
+        return (*prompt_ids, *sampled_ids, *delta)
 
     def reply_ids(self, text: str) -> tuple[int, ...]:
         """A reply as the policy would have said it: plain text and the end-of-turn token."""
@@ -63,12 +69,21 @@ class ChatEncoder:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def verify(self) -> None:
-        """Compare growing a conversation with rendering it whole; sets `rewrites_history` where they differ."""
+        """Compare growing a conversation with rendering it whole; sets `rewrites_history` where they differ.
+
+        Raises:
+            ConfigError: the template fails on a plain conversation, or renders control tokens of a message as such.
+        """
         first, second = Message("user", "one"), Message("user", "two")
-        reply = "<think>\nwhy\n</think>\n\nso"
-        grown = self.extend(self.start([first]), self.reply_ids(reply), [second])
-        whole = self.start([first, self.reply_message(reply), second])
-        self.rewrites_history = self._show(grown) != self._show(whole)
+        self.rewrites_history = False
+        for reply in ("so", "<think>\nwhy\n</think>\n\nso"):
+            grown = self.extend(self.start([first]), self.reply_ids(reply), [second])
+            whole = self.start([first, self.reply_message(reply), second])
+            self.rewrites_history |= self._show(grown) != self._show(whole)
+        hostile = self.start([Message("user", "one" + "".join(self._specials[:-1]))])
+        controls = set(self.tokenizer.all_special_ids)
+        if sum(i in controls for i in hostile) != sum(i in controls for i in self.start([first])):
+            raise ConfigError("control tokens in a message do not stay plain text", where="chat template", hint="use a tokenizer with a tokenizer.json")
 
     @staticmethod
     def reply_message(text: str) -> Message:
@@ -77,13 +92,21 @@ class ChatEncoder:
     def _show(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    def _render_whole(self, key: Key) -> tuple[int, ...]:
+        return tuple(self._ids(self._render(key, True)))
+
     def _render_delta(self, key: Key) -> tuple[int, ...]:
         text = self._render((("user", "x"), ("assistant", _DUMMY), *key), True)
         return tuple(self._ids(text.partition(_DUMMY)[2]))
 
     def _render(self, key: Key, prompt: bool, tools: Sequence[dict[str, Any]] = ()) -> str:
         chat = [{"role": role, "content": self._special.sub(self._stand_in, text)} for role, text in key]
-        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt, tools=list(tools) or None))
+        try:
+            return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt, tools=list(tools) or None))
+        except Exception as error:  # jinja2's and whatever the template raises itself
+            roles = ", ".join(role for role, _ in key)
+            hint = "use roles the template knows in Environment.messages, or another chat template"
+            raise ConfigError(f"the chat template failed on messages of roles {roles}: {error}", where="model.path", hint=hint) from error
 
     def _stand_in(self, match: re.Match[str]) -> str:
         return f"{_OPEN}{self._specials.index(match.group())}{_CLOSE}"
@@ -95,8 +118,7 @@ class ChatEncoder:
         ids: list[int] = []
         for number, piece in enumerate(_STAND_IN.split(rendered)):
             if number % 2:
-                known = int(piece) < len(self._specials)
-                ids += self._plain(self._specials[int(piece)] if known else f"{_OPEN}{piece}{_CLOSE}")
+                ids += self._plain(self._specials[int(piece)])
             elif piece:
                 ids += self.tokenizer.encode(piece, add_special_tokens=False)
         return ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import numbers
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
@@ -65,15 +66,13 @@ class Collector:
         self.style, self.max_turns = style, max_turns
         self.max_reply_tokens, self.max_response_tokens, self.context_tokens = max_reply_tokens, max_response_tokens, context_tokens
         self.temperature, self.top_p = temperature, top_p
-        self.seconds = {"env": 0.0, "all": 0.0}  # of the last collect()
+        self.measures: dict[str, float] = {}  # of the last collect(): seconds, env_seconds, engine_seconds, sampled/prefilled/cached tokens
         self._slots: list[Environment] = []
         self._threads = ThreadPoolExecutor(32, "env") if environment.execution == "thread" else None
         if environment.execution not in ("inline", "thread"):
             raise ConfigError(f"execution={environment.execution!r} is not known", where=type(environment).__name__, hint='use "inline" or "thread"')
 
-    def collect(
-        self, tasks: Sequence[Task], group_size: int, *, run_seed: int, step: int, first_group_id: int, purpose: str = "rollout"
-    ) -> list[Group]:
+    def collect(self, tasks: Sequence[Task], group_size: int, *, run_seed: int, step: int, first_group_id: int, purpose: str = "rollout") -> list[Group]:
         """Play each task `group_size` times. Every random draw derives from (run_seed, step, group, sibling, turn).
 
         Siblings share the environment's seed and differ in the sampling seed.
@@ -81,9 +80,11 @@ class Collector:
         Raises:
             ContractError: the environment paid a reward that is not a finite number.
         """
-        start, self.seconds["env"] = time.monotonic(), 0.0
+        start, busy = time.monotonic(), self.engine.counters.get("seconds", 0.0)
+        self.measures = dict.fromkeys(("env_seconds", "sampled_tokens", "prefilled_tokens", "cached_tokens"), 0.0)
         groups = _run(self._collect(tasks, group_size, (purpose, run_seed, step), first_group_id))
-        self.seconds["all"] = time.monotonic() - start
+        self.measures["seconds"] = time.monotonic() - start
+        self.measures["engine_seconds"] = self.engine.counters.get("seconds", 0.0) - busy
         return groups
 
     def close(self) -> None:
@@ -106,18 +107,21 @@ class Collector:
     async def _play(self, trajectory: Trajectory, seed: tuple[int | str, ...]) -> Trajectory:
         for _ in range(ATTEMPTS):
             trajectory = Trajectory(trajectory.task, trajectory.group, trajectory.sibling, trajectory.id)
-            slot = self._slots.pop() if self._slots else self.environment.spawn()
+            slot: Environment | None = None
             try:
+                slot = self._slots.pop() if self._slots else self.environment.spawn()
                 await self._episode(trajectory, slot, seed)
             except EngineError:
                 trajectory.status, trajectory.error = Status.ENGINE_ERROR, traceback.format_exc()
             except (ContractError, ConfigError):
+                self._discard(slot)
                 raise
             except Exception:  # whatever an environment raises costs its own episode only
                 trajectory.status, trajectory.error = Status.ENV_ERROR, traceback.format_exc()
                 self._discard(slot)
                 continue
-            self._slots.append(slot)
+            if slot is not None:
+                self._slots.append(slot)
             if not trajectory.status.is_error:
                 break
         return trajectory
@@ -152,6 +156,9 @@ class Collector:
         )
         request_id = (trajectory.group, trajectory.sibling, number)
         completion = await self.engine.generate(Request(request_id, prompt, observation.images, sampling))
+        self.measures["sampled_tokens"] += len(completion.token_ids)
+        self.measures["cached_tokens"] += completion.cached_tokens
+        self.measures["prefilled_tokens"] += len(prompt) - completion.cached_tokens
         text = self.encoder.decode(completion.token_ids)
         reply = Reply(text, completion.token_ids, completion.finish_reason)
         action, outcome = await self._in_env(lambda: _act(episode.slot, reply))
@@ -194,21 +201,21 @@ class Collector:
                 return call()
             return await asyncio.get_running_loop().run_in_executor(self._threads, call)
         finally:
-            self.seconds["env"] += time.perf_counter() - start
+            self.measures["env_seconds"] += time.perf_counter() - start
 
     def _check(self, outcome: Outcome, episode: _Episode, number: int) -> None:
         where = f"{type(episode.slot).__name__}, task {episode.trajectory.task.id}, seed {episode.seed}, turn {number}"
         if not isinstance(outcome, Outcome):
             raise ContractError(f"step() returned {type(outcome).__name__}, expected Outcome", where=where, hint="return spearrl.types.Outcome")
-        number_like = isinstance(outcome.reward, (int, float)) and not isinstance(outcome.reward, complex)
-        if not number_like or not math.isfinite(outcome.reward):
+        if not isinstance(outcome.reward, numbers.Real) or not math.isfinite(outcome.reward):
             raise ContractError(f"reward {outcome.reward!r} is not a finite number", where=where, hint="step() must return a finite float")
 
     @staticmethod
-    def _discard(slot: Environment) -> None:
+    def _discard(slot: Environment | None) -> None:
         """A slot that raised is not trusted again."""
         try:
-            slot.close()
+            if slot is not None:
+                slot.close()
         except Exception:
             traceback.print_exc()
 

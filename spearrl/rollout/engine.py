@@ -52,6 +52,7 @@ class Engine(Protocol):
     """Samples replies; one instance serves many coroutines."""
 
     version: int
+    counters: dict[str, float]  # what it did so far; "seconds" it was busy
 
     async def generate(self, request: Request) -> Completion:
         """Raises EngineError where the request cannot be served."""

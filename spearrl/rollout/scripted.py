@@ -18,7 +18,7 @@ class ScriptedEngine:
     def __init__(self, reply: Callable[[Request], Sequence[int]]):
         self.version = 0
         self.requests: list[Request] = []
-        self.counters: dict[str, int] = {}
+        self.counters: dict[str, float] = {}
         self._reply = reply
 
     async def generate(self, request: Request) -> Completion:

@@ -31,7 +31,8 @@ class Catalogue:
 
     @cached_property
     def index(self) -> Index:
-        return Index.from_texts((product_text(p) for p in self.products), [p["asin"] for p in self.products])
+        """Equal scores keep the products' order (Pyserini's index goes by asin: pass the asins as ids to have that)."""
+        return Index.from_texts(product_text(p) for p in self.products)
 
     def search(self, keywords: list[str], limit: int = 50) -> list[Product]:
         """The products a query finds, best first. `<a> x`, `<c> x`, `<q> x` list an attribute, category or query (no limit)."""

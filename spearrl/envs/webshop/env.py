@@ -72,9 +72,7 @@ class WebShop(Environment):
         self._tagged = chosen.reply == "tagged"
         self._compact = chosen.observation == "compact"
         self._renderer: CompactRenderer | OriginalRenderer = (
-            CompactRenderer(chosen.title_words, chosen.compact_ids)
-            if self._compact
-            else OriginalRenderer(chosen.observation == "text_rich", chosen.show_attrs)
+            CompactRenderer(chosen.title_words, chosen.compact_ids) if self._compact else OriginalRenderer(chosen.observation == "text_rich", chosen.show_attrs)
         )
         self._per_page = chosen.results_per_page or (5 if self._compact and chosen.data is None else 10)
         self._tagger = default_tagger()
