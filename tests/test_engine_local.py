@@ -131,6 +131,14 @@ def test_two_runs_are_bit_identical():
     assert results[0] == results[1]
 
 
+def test_admission_follows_request_ids_not_submission(monkeypatch: pytest.MonkeyPatch):
+    engine, admitted = engine_of(tiny(), slots=2), []
+    place = engine._table.place
+    monkeypatch.setattr(engine._table, "place", lambda jobs: admitted.extend(job.request.id for job in jobs) or place(jobs))
+    serve(engine, *requests(8)[::-1])
+    assert admitted == sorted(admitted) and len(admitted) == 8
+
+
 def test_a_prompt_that_keeps_only_its_beginning_reuses_that():
     model = tiny()
     engine = engine_of(model)
