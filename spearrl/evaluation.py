@@ -73,6 +73,7 @@ def summarise(groups: Sequence[Group], settings: EvalSection, panel: str) -> Eva
     """Rates, means and counts of played groups."""
     played = [t for g in groups for t in g.valid]
     strata = sorted({str(g.task.data["stratum"]) for g in groups if "stratum" in g.task.data})
+    strata = strata if len(strata) > 1 else []
     statuses: dict[str, int] = {}
     for trajectory in (t for g in groups for t in g.trajectories):
         statuses[trajectory.status.value] = statuses.get(trajectory.status.value, 0) + 1

@@ -110,7 +110,8 @@ class Trainer:
         groups = parts.collector.collect(tasks, size, run_seed=config.run.seed, step=step, first_group_id=step * count)
         clock.lap("rollout")
         kept = algorithm.trainable(groups, size)
-        metrics = {**_rollout_metrics(groups, kept), "gamma": gamma, "mu": mu}
+        measured = {f"time/{name.removesuffix('_seconds')}": parts.collector.measures[name] for name in ("engine_seconds", "env_seconds")}
+        metrics = {**_rollout_metrics(groups, kept), **measured, "gamma": gamma, "mu": mu}
         if config.run.trajectories_every and step % config.run.trajectories_every == 0:
             self.run.trajectories(step, groups)
         if not any(t.turns for g in kept for t in g.trajectories):

@@ -19,7 +19,7 @@ from spearrl.envs.webshop.nouns import default_tagger
 from spearrl.envs.webshop.pages import Session, parse_action
 from spearrl.envs.webshop.render import Move, OriginalRenderer
 from spearrl.envs.webshop.reward import purchase_reward
-from spearrl.envs.webshop.shop import open_shop
+from spearrl.envs.webshop.shop import Shop, open_shop
 from spearrl.errors import ConfigError, ContractError
 from spearrl.seeds import derive
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
@@ -88,7 +88,7 @@ class WebShop(Environment):
         """Goals in the original's shuffled order. Raises ConfigError for an unknown or empty split."""
         if split not in ("train", "val"):
             raise ConfigError(f"split {split!r} is not one of train, val", where="env webshop", hint='use "train" or "val"')
-        found = _tasks(len(self._shop.goals), self.options.val_goals, split)
+        found = _tasks(self._shop, self.options.val_goals, split)
         if not found:
             reason = f"{len(self._shop.goals)} goals, of which {self.options.val_goals} are for val, leave none for {split}"
             raise ConfigError(reason, where="env webshop", hint="lower env.options.val_goals or use more products")
@@ -184,6 +184,11 @@ class WebShop(Environment):
 
 
 @lru_cache(maxsize=16)
-def _tasks(goals: int, val: int, split: str) -> tuple[Task, ...]:
-    numbers = range(min(val, goals)) if split == "val" else range(val, goals)
-    return tuple(Task(f"goal-{number}", split, {"goal": number}) for number in numbers)
+def _tasks(shop: Shop, val: int, split: str) -> tuple[Task, ...]:
+    """Goals of a split. Those of val say whether their product is also the goal of a training task: small models memorise products."""
+    goals = shop.goals
+    if split == "train":
+        return tuple(Task(f"goal-{number}", split, {"goal": number}) for number in range(val, len(goals)))
+    trained = {goal["asin"] for goal in goals[val:]}
+    strata = ["product in train" if goal["asin"] in trained else "product not in train" for goal in goals[:val]]
+    return tuple(Task(f"goal-{number}", split, {"goal": number, "stratum": stratum}) for number, stratum in enumerate(strata))

@@ -11,7 +11,7 @@ from spearrl.envs.webshop.goals import Goal, draw_prices, make_goals
 from spearrl.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shop:
     """Read-only. Goal i is `goals[i]` in the original's shuffled order."""
 
