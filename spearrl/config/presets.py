@@ -27,7 +27,8 @@ _TINY: dict[str, object] = {
     "rollout.context_tokens": 1024,
     "rollout.slots": 64,
     "algo.name": "grpo+spear",
-    "algo.advantage.normalize_std": True,
+    # As SPEAR has it. Divided by their deviation, the small bonuses of an all-failing group would weigh as much as a success.
+    "algo.advantage.normalize_std": False,
     "algo.policy.clip_low": 0.2,
     "algo.policy.clip_high": 0.28,
     "algo.policy.dual_clip": 10.0,
@@ -37,7 +38,6 @@ _TINY: dict[str, object] = {
     "algo.sil.capacity": 16,
     "algo.sil.baseline_capacity": 640,
     "algo.sil.max_age": 5,
-    "algo.sil.reward_scale": 10.0,
     "algo.sil.gamma.kind": "cosine",
     "algo.sil.gamma.steps": 20,
     "algo.intrinsic.mu.kind": "cosine",
