@@ -354,7 +354,7 @@ def test_checks_of_configs_made_in_code():
         (["learner.warmup_steps=500"], "learner.warmup_steps"),
         (["eval.split=train"], "eval.split"),
         (["eval.attempts=4", "eval.temperature=0"], "eval.attempts"),
-        (["sft.episodes=64"], "sft.warmup_steps"),
+        (["sft.episodes=32"], "sft.warmup_steps"),
     ],
 )
 def test_advice(changes, key):
