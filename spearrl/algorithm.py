@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ def mu(algo: AlgoSection, step: int) -> float:
 def objectives(algo: AlgoSection) -> list[Objective]:
     """The weighted objectives of an update: on-policy (weight 1) and, with self-imitation, replay (the learner multiplies by γ)."""
     policy, cov = algo.policy, algo.clip_cov
-    shared = {
+    shared: dict[str, Any] = {
         "aggregation": policy.aggregation,
         "horizon": policy.horizon,
         "clip_low": policy.clip_low,

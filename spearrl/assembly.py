@@ -48,7 +48,8 @@ def prepare_torch(config: RunConfig) -> str:
     """Threads, determinism, seed; returns the device."""
     torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
     torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory it did not write
+    # Nothing here reads memory it did not write.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     _keep_freed_memory()
     torch.manual_seed(derive(config.run.seed, "torch") % 2**31)
     if config.run.device == "cuda" and not torch.cuda.is_available():

@@ -62,7 +62,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
     """The newest checkpoint that verifies, and a warning for each newer one that does not. Raises CheckpointError if none does."""
-    problems = []
+    problems: list[str] = []
     for path in reversed(checkpoints(folder)):
         problem = defect(path)
         if problem is None:
