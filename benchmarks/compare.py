@@ -46,18 +46,27 @@ def _run(args: argparse.Namespace, arm: str, seed: int) -> dict:
     command = [sys.executable, "-m", "spearrl", "train", "--preset", "tiny", "--algo", algo, "--model", args.model]
     command += ["sft.enabled=false", f"run.seed={seed}", f"run.steps={args.steps}", f"run.name={name}", f"run.output_dir={args.output}", "run.threads=1"]
     command += ["run.checkpoint_every=0", "run.tensorboard=false", "run.trajectories_every=0", *changes, *args.overrides]
-    start = time.monotonic()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    seconds = time.monotonic() - start
-    events = [json.loads(line) for line in (Path(args.output) / name / "events.jsonl").read_text().splitlines()]
+    folder = Path(args.output) / name
+    if not _finished(folder, args.steps):
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    events = _events(folder)
     steps = [e for e in events if e["event"] == "step"]
     return {
         "curve": {e["step"]: e["success"] for e in events if e["event"] == "eval"},
         "score": {e["step"]: e.get("task_score", 0.0) for e in events if e["event"] == "eval"},
         "optimiser_steps": sum(e.get("policy/updates", 0) for e in steps),
         "train_success": sum(e["rollout/success"] for e in steps[-10:]) / max(1, len(steps[-10:])),
-        "seconds": seconds,
+        "seconds": sum(e["time/step"] for e in steps),
     }
+
+
+def _events(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def _finished(folder: Path, steps: int) -> bool:
+    """A run that is there already is not run again: call this twice to see the table again, or to add seeds."""
+    return (folder / "events.jsonl").exists() and any(e["event"] == "eval" and e["step"] == steps for e in _events(folder))
 
 
 def _print(args: argparse.Namespace, results: dict, seconds: float) -> None:

@@ -41,6 +41,37 @@ def grpo_advantages(
     return _normalised(stats, rewards, normalize_std=normalize_std, singleton=singleton, eps=eps).to(_dtype(rewards))
 
 
+def penalised_group_advantages(
+    rewards: Tensor, group_ids: Tensor, trajectory_ids: Tensor, *, normalize_std: bool = True, singleton: str = "zero", eps: float = 1e-6
+) -> Tensor:
+    """`grpo_advantages(statistics="trajectory")` for turns of one trajectory that differ in reward, by a penalty on some of them.
+
+    Mean and deviation are over all turns, each weighing 1 / turns of its trajectory, so that a group whose episodes are equal but for a
+    penalty has bounded advantages; counted by first turns its deviation would be 0 and the penalty would be divided by eps.
+
+    Args:
+        rewards, group_ids, trajectory_ids: [N].
+
+    Returns:
+        [N]; exactly 0 where a group's rewards are all equal.
+    """
+    values = rewards.double()
+    _check_sizes(rewards, group_ids, trajectory_ids)
+    groups, group = torch.unique(group_ids, return_inverse=True)
+    _, trajectory, turns = torch.unique(trajectory_ids, return_inverse=True, return_counts=True)
+    weights = 1 / turns.double()[trajectory]
+    zeros = values.new_zeros(len(groups))
+    floor = values.new_full((len(groups),), torch.inf).scatter_reduce(0, group, values, "amin")
+    shifted = values - floor[group]
+    members = zeros.index_add(0, group, weights).round()
+    centred = shifted - (zeros.index_add(0, group, weights * shifted) / members)[group]
+    found = centred
+    if normalize_std:
+        variance = zeros.index_add(0, group, weights * centred.square()) / (members - 1).clamp(min=1)
+        found = centred / (variance.sqrt()[group] + eps)
+    return torch.where(members[group] > 1, found, _singleton(singleton, values)).to(_dtype(rewards))
+
+
 def gigpo_advantages(
     episode_rewards: Tensor,
     step_returns: Tensor,

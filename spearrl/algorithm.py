@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from spearrl.advantages import grpo_advantages
+from spearrl.advantages import grpo_advantages, penalised_group_advantages
 from spearrl.batching import Batch, Rows
 from spearrl.config import AlgoSection
 from spearrl.losses import ClipCov, Objective
@@ -92,15 +92,11 @@ def shape(rows: Rows, groups: Sequence[Group], algo: AlgoSection, *, mu: float, 
 
 def turn_advantages(shaped: Shaped, algo: AlgoSection) -> torch.Tensor:
     """[N] group-relative advantages of the shaped rewards (GRPO, arXiv 2402.03300)."""
-    turns, settings = shaped.rows.turns, algo.advantage
-    return grpo_advantages(
-        shaped.rewards,
-        turns.group_ids,
-        trajectory_ids=turns.trajectory_ids,
-        normalize_std=settings.normalize_std,
-        statistics=settings.statistics,
-        singleton=settings.singleton,
-    )
+    turns, settings = shaped.rows.turns, algo.groups
+    options: dict[str, Any] = {"normalize_std": settings.normalize_std, "singleton": settings.singleton}
+    if settings.statistics == "turn":
+        return grpo_advantages(shaped.rewards, turns.group_ids, trajectory_ids=turns.trajectory_ids, statistics="turn", **options)
+    return penalised_group_advantages(shaped.rewards, turns.group_ids, turns.trajectory_ids, **options)
 
 
 def on_policy_batch(shaped: Shaped, advantages: torch.Tensor, old_logprobs: torch.Tensor) -> Batch:

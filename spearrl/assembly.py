@@ -16,10 +16,10 @@ from spearrl import envs
 from spearrl.config import RunConfig
 from spearrl.envs import Environment
 from spearrl.errors import ConfigError
-from spearrl.evaluation import EvalResult, choose_panel, run_panel
+from spearrl.evaluation import EvalResult, choose_panel, run_panel, some_tasks
 from spearrl.learner import LocalLearner
 from spearrl.models import build_tiny, load_model, load_tokenizer, save_model
-from spearrl.rollout import ChatEncoder, Collector, LocalEngine
+from spearrl.rollout import ChatEncoder, Collector, Engine, LocalEngine
 from spearrl.seeds import derive
 from spearrl.sft import encode, fit
 from spearrl.transcripts import Transcript, play_expert, texts
@@ -38,10 +38,15 @@ class Parts:
     model: torch.nn.Module
     tokenizer: Any
     encoder: ChatEncoder
-    engine: LocalEngine
+    engine: Engine
     learner: LocalLearner
     collector: Collector
     evaluator: Collector
+
+    def close(self) -> None:
+        """Close every environment slot."""
+        self.collector.close()
+        self.evaluator.close()
 
 
 def prepare_torch(config: RunConfig) -> str:
@@ -147,7 +152,10 @@ def evaluate_groups(config: RunConfig) -> tuple[EvalResult, list[Group]]:
     device = prepare_torch(config)
     environment = make_environment(config)
     parts = assemble(config, load_model(config.model.path), load_tokenizer(config.model.path), environment, device)
-    return run_panel(parts.evaluator, choose_panel(environment.tasks(config.eval.split), config.eval), config.eval)
+    try:
+        return run_panel(parts.evaluator, choose_panel(environment, config.eval), config)
+    finally:
+        parts.close()
 
 
 def save_policy(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -160,7 +168,7 @@ def _transcripts(config: RunConfig, environment: Environment) -> list[Transcript
     sft = config.sft
     return play_expert(
         environment,
-        environment.tasks(config.rollout.train_split),
+        some_tasks(environment, config.rollout.train_split, "rollout.train_split"),
         sft.episodes if sft.enabled else CORPUS_EPISODES,
         noise=sft.noise,
         recovery=sft.recovery,
@@ -169,7 +177,7 @@ def _transcripts(config: RunConfig, environment: Environment) -> list[Transcript
     )
 
 
-def _collector(config: RunConfig, engine: LocalEngine, encoder: ChatEncoder, environment: Environment, *, sampling: tuple[float, float]) -> Collector:
+def _collector(config: RunConfig, engine: Engine, encoder: ChatEncoder, environment: Environment, *, sampling: tuple[float, float]) -> Collector:
     settings = config.rollout
     return Collector(
         engine,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from spearrl.errors import CheckpointError, StorageError
 
@@ -45,9 +46,12 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, k
             _remove(final)
         os.rename(temporary, final)
         _fsync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(f"checkpoint of step {step} failed: {error}", where=str(folder), hint="free disk space, then resume the run") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     for old in checkpoints(folder)[:-keep]:
         _remove(old)
     return final

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from spearrl.config import EvalSection
+from spearrl.config import EvalSection, RunConfig
+from spearrl.envs import Environment
 from spearrl.errors import ConfigError
 from spearrl.rollout import Collector
 from spearrl.types import Group, Task, Trajectory
@@ -50,23 +52,34 @@ class EvalResult:
         return asdict(self)
 
 
-def choose_panel(tasks: Sequence[Task], settings: EvalSection) -> list[Task]:
-    """The first `settings.tasks` tasks of the split."""
+def some_tasks(environment: Environment, split: str, where: str) -> Sequence[Task]:
+    """The tasks of a split. Raises ConfigError where there are none."""
+    tasks = environment.tasks(split)
     if not tasks:
-        raise ConfigError(f"split {settings.split!r} has no tasks", where="eval.split", hint="name a split the environment has")
-    return list(tasks[: settings.tasks])
+        raise ConfigError(f"split {split!r} has no tasks", where=where, hint="name a split the environment has")
+    return tasks
 
 
-def panel_id(tasks: Sequence[Task], settings: EvalSection) -> str:
-    """Hash of everything that defines the panel."""
-    parts = [settings.split, str(settings.attempts), repr(settings.temperature), repr(settings.top_p), str(settings.seed), *(t.id for t in tasks)]
+def choose_panel(environment: Environment, settings: EvalSection) -> list[Task]:
+    """The first `settings.tasks` tasks of the split."""
+    return list(some_tasks(environment, settings.split, "eval.split")[: settings.tasks])
+
+
+def panel_id(tasks: Sequence[Task], config: RunConfig) -> str:
+    """Hash of everything that defines the panel: environment, prompts, limits, sampling, seed, tasks."""
+    settings, limits = config.eval, config.rollout
+    options = json.dumps(config.env.model_dump(), sort_keys=True, default=str)
+    lengths = (limits.max_reply_tokens, limits.max_response_tokens, limits.context_tokens)
+    parts = [options, str(lengths), settings.split, str(settings.attempts), repr(settings.temperature), repr(settings.top_p), str(settings.seed)]
+    parts += [t.id for t in tasks]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=6).hexdigest()
 
 
-def run_panel(collector: Collector, tasks: Sequence[Task], settings: EvalSection) -> tuple[EvalResult, list[Group]]:
-    """Play the panel. Seeds come from `settings.seed` and the task's place, so a panel is the same for every run and step."""
+def run_panel(collector: Collector, tasks: Sequence[Task], config: RunConfig) -> tuple[EvalResult, list[Group]]:
+    """Play the panel. Seeds come from `eval.seed` and the task's place, so a panel is the same for every run and step."""
+    settings = config.eval
     groups = collector.collect(tasks, settings.attempts, run_seed=settings.seed, step=0, first_group_id=0, purpose="eval")
-    return summarise(groups, settings, panel_id(tasks, settings)), groups
+    return summarise(groups, settings, panel_id(tasks, config)), groups
 
 
 def summarise(groups: Sequence[Group], settings: EvalSection, panel: str) -> EvalResult:
@@ -101,6 +114,8 @@ def success_rate(groups: Sequence[Group]) -> Rate:
         return Rate(0.0, 0.0, 1.0, 0)
     rate = _mean(shares)
     if all(len(g.valid) <= 1 for g in groups):
+        return Rate(rate, *wilson(rate, count), count)
+    if len(set(shares)) == 1:  # no spread to estimate an interval from
         return Rate(rate, *wilson(rate, count), count)
     spread = math.sqrt(sum((s - rate) ** 2 for s in shares) / max(1, count - 1) / count)
     return Rate(rate, max(0.0, rate - Z95 * spread), min(1.0, rate + Z95 * spread), count)

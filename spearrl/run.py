@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import socket
 import sys
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from spearrl.config import RunConfig, to_toml
-from spearrl.errors import RefusedError
+from spearrl.errors import RefusedError, StorageError
 from spearrl.types import Group, Trajectory
 
 
@@ -36,11 +37,21 @@ class Run:
     def create(cls, config: RunConfig) -> Run:
         """Make the directory of a new run. Raises RefusedError where a run of that name exists."""
         path = _new_path(config)
-        path.mkdir(parents=True, mode=0o700)
+        try:
+            path.mkdir(parents=True, mode=0o700)
+        except OSError as error:
+            raise StorageError(f"cannot make {path}: {error.strerror}", where="run.output_dir", hint="choose a folder you may write to") from error
         (path / "config.toml").write_text(to_toml(config))
         (path / "command.txt").write_text(shlex.join(sys.argv) + "\n")
         (path / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
         return cls(path, tensorboard=config.run.tensorboard)
+
+    def rewrite_config(self, config: RunConfig, overrides: Sequence[str]) -> None:
+        """A resumed run's settings changed: the directory holds the new ones from now on, and the event log says what changed."""
+        temporary = self.path / ".config.toml"
+        temporary.write_text(to_toml(config))
+        os.replace(temporary, self.path / "config.toml")
+        self.event("config", 0, {"changed": list(overrides)})
 
     @property
     def checkpoints(self) -> Path:
@@ -48,7 +59,7 @@ class Run:
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one JSON line; finite numbers also go to TensorBoard."""
-        self._events.write(json.dumps({"event": kind, "step": step, "time": round(time.time(), 3), **_finite(values)}) + "\n")
+        self._events.write(json.dumps({"event": kind, "step": step, "time": round(time.time(), 3), **_finite(values)}, default=_plain) + "\n")
         if self._board is not None:
             for key, value in values.items():
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -58,15 +69,23 @@ class Run:
         """Write the step's episodes as readable JSON lines, one trajectory a line."""
         folder = self.path / "trajectories"
         folder.mkdir(exist_ok=True)
-        with (folder / f"{name}-{step:06d}.jsonl").open("w") as file:
-            for trajectory in (t for group in groups for t in group.trajectories):
-                file.write(json.dumps(readable(trajectory), ensure_ascii=False) + "\n")
+        write_trajectories(folder / f"{name}-{step:06d}.jsonl", groups)
 
-    def close(self) -> None:
+    def close(self, *, discard: bool = False) -> None:
+        """Release the directory; `discard` removes it (a run that never began)."""
         self._events.close()
         if self._board is not None:
             self._board.close()
+        if discard:
+            shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
+
+
+def write_trajectories(path: Path, groups: Sequence[Group]) -> None:
+    """One trajectory a line."""
+    with path.open("w") as file:
+        for trajectory in (t for group in groups for t in group.trajectories):
+            file.write(json.dumps(readable(trajectory), ensure_ascii=False, default=_plain) + "\n")
 
 
 def readable(trajectory: Trajectory) -> dict[str, Any]:
@@ -108,6 +127,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed as a package"
     return found
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of other libraries as Python's; anything else as its text."""
+    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
 
 
 def _new_path(config: RunConfig) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -76,11 +77,21 @@ def fit(
     objective, start, tokens = [Objective("sft")], time.monotonic(), 0
     for number, chosen in enumerate(batches, 1):
         batch = _batch(lessons, chosen)
+        if not bool(batch.action_mask.any()):  # nothing here to imitate
+            continue
         tokens += len(batch.rows.token_ids)
         result = learner.update(batch, None, gamma=0.0, objectives=objective, seed=derive(seed, "sft", number))
         if number % 50 == 0 or number == len(batches):
             seconds = time.monotonic() - start
-            report({"update": number, "updates": len(batches), "loss": result.metrics["sft/loss"], "tokens_per_s": tokens / seconds, "seconds": seconds})
+            report(
+                {
+                    "update": number,
+                    "updates": len(batches),
+                    "loss": result.metrics.get("sft/loss", math.nan),
+                    "tokens_per_s": tokens / seconds,
+                    "seconds": seconds,
+                }
+            )
 
 
 def _turns(transcript: Transcript, encoder: ChatEncoder, style: str) -> list[Turn]:
@@ -117,6 +128,6 @@ def _batch(lessons: Lessons, chosen: torch.Tensor) -> Batch:
     weights = torch.cat([lessons.weights[a:b] for a, b in zip(starts, ends, strict=True)])
     rows = lessons.rows.select(chosen)
     rows = rows.with_action_mask(weights > 0)
-    scale = float((weights > 0).sum() / weights.sum())
+    scale = float((weights > 0).sum() / weights.sum().clamp(min=1e-9))
     padded = rows.pad(weights * scale)
     return Batch(rows, padded, torch.zeros_like(padded))

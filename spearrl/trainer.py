@@ -1,4 +1,4 @@
-"""One training step, in order: tasks → rollout → rows → old log-probabilities → shaping → advantages → update → buffers → publish."""
+"""One training step, in order: tasks → rollout → rows → shaping → old log-probabilities → advantages → update → buffers → publish."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from spearrl.batching import Batch, rows_from_groups
 from spearrl.buffers import BaselineBuffer, ReplayBuffer
 from spearrl.checkpoint import clean, load_state, newest_checkpoint, save_checkpoint, save_state
 from spearrl.config import RunConfig, check, load_config
-from spearrl.evaluation import EvalResult, choose_panel, numeric_means, run_panel
+from spearrl.envs import Environment
+from spearrl.evaluation import EvalResult, choose_panel, run_panel, some_tasks
+from spearrl.metrics import Clock, rollout_metrics
 from spearrl.models import load_model, load_tokenizer
 from spearrl.run import Run
 from spearrl.seeds import derive
 from spearrl.tasks import tasks_of_step
-from spearrl.types import Group
 
 
 def _silent(kind: str, values: dict[str, Any]) -> None:
@@ -39,20 +40,31 @@ class Trainer:
     def __init__(self, config: RunConfig, *, report: Report = _silent, _run: Run | None = None):
         check(config)
         self.config = config
-        self.run = _run or Run.create(config)
         self.stop_requested = False
         self._report = report
         self.step = 0
         self.policy_version = 0
-        device = prepare_torch(config)
+        self.objectives = algorithm.objectives(config.algo)
         environment = make_environment(config)
-        if _run is None:
-            model, tokenizer = starting_model(config, environment, device, self._log)
-        else:
+        self.tasks = some_tasks(environment, config.rollout.train_split, "rollout.train_split")
+        self.panel = choose_panel(environment, config.eval)
+        self.run = _run or Run.create(config)
+        try:
+            self._begin(environment, resumed=_run is not None)
+        except BaseException:
+            self.run.close(discard=_run is None)
+            raise
+
+    def _begin(self, environment: Environment, *, resumed: bool) -> None:
+        """Model, parts, buffers; a resumed run's come from its newest valid checkpoint. A new run has one to resume from afterwards."""
+        config, device = self.config, prepare_torch(self.config)
+        if resumed:
             checkpoint, warnings = newest_checkpoint(self.run.checkpoints)
             for warning in warnings:
                 self._log("warning", {"text": f"checkpoint skipped: {warning}"})
             model, tokenizer = load_model(str(checkpoint)), load_tokenizer(str(checkpoint))
+        else:
+            model, tokenizer = starting_model(config, environment, device, self._log)
         self.parts: Parts = assemble(config, model, tokenizer, environment, device)
         sil = config.algo.sil
         self.baseline = BaselineBuffer(sil.baseline_capacity)
@@ -69,11 +81,10 @@ class Trainer:
             min_rows=sil.min_rows,
             unit=sil.unit,
         )
-        self.objectives = algorithm.objectives(config.algo)
-        self.tasks = environment.tasks(config.rollout.train_split)
-        self.panel = choose_panel(environment.tasks(config.eval.split), config.eval)
-        if _run is not None:
+        if resumed:
             self._load(checkpoint)
+        else:
+            self.save()
 
     @classmethod
     def resume(cls, path: str | Path, *, report: Report = _silent, overrides: Sequence[str] = ()) -> Trainer:
@@ -81,6 +92,8 @@ class Trainer:
         folder = Path(path)
         config = load_config(folder / "config.toml", overrides)
         run = Run(folder, tensorboard=config.run.tensorboard)
+        if overrides:
+            run.rewrite_config(config, overrides)
         clean(run.checkpoints)
         return cls(config, report=report, _run=run)
 
@@ -89,20 +102,19 @@ class Trainer:
         every, result = self.config.eval.every, None
         if self.step == 0:
             result = self.evaluate()
-            self.save()
         while self.step < self.config.run.steps and not self.stop_requested:
             self.step += 1
             self._log("step", self.train_step(self.step))
             last = self.step == self.config.run.steps
-            if last or (every and self.step % every == 0):
-                result = self.evaluate()
             if last or self.stop_requested or (self.config.run.checkpoint_every and self.step % self.config.run.checkpoint_every == 0):
                 self.save()
+            if (last or (every and self.step % every == 0)) and not self.stop_requested:
+                result = self.evaluate()
         return result
 
     def train_step(self, step: int) -> dict[str, float]:
         """One step of design section 2; returns its metrics."""
-        config, algo, parts, clock = self.config, self.config.algo, self.parts, _Clock()
+        config, algo, parts, clock = self.config, self.config.algo, self.parts, Clock()
         size, count = config.rollout.group_size, config.rollout.groups_per_step
         gamma, mu = algorithm.gamma(algo, step), algorithm.mu(algo, step)
 
@@ -111,11 +123,13 @@ class Trainer:
         clock.lap("rollout")
         kept = algorithm.trainable(groups, size)
         measured = {f"time/{name.removesuffix('_seconds')}": parts.collector.measures[name] for name in ("engine_seconds", "env_seconds")}
-        metrics = {**_rollout_metrics(groups, kept), **measured, "gamma": gamma, "mu": mu}
+        metrics = {**rollout_metrics(groups, kept), **measured, "gamma": gamma, "mu": mu}
         if config.run.trajectories_every and step % config.run.trajectories_every == 0:
             self.run.trajectories(step, groups)
         if not any(t.turns for g in kept for t in g.trajectories):
-            self._log("warning", {"text": f"step {step}: no group has two sound siblings; nothing was trained"})
+            faults = [t.error.strip().splitlines()[-1] for g in groups for t in g.trajectories if t.error]
+            cause = f" (first fault: {faults[0]})" if faults else ""
+            self._log("warning", {"text": f"step {step}: no group has two sound siblings; nothing was trained{cause}"})
             return {**metrics, **clock.metrics()}
 
         rows = rows_from_groups(kept)
@@ -125,7 +139,7 @@ class Trainer:
         clock.lap("prepare")
 
         on_policy = algorithm.on_policy_batch(shaped, advantages, old_logprobs)
-        replay = self._due_replay(step) if algo.sil.enabled else None
+        replay = self._due_replay(step) if gamma > 0 else None
         result = parts.learner.update(on_policy, replay, gamma=gamma, objectives=self.objectives, seed=derive(config.run.seed, "update", step))
         clock.lap("update")
 
@@ -140,11 +154,22 @@ class Trainer:
     def evaluate(self) -> EvalResult:
         """Play the fixed panel with the current weights."""
         start = time.monotonic()
-        result, groups = run_panel(self.parts.evaluator, self.panel, self.config.eval)
+        result, groups = run_panel(self.parts.evaluator, self.panel, self.config)
         self.run.trajectories(self.step, groups, name=f"eval-{self.config.eval.split}")
         flat = {"success": result.success.rate, "low": result.success.low, "high": result.success.high, "reward": result.reward, **result.measures}
         flat |= {f"success {name}": rate.rate for name, rate in result.strata.items()}
-        self._log("eval", {**flat, "turns": result.turns, "tasks": result.success.tasks, "panel": result.panel, "seconds": time.monotonic() - start})
+        self._log(
+            "eval",
+            {
+                **flat,
+                "turns": result.turns,
+                "tasks": result.success.tasks,
+                "errors": result.errors,
+                **result.notes,
+                "panel": result.panel,
+                "seconds": time.monotonic() - start,
+            },
+        )
         return result
 
     def save(self) -> Path:
@@ -154,6 +179,8 @@ class Trainer:
         return path
 
     def close(self) -> None:
+        """Release environments and the run directory."""
+        self.parts.close()
         self.run.close()
 
     def _due_replay(self, step: int) -> Batch | None:
@@ -191,43 +218,3 @@ class Trainer:
     def _log(self, kind: str, values: dict[str, Any]) -> None:
         self.run.event(kind, self.step, values)
         self._report(kind, {"step": self.step, "steps": self.config.run.steps, **values})
-
-
-class _Clock:
-    """Seconds spent in each part of a step."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.monotonic()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self._laps[name], self._last = now - self._last, now
-
-    def metrics(self, tokens: float = 0.0) -> dict[str, float]:
-        total = time.monotonic() - self._start
-        return {**{f"time/{name}": seconds for name, seconds in self._laps.items()}, "time/step": total, "time/tokens_per_s": tokens / max(total, 1e-9)}
-
-
-def _rollout_metrics(groups: list[Group], kept: list[Group]) -> dict[str, float]:
-    """What the step's episodes were like, over the sound ones."""
-    played = [t for g in groups for t in g.valid]
-    turns = [turn for t in played for turn in t.turns]
-    number, said = max(1, len(played)), max(1, len(turns))
-    mixed = sum(len({t.reward for t in g.trajectories}) > 1 for g in kept)
-    metrics = {
-        "rollout/success": sum(t.success for t in played) / number,
-        "rollout/reward": sum(t.reward for t in played) / number,
-        "rollout/turns": len(turns) / number,
-        "rollout/reply_tokens": sum(len(turn.token_ids) for turn in turns) / said,
-        "rollout/tokens": float(sum(len(turn.token_ids) for turn in turns)),
-        "rollout/invalid": sum(not turn.action.valid for turn in turns) / said,
-        "rollout/tool_calls": sum(t.tool_calls for t in played) / number,
-        "rollout/mixed_groups": mixed / max(1, len(groups)),
-        "rollout/groups_lost": float(len(groups) - len(kept)),
-        "rollout/errors": float(sum(len(g.trajectories) - len(g.valid) for g in groups)),
-        "rollout/rewrites": float(sum(t.rewrites for t in played)),
-    }
-    statuses = [t.status.value for g in groups for t in g.trajectories]
-    metrics |= {f"status/{name}": float(statuses.count(name)) for name in sorted(set(statuses))}
-    return metrics | {f"env/{key}": value for key, value in numeric_means(played).items()}

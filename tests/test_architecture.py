@@ -18,7 +18,7 @@ LAYERS = [
     {"buffers", "models", "envs", "algorithm"},
     {"rollout", "learner", "transcripts"},
     {"sync", "evaluation", "checkpoint", "run", "launch"},
-    {"sft"},
+    {"sft", "metrics"},
     {"assembly", "plan", "study", "report"},
     {"trainer"},
     {"cli"},

@@ -397,7 +397,7 @@ def test_presets_set_known_values_only():
     assert (paper.rollout.groups_per_step, paper.rollout.group_size, paper.rollout.context_tokens, paper.learner.mini_batch_rows) == (32, 8, 4608, 256)
     assert paper.algo.sil.enabled and not load_config(preset="webshop-1.5b-drbot").algo.sil.enabled
     base = load_config(preset="alfworld-1.5b-base").algo
-    assert base.advantage.normalize_std and base.policy.clip_high == 0.2 and base.filters.group_keep == 1.0 and base.policy.aggregation == "token-mean"
+    assert base.groups.normalize_std and base.policy.clip_high == 0.2 and base.filters.group_keep == 1.0 and base.policy.aggregation == "token-mean"
 
 
 def test_every_setting_is_described_and_the_page_is_current():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spearrl.config import EvalSection
+from spearrl.config import EvalSection, RunConfig
 from spearrl.evaluation import panel_id, success_rate, summarise, wilson
 from spearrl.types import Group, Status, Task, Trajectory
 
@@ -40,6 +40,7 @@ def test_strata_are_reported_apart():
 
 def test_the_panel_hash_changes_with_what_defines_it():
     tasks = [Task("a", "val"), Task("b", "val")]
-    base = panel_id(tasks, EvalSection())
-    assert base == panel_id(tasks, EvalSection())
-    assert len({base, panel_id(tasks[:1], EvalSection()), panel_id(tasks, EvalSection(temperature=1.0)), panel_id(tasks, EvalSection(seed=1))}) == 4
+    changes = [{}, {"eval": {"temperature": 1.0}}, {"eval": {"seed": 1}}, {"env": {"max_turns": 8}}, {"env": {"options": {"seed": 1}}}]
+    found = [panel_id(tasks, RunConfig.model_validate(change)) for change in changes]
+    assert found[0] == panel_id(tasks, RunConfig(run={"seed": 3}))
+    assert len({*found, panel_id(tasks[:1], RunConfig())}) == 6

@@ -127,12 +127,12 @@ def test_only_sampled_tokens_train(tmp_path):
 
 
 def test_training_learns_the_toy(tmp_path):
-    config = small_config(tmp_path, "run.steps=25", "eval.every=25", "eval.tasks=24", "rollout.group_size=8", "learner.lr=3e-3")
+    config = small_config(tmp_path, "run.steps=30", "eval.every=30", "eval.tasks=24", "rollout.group_size=8", "sft.noise=0.6")
     trainer = Trainer(config)
     trainer.train()
     trainer.close()
     curve = [e["success"] for e in events(trainer, "eval")]
-    assert curve[-1] >= min(0.95, curve[0] + 0.2), curve
+    assert curve[0] <= 0.75 and curve[-1] >= 0.9, curve
 
 
 @pytest.mark.parametrize("style", ["chat", "windowed"])

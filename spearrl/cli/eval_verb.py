@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spearrl.types import Group
 
 HELP = "success on a fixed panel, with a 95 % interval"
 EXAMPLES = """examples:
@@ -35,13 +39,20 @@ def run(args: argparse.Namespace) -> int:
     from spearrl.assembly import evaluate_groups
 
     result, groups = evaluate_groups(config)
-    if args.trajectories:
-        from spearrl.run import readable
-
-        with Path(args.trajectories).open("w") as file:
-            file.writelines(json.dumps(readable(t), ensure_ascii=False) + "\n" for g in groups for t in g.trajectories)
     print(json.dumps({"model": config.model.path, **result.as_json()}) if args.json else _table(result, config.model.path))
+    if args.trajectories:
+        _write(Path(args.trajectories), groups)
     return 0
+
+
+def _write(path: Path, groups: Sequence[Group]) -> None:
+    from spearrl.errors import StorageError
+    from spearrl.run import write_trajectories
+
+    try:
+        write_trajectories(path, groups)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}", where="--trajectories") from error
 
 
 def _model_of(target: Path, step: int | None) -> Path:

@@ -25,8 +25,20 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def config_from(args: argparse.Namespace) -> RunConfig:
     """The config that the shared arguments describe; advice about it goes to standard error. Raises ConfigError."""
     resolved = resolved_from(args)
+    _check_environment(resolved)
     announce(resolved)
     return resolved.config
+
+
+def _check_environment(resolved: Resolved) -> None:
+    """The environment's own settings, with the place they came from: config models do not know them."""
+    from spearrl import envs
+    from spearrl.config.problems import Problem, raise_all
+
+    section = resolved.config.env
+    complaints = envs.option_errors(envs.load(section.name), section.options)
+    sources = resolved.sources
+    raise_all([Problem(text, fix, sources.get(f"env.options.{key.partition('.')[0]}", ""), (key,)) for key, text, fix in complaints])
 
 
 def resolved_from(args: argparse.Namespace) -> Resolved:

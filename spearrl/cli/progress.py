@@ -48,10 +48,11 @@ class Progress:
 
     def _eval(self, v: dict[str, Any]) -> None:
         extra = "".join(f"  {k} {100 * x:.1f}%" for k, x in v.items() if k.startswith("success "))
+        lost = f"  {v['errors']} episodes lost to faults" if v["errors"] else ""
         score = f"  task score {v['task_score']:.3f}" if "task_score" in v else ""
         _say(
             f"eval at step {v['step']}: success {100 * v['success']:.1f}% [{100 * v['low']:.1f}, {100 * v['high']:.1f}] on {v['tasks']} tasks"
-            f"{score}  turns {v['turns']:.1f}{extra}  (panel {v['panel']}, {v['seconds']:.1f}s)"
+            f"{score}  turns {v['turns']:.1f}{extra}{lost}  (panel {v['panel']}, {v['seconds']:.1f}s)"
         )
 
     def _checkpoint(self, v: dict[str, Any]) -> None:

@@ -25,11 +25,15 @@ def run(args: argparse.Namespace) -> int:
     from spearrl.assembly import evaluate, make_environment, prepare_torch, save_policy, starting_model
     from spearrl.cli.progress import Progress
     from spearrl.config import to_toml
-    from spearrl.errors import RefusedError
+    from spearrl.errors import RefusedError, StorageError
 
     output = Path(args.output)
-    if output.exists() and any(output.iterdir()):
+    if output.is_dir() and any(output.iterdir()):
         raise RefusedError(f"{output} is not empty", hint="choose another --output")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make {output}: {error.strerror}", where="--output") from error
     config = config.model_copy(update={"sft": config.sft.model_copy(update={"enabled": True})})
     device = prepare_torch(config)
     model, tokenizer = starting_model(config, make_environment(config), device, Progress().report)

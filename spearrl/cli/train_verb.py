@@ -28,10 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from spearrl.cli.progress import Progress, explain_columns
+    from spearrl.errors import ConfigError
 
     if args.help_columns:
         print(explain_columns())
         return 0
+    if args.resume and (args.env or args.algo or args.model or args.preset):
+        raise ConfigError("--resume takes its settings from the run", where="command line", hint="leave --env, --algo, --model and --preset out")
     config = None if args.resume else config_from(args)
     from spearrl.trainer import Trainer
 

@@ -52,11 +52,11 @@ def _rollout(config: RunConfig) -> Iterator[Problem]:
 
 
 def _advantage(config: RunConfig) -> Iterator[Problem]:
-    if config.rollout.group_size == 1 and config.algo.advantage.singleton == "zero":
+    if config.rollout.group_size == 1 and config.algo.groups.singleton == "zero":
         yield Problem(
             "rollout.group_size=1: grpo compares the siblings of a group, so with one every advantage is 0 and nothing is learnt",
-            'use rollout.group_size=8 (at least 2), or algo.advantage.singleton="raw"',
-            keys=("rollout.group_size", "algo.advantage.singleton"),
+            'use rollout.group_size=8 (at least 2), or algo.groups.singleton="raw"',
+            keys=("rollout.group_size", "algo.groups.singleton"),
         )
 
 

@@ -33,7 +33,7 @@ _ELSEWHERE = {
     "environment": "env",
     "evaluation": "eval",
     "algorithm": "algo",
-    "advantage": "algo.advantage",
+    "advantage": "algo.groups",
     "policy": "algo.policy",
     "sil": "algo.sil",
     "epochs": "run.steps",

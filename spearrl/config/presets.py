@@ -28,7 +28,7 @@ _TINY: dict[str, object] = {
     "rollout.slots": 64,
     "algo.name": "grpo+spear",
     # As SPEAR has it. Divided by their deviation, the small bonuses of an all-failing group would weigh as much as a success.
-    "algo.advantage.normalize_std": False,
+    "algo.groups.normalize_std": False,
     "algo.policy.clip_low": 0.2,
     "algo.policy.clip_high": 0.28,
     "algo.policy.dual_clip": 10.0,
@@ -98,7 +98,7 @@ _ALFWORLD: dict[str, object] = {
 # Column "base": plain GRPO.
 _BASE: dict[str, object] = {
     "algo.name": "grpo",
-    "algo.advantage.normalize_std": True,
+    "algo.groups.normalize_std": True,
     "algo.policy.clip_low": 0.2,
     "algo.policy.clip_high": 0.2,
     "algo.policy.aggregation": "token-mean",
@@ -106,7 +106,7 @@ _BASE: dict[str, object] = {
 # Column "Dr.BoT": the bag of tricks without self-imitation. Its quality filters are inert in the release; the paper applies them.
 _DRBOT: dict[str, object] = {
     "algo.name": "grpo",
-    "algo.advantage.normalize_std": False,
+    "algo.groups.normalize_std": False,
     "algo.policy.clip_low": 0.2,
     "algo.policy.clip_high": 0.28,
     "algo.policy.aggregation": "seq-mean-token-sum-norm",

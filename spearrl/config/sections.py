@@ -6,7 +6,9 @@ import datetime
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from spearrl.config.grammar import GrammarError, algo_settings
 
 RUN_NAME = r"^([a-z0-9][a-z0-9._-]{0,63})?$"
 PLAIN_TEXT = r"^[^\x00-\x1f\x7f]+$"
@@ -109,7 +111,7 @@ class PolicySection(Section):
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
 
 
-class AdvantageSection(Section):
+class GroupSection(Section):
     normalize_std: bool = Field(True, description="Divide group advantages by the group's standard deviation.")
     statistics: Literal["trajectory", "turn"] = Field("trajectory", description="What a group's mean and deviation are taken over.")
     singleton: Literal["zero", "raw"] = Field("zero", description="Advantage of a group with one member: 0, or its raw reward.")
@@ -176,13 +178,32 @@ class FilterSection(Section):
 
 class AlgoSection(Section):
     name: str = Field("grpo", description="base[+module...]; sets fields of this section before your own settings do.")
-    advantage: AdvantageSection = Field(default_factory=AdvantageSection, description="Group advantages.")
+    groups: GroupSection = Field(default_factory=GroupSection, description="Group-relative advantages.")
     policy: PolicySection = Field(default_factory=PolicySection, description="Policy loss, on-policy and replay.")
     sil: SilSection = Field(default_factory=SilSection, description="Self-imitation.")
     intrinsic: IntrinsicSection = Field(default_factory=IntrinsicSection, description="Intrinsic tool-call reward.")
     clip_cov: ClipCovSection = Field(default_factory=ClipCovSection, description="Covariance clipping.")
     filters: FilterSection = Field(default_factory=FilterSection, description="Quality and group filters.")
     invalid_penalty: float = Field(0.1, ge=0, description="Subtracted from the reward of a turn whose action is invalid.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _modules_of_the_name(cls, values: Any) -> Any:
+        """A config made in code gets what its algorithm's name stands for, below what it sets itself."""
+        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+            return values
+        try:
+            fields = algo_settings(values["name"])
+        except GrammarError:
+            return values  # reported with all other contradictions by check()
+        filled = dict(values)
+        for path, value in fields.items():
+            _, section, key = path.split(".")
+            own = filled.get(section, {})
+            if isinstance(own, BaseModel):
+                own = own.model_dump(exclude_unset=True)
+            filled[section] = {key: value, **own}
+        return filled
 
 
 class LearnerSection(Section):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -34,7 +35,11 @@ class Environment:
         model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def __init__(self, **options: Any):
-        self.options = self.Options(**options)
+        try:
+            self.options = self.Options(**options)
+        except ValidationError as error:
+            complaints = [_complaint(type(self), item) for item in error.errors()]
+            raise ConfigError("; ".join(text for _, text, _ in complaints), hint="; ".join(fix for _, _, fix in complaints)) from error
 
     def tasks(self, split: str) -> Sequence[Task]:
         """Tasks of a split: stable ids, the same order on every machine. Raises ConfigError for an unknown split."""
@@ -109,14 +114,22 @@ def load(name_or_import_path: str) -> type[Environment]:
 
 def make(name_or_import_path: str, **options: Any) -> Environment:
     """Build an environment from its name or import path; raises ConfigError for unknown options."""
-    cls = load(name_or_import_path)
+    return load(name_or_import_path)(**options)
+
+
+def option_errors(cls: type[Environment], options: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What is wrong with options: (key, complaint, fix) each; empty where they are fine."""
     try:
-        return cls(**options)
+        cls.Options(**options)
     except ValidationError as error:
-        raise ConfigError(_explain(cls, error), where=f"env {name_or_import_path}") from error
+        return [_complaint(cls, item) for item in error.errors()]
+    return []
 
 
-def _explain(cls: type[Environment], error: ValidationError) -> str:
-    known = ", ".join(f"env.options.{key}" for key in cls.Options.model_fields) or "none"
-    lines = [f"env.options.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-    return "; ".join(lines) + f" (options of this environment: {known})"
+def _complaint(cls: type[Environment], item: Mapping[str, Any]) -> tuple[str, str, str]:
+    known, key = list(cls.Options.model_fields), ".".join(map(str, item["loc"]))
+    if item["type"] != "extra_forbidden":
+        return key, f"env.options.{key}={item['input']!r}: {item['msg']}", f"use a value that {cls.__name__} takes"
+    near = difflib.get_close_matches(key, known, n=1)
+    fix = f"did you mean env.options.{near[0]}?" if near else f"use one of: {', '.join(known) or 'none'}"
+    return key, f"env.options.{key} is not a setting of {cls.__name__}", fix

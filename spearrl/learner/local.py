@@ -109,7 +109,10 @@ class LocalLearner:
         steps = [[share] for share in _shares(on_policy, on_objectives, parts, derive(seed, "on-policy"), current=True)]
         if replay is None or not replay_objectives:
             return steps
-        replay_parts = parts if self.joint else max(1, math.ceil(len(replay) / max(size, 1)))
+        rows = self.settings.mini_batch_rows
+        # Never more replay steps than on-policy ones: after a step that lost most of its rows `size` says little.
+        alternating = math.ceil(len(replay) / rows) if rows else min(parts, math.ceil(len(replay) / max(size, 1)))
+        replay_parts = parts if self.joint else max(1, alternating)
         replayed = _shares(replay, replay_objectives, replay_parts, derive(seed, "replay"), current=False)
         if not self.joint:
             return steps + [[share] for share in replayed]

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -64,8 +65,8 @@ class WebShop(Environment):
 
     options: Options
 
-    def __init__(self, **options: Any):
-        super().__init__(**options)
+    def __init__(self, data: str | Path | None = None, observation: str = "text", seed: int = 0, **options: Any):
+        super().__init__(data=None if data is None else str(data), observation=observation, seed=seed, **options)
         chosen = self.options
         self.max_turns = chosen.max_turns
         self._shop = open_shop(chosen.data, chosen.num_products, chosen.seed, chosen.human_goals)
@@ -95,7 +96,7 @@ class WebShop(Environment):
         return found
 
     def reset(self, task: Task, seed: int) -> Observation:
-        number = task.data.get("goal")
+        number = task.data.get("goal", _number(task.id))
         if not isinstance(number, int) or not 0 <= number < len(self._shop.goals):
             reason = f"task {task.id!r} names goal {number!r}; there are {len(self._shop.goals)}"
             raise ConfigError(reason, where="env webshop", hint="take tasks from tasks(split)")
@@ -181,6 +182,12 @@ class WebShop(Environment):
         if self._session is None:
             raise ContractError("step() or expert() before reset()", where="env webshop", hint="call reset(task, seed) first")
         return self._session
+
+
+def _number(task_id: str) -> int | None:
+    """The goal a task id ("goal-17") names."""
+    digits = task_id.removeprefix("goal-")
+    return int(digits) if digits.isascii() and digits.isdigit() else None
 
 
 @lru_cache(maxsize=16)

@@ -1,0 +1,48 @@
+"""What a step reports about its time and its episodes."""
+
+from __future__ import annotations
+
+import time
+
+from spearrl.evaluation import numeric_means
+from spearrl.types import Group
+
+
+class Clock:
+    """Seconds spent in each part of a step."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.monotonic()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self._laps[name], self._last = now - self._last, now
+
+    def metrics(self, tokens: float = 0.0) -> dict[str, float]:
+        total = time.monotonic() - self._start
+        return {**{f"time/{name}": seconds for name, seconds in self._laps.items()}, "time/step": total, "time/tokens_per_s": tokens / max(total, 1e-9)}
+
+
+def rollout_metrics(groups: list[Group], kept: list[Group]) -> dict[str, float]:
+    """What the step's episodes were like, over the sound ones."""
+    played = [t for g in groups for t in g.valid]
+    turns = [turn for t in played for turn in t.turns]
+    number, said = max(1, len(played)), max(1, len(turns))
+    mixed = sum(len({t.reward for t in g.trajectories}) > 1 for g in kept)
+    metrics = {
+        "rollout/success": sum(t.success for t in played) / number,
+        "rollout/reward": sum(t.reward for t in played) / number,
+        "rollout/turns": len(turns) / number,
+        "rollout/reply_tokens": sum(len(turn.token_ids) for turn in turns) / said,
+        "rollout/tokens": float(sum(len(turn.token_ids) for turn in turns)),
+        "rollout/invalid": sum(not turn.action.valid for turn in turns) / said,
+        "rollout/tool_calls": sum(t.tool_calls for t in played) / number,
+        "rollout/mixed_groups": mixed / max(1, len(groups)),
+        "rollout/groups_lost": float(len(groups) - len(kept)),
+        "rollout/errors": float(sum(len(g.trajectories) - len(g.valid) for g in groups)),
+        "rollout/rewrites": float(sum(t.rewrites for t in played)),
+    }
+    statuses = [t.status.value for g in groups for t in g.trajectories]
+    metrics |= {f"status/{name}": float(statuses.count(name)) for name in sorted(set(statuses))}
+    return metrics | {f"env/{key}": value for key, value in numeric_means(played).items()}
