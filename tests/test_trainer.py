@@ -174,3 +174,24 @@ def test_a_run_directory_is_not_overwritten_or_shared(tmp_path):
     trainer.close()
     with pytest.raises(RefusedError, match="exists"):
         Trainer(small_config(tmp_path))
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3", "Llama"])
+def test_any_causal_model_directory_trains(tmp_path, architecture):
+    """--model PATH: a directory with random weights of each family goes through cold start, rollout, update, checkpoint and resume."""
+    import transformers
+
+    from spearrl.config import TinySection
+    from spearrl.models import build_tiny, save_model
+
+    _, tokenizer = build_tiny(["want: look or say", " look", "it is red", " say red", " say blue"] * 20, TinySection(vocab_size=400), seed=0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{architecture}Config")(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **shape)
+    save_model(getattr(transformers, f"{architecture}ForCausalLM")(config), tokenizer, tmp_path / "model")
+
+    settings = (f"model.path={tmp_path / 'model'}", "sft.episodes=24", "sft.epochs=1", "sft.warmup_steps=0", "run.steps=2", "eval.tasks=4")
+    trainer = run(small_config(tmp_path, *settings))
+    assert all(e["policy/updates"] >= 1 for e in events(trainer, "step"))
+    resumed = Trainer.resume(trainer.run.path)
+    assert fingerprint(resumed.parts.model) == fingerprint(trainer.parts.model)
+    resumed.close()
