@@ -30,8 +30,10 @@ def load_model(path: str, *, dtype: torch.dtype = torch.float32) -> torch.nn.Mod
     """A causal language model from a local directory. Raises ConfigError where there is none, or where weights are missing or misshapen."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     _check_directory(path)
+    logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -19,7 +19,7 @@ def commands() -> list[tuple[str, str]]:
     """(page, command) of every indented or fenced line that starts with spearrl, comments cut off."""
     found = []
     for page in PAGES:
-        for line in page.read_text().splitlines():
+        for line in page.read_text().replace("\\\n", " ").splitlines():
             match = re.match(r"\s*(?:\$ )?(spearrl [a-z].*)$", line)
             if match and not line.startswith("spearrl trains"):
                 found.append((page.name, match.group(1).split("   #")[0].strip()))
