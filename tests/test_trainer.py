@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from spearrl.errors import ContractError, RefusedError
+from spearrl.errors import ContractError, RefusedError, SpearError
 from spearrl.trainer import Trainer
 from tests.small import fingerprint, small_config
 
@@ -195,3 +195,12 @@ def test_any_causal_model_directory_trains(tmp_path, architecture):
     resumed = Trainer.resume(trainer.run.path)
     assert fingerprint(resumed.parts.model) == fingerprint(trainer.parts.model)
     resumed.close()
+
+
+def test_a_run_that_never_began_leaves_nothing(tmp_path):
+    """A wrong setting costs neither minutes nor the run's name."""
+    for change in ("model.path=/no/such/model", "eval.split=nowhere", "env.options.tasks=x"):
+        with pytest.raises(SpearError):
+            Trainer(small_config(tmp_path, change))
+        assert not (tmp_path / "small").exists()
+    run(small_config(tmp_path, "run.steps=0"))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from spearrl.config.dump import diff, to_toml
     from spearrl.config.loading import Resolved, load_config, resolve
     from spearrl.config.sections import (
-        AdvantageSection,
+        GroupSection,
         AlgoSection,
         ClipCovSection,
         EnvSection,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "AdvantageSection",
+    "GroupSection",
     "AlgoSection",
     "ClipCovSection",
     "EnvSection",
