@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from spearrl.config.dump import diff, to_toml
     from spearrl.config.loading import Resolved, load_config, resolve
     from spearrl.config.sections import (
-        GroupSection,
         AlgoSection,
         ClipCovSection,
         EnvSection,
         EvalSection,
         FilterSection,
+        GroupSection,
         IntrinsicSection,
         LearnerSection,
         ModelSection,
