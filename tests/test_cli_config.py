@@ -138,7 +138,7 @@ def test_file_and_overrides_in_any_order(tmp_path):
 
 
 def test_diff(capsys, tmp_path):
-    (tmp_path / "config.toml").write_text(to_toml(load_config(None, ["learner.lr=1e-3", "env.options.data=x", "algo.policy.dual_clip=none"])))
+    (tmp_path / "config.toml").write_text(to_toml(load_config(None, ["learner.lr=1e-3", "env.options.data=x", "algo.policy.dual_clip=none"], preset="tiny")))
     assert main(["config", "diff", "tiny", str(tmp_path)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines == ['algo.policy.dual_clip 10.0 -> "none"', "learner.lr 0.0003 -> 0.001", 'env.options.data not given -> "x"']

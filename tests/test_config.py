@@ -216,6 +216,13 @@ def test_the_embedded_default_is_tiny(tmp_path):
     assert resolve(None, ["preset=webshop-1.5b"]).preset == "webshop-1.5b"
 
 
+def test_real_data_starts_from_a_larger_default():
+    found = resolve(None, ["env.options.data=some/folder"], env="webshop", algo="grpo+spear")
+    assert found.preset == "tiny-real" and found.by_default and found.config.sft.episodes == 6000
+    assert found.config.env.options == {"observation": "compact", "reply": "plain", "data": "some/folder"}
+    assert resolve(None, ["env.options.data=some/folder"], preset="tiny").config.sft.episodes == 2000
+
+
 def test_another_environment_starts_without_the_options_of_the_first(tmp_path):
     config = load_config(preset="tiny", env="my_pkg.mod:Mine")
     assert config.env.options == {} and config.env.max_turns == 0 and config.env.name == "my_pkg.mod:Mine"

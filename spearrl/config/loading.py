@@ -19,7 +19,7 @@ from spearrl.config import checks
 from spearrl.config.dump import NONE
 from spearrl.config.fields import FREE, Key, accepts_none, base_type, constraint, default_of, dotted, leaves, nearest, sections
 from spearrl.config.grammar import GrammarError, algo_settings
-from spearrl.config.presets import DEFAULT, PRESETS
+from spearrl.config.presets import DEFAULT, DEFAULT_WITH_DATA, PRESETS
 from spearrl.config.problems import Problem, raise_all
 from spearrl.config.sections import MAX_OPTION_DEPTH, RunConfig, option_problem
 from spearrl.config.source import Source, read
@@ -32,6 +32,7 @@ _ALGO: Key = ("algo", "name")
 _ENV: Key = ("env", "name")
 _TURNS: Key = ("env", "max_turns")
 _MODEL: Key = ("model", "path")
+_DATA: Key = ("env", "options", "data")
 _RECORD: Key = ("run", "started_from")
 
 
@@ -60,7 +61,7 @@ def load_config(
     model: str | None = None,
     preset: str | None = None,
 ) -> RunConfig:
-    """The config of a TOML file (or of a run directory), a preset and overrides; with none of them, preset "tiny".
+    """The config of a TOML file (or of a run directory), a preset and overrides; without any, preset "tiny" ("tiny-real" with env.options.data).
 
     Args:
         overrides: "section.key=value" each, the value as TOML or a bare text.
@@ -96,7 +97,8 @@ def resolve(
 
     chosen = next((s for layer in (command, written) for s in reversed(layer) if s.key == PRESET), None)
     by_default = chosen is None and path is None and not any(s.key == _MODEL for s in command)
-    start = _preset(_Setting(PRESET, DEFAULT, "default") if by_default else chosen, problems)
+    embedded = DEFAULT_WITH_DATA if any(s.key == _DATA for s in command) else DEFAULT
+    start = _preset(_Setting(PRESET, embedded, "default") if by_default else chosen, problems)
     layers = [[s for s in layer if s.key != PRESET] for layer in (start, written, command)]
     config, settings, refused = _build(_merge(layers, problems), problems)
     if not isinstance(source, Problem):
