@@ -13,7 +13,7 @@ from spearrl.batching import Batch, Rows
 from spearrl.config import AlgoSection
 from spearrl.losses import ClipCov, Objective
 from spearrl.schedules import schedule_value
-from spearrl.shaping import filter_groups_by_std, repetitive, tool_bonus, unreadable, void_turn
+from spearrl.shaping import filter_groups_by_std, overlong, penalise_invalid, repetitive, tool_bonus, unreadable, void_turn
 from spearrl.types import Group, Status, Turn
 
 
@@ -81,7 +81,7 @@ def shape(rows: Rows, groups: Sequence[Group], algo: AlgoSection, *, mu: float, 
     if flagged.any():
         rows = rows.mask_turns(~flagged)
     metrics = {f"filter/{name}": count for name, count in counts.items()}
-    rewards = episode - algo.invalid_penalty * turns.penalties
+    rewards = penalise_invalid(episode, turns.penalties, coefficient=algo.invalid_penalty)
     if algo.filters.group_keep < 1:
         kept = filter_groups_by_std(episode, turns.group_ids, turns.trajectory_ids, keep=algo.filters.group_keep)
         kept_turns, kept_rows = torch.isin(turns.group_ids, kept), torch.isin(rows.group, kept)
@@ -153,7 +153,7 @@ def _quality_flags(groups: Sequence[Group], algo: AlgoSection, max_reply_tokens:
     filters = algo.filters
     turns = [turn for g in groups for t in g.trajectories for turn in t.turns]
     flags = {
-        "overlong": [filters.overlong and len(t.token_ids) >= max_reply_tokens for t in turns],
+        "overlong": [filters.overlong and overlong(len(t.token_ids), max_reply_tokens) for t in turns],
         "void_turn": [filters.void_turn and _is_void(t) for t in turns],
         "repetitive": [filters.repetitive and repetitive(t.token_ids) for t in turns],
         "unreadable": [filters.unreadable and unreadable(t.reply) for t in turns],
