@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from spearrl.envs import Environment
 from spearrl.errors import ConfigError
 from spearrl.evaluation import EvalResult, choose_panel, run_panel, some_tasks
 from spearrl.learner import LocalLearner
-from spearrl.models import build_tiny, load_model, load_tokenizer, save_model
+from spearrl.models import build_tiny, load_model, load_tokenizer
 from spearrl.rollout import ChatEncoder, Collector, Engine, LocalEngine
 from spearrl.seeds import derive
 from spearrl.sft import encode, fit
@@ -156,12 +155,6 @@ def evaluate_groups(config: RunConfig) -> tuple[EvalResult, list[Group]]:
         return run_panel(parts.evaluator, choose_panel(environment, config.eval), config)
     finally:
         parts.close()
-
-
-def save_policy(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
-    """A plain transformers model directory."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(model, tokenizer, folder)
 
 
 def _transcripts(config: RunConfig, environment: Environment) -> list[Transcript]:

@@ -22,10 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = config_from(args)
-    from spearrl.assembly import evaluate, make_environment, prepare_torch, save_policy, starting_model
+    from spearrl.assembly import evaluate, make_environment, prepare_torch, starting_model
     from spearrl.cli.progress import Progress
     from spearrl.config import to_toml
     from spearrl.errors import RefusedError, StorageError
+    from spearrl.models import save_model
 
     output = Path(args.output)
     if output.is_dir() and any(output.iterdir()):
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     config = config.model_copy(update={"sft": config.sft.model_copy(update={"enabled": True})})
     device = prepare_torch(config)
     model, tokenizer = starting_model(config, make_environment(config), device, Progress().report)
-    save_policy(model, tokenizer, output)
+    save_model(model, tokenizer, output)
     (output / "config.toml").write_text(to_toml(config))
     print("evaluating", file=sys.stderr)
     result = evaluate(config.model_copy(update={"model": config.model.model_copy(update={"path": str(output)})}))
