@@ -137,10 +137,20 @@ def test_training_learns_the_toy(tmp_path):
 
 @pytest.mark.parametrize("style", ["chat", "windowed"])
 def test_both_prompt_styles_train(tmp_path, style):
-    trainer = run(small_config(tmp_path, f"env.style={style}", "run.steps=2"))
-    assert trainer.step == 2
-    shapes = {e["rollout/turns"] for e in events(trainer, "step")}
-    assert all(turns >= 1 for turns in shapes)
+    """A growing chat is one row an episode; windowed prompts are one row a turn."""
+    trainer = Trainer(small_config(tmp_path, f"env.style={style}", "run.steps=2"))
+    update, seen = trainer.parts.learner.update, []
+
+    def spy(on_policy, replay, **settings):
+        rows = on_policy.rows
+        seen.append((len(rows), len(rows.trajectory.unique()), len(rows.turns)))
+        return update(on_policy, replay, **settings)
+
+    trainer.parts.learner.update = spy
+    trainer.train()
+    trainer.close()
+    assert len(seen) == 2 and all(turns > episodes for _, episodes, turns in seen)
+    assert all(rows == (episodes if style == "chat" else turns) for rows, episodes, turns in seen)
 
 
 def test_a_broken_environment_costs_its_episodes_only(tmp_path):
