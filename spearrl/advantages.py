@@ -1,6 +1,7 @@
 """Advantages as pure functions: turns in, one number per turn out ([N]); gae and reinforce_plus_plus work on tokens ([B, T]).
 
-Statistics are computed in float64 and returned in the input's type. Turns of a trajectory stand in time order; trajectories may be interleaved.
+Statistics are computed in float64 and returned in the input's type. Turns of a trajectory stand in time order; trajectories may be interleaved. All raise
+ContractError for an unknown option and for tensors of other shapes.
 """
 
 from __future__ import annotations
@@ -28,48 +29,15 @@ def grpo_advantages(
     Args:
         rewards, group_ids, trajectory_ids: [N]; without trajectory_ids every turn is a trajectory of its own.
         normalize_std: divide by the group's standard deviation.
-        statistics: "trajectory" counts each trajectory once, by its first turn; "turn" counts every turn.
+        statistics: "trajectory" counts each trajectory once, by its first turn; "turn" counts every turn; "balanced" lets every turn weigh
+            1 / turns of its trajectory, for turns that differ by a penalty (counted by first turns, a group that is equal but for it has deviation 0).
         singleton: advantage of a group with one member: "zero", or "raw" (its reward, as released).
 
     Returns:
         [N]; exactly 0 where a group's rewards are all equal.
-
-    Raises:
-        ContractError: an unknown option, or tensors that are not all [N].
     """
     stats = _group_stats(rewards, group_ids, trajectory_ids, statistics)
     return _normalised(stats, rewards, normalize_std=normalize_std, singleton=singleton, eps=eps).to(_dtype(rewards))
-
-
-def penalised_group_advantages(
-    rewards: Tensor, group_ids: Tensor, trajectory_ids: Tensor, *, normalize_std: bool = True, singleton: str = "zero", eps: float = 1e-6
-) -> Tensor:
-    """`grpo_advantages(statistics="trajectory")` for turns of one trajectory that differ in reward, by a penalty on some of them.
-
-    Mean and deviation are over all turns, each weighing 1 / turns of its trajectory, so that a group whose episodes are equal but for a
-    penalty has bounded advantages; counted by first turns its deviation would be 0 and the penalty would be divided by eps.
-
-    Args:
-        rewards, group_ids, trajectory_ids: [N].
-
-    Returns:
-        [N]; exactly 0 where a group's rewards are all equal.
-    """
-    values = rewards.double()
-    _check_sizes(rewards, group_ids, trajectory_ids)
-    groups, group = torch.unique(group_ids, return_inverse=True)
-    _, trajectory, turns = torch.unique(trajectory_ids, return_inverse=True, return_counts=True)
-    weights = 1 / turns.double()[trajectory]
-    zeros = values.new_zeros(len(groups))
-    floor = values.new_full((len(groups),), torch.inf).scatter_reduce(0, group, values, "amin")
-    shifted = values - floor[group]
-    members = zeros.index_add(0, group, weights).round()
-    centred = shifted - (zeros.index_add(0, group, weights * shifted) / members)[group]
-    found = centred
-    if normalize_std:
-        variance = zeros.index_add(0, group, weights * centred.square()) / (members - 1).clamp(min=1)
-        found = centred / (variance.sqrt()[group] + eps)
-    return torch.where(members[group] > 1, found, _singleton(singleton, values)).to(_dtype(rewards))
 
 
 def gigpo_advantages(
@@ -91,28 +59,22 @@ def gigpo_advantages(
         episode_rewards, step_returns, group_ids, anchor_ids, trajectory_ids: [N]; step returns come from `discounted_returns`,
             equal anchor_ids mean the same state.
         statistics, singleton: of the episode part, as in `grpo_advantages`. A state seen once has step part 0.
-
-    Returns:
-        [N].
-
-    Raises:
-        ContractError: an unknown option, or tensors that are not all [N].
     """
     episode = grpo_advantages(
         episode_rewards.double(), group_ids, trajectory_ids=trajectory_ids, normalize_std=normalize_std, statistics=statistics, singleton=singleton, eps=eps
     )
     _check_sizes(episode_rewards, step_returns, anchor_ids)
-    state_ids = _pair_ids(group_ids, anchor_ids)
-    step = grpo_advantages(step_returns.double(), state_ids, normalize_std=normalize_std, statistics="turn", singleton="zero", eps=eps)
+    step = state_advantages(step_returns.double(), group_ids, anchor_ids, normalize_std=normalize_std, eps=eps)
     return (episode + step_weight * step).to(_dtype(episode_rewards))
 
 
-def discounted_returns(rewards: Tensor, trajectory_ids: Tensor, gamma: float) -> Tensor:
-    """G_t = r_t + gamma * G_{t+1} within each trajectory. All [N].
+def state_advantages(step_returns: Tensor, group_ids: Tensor, anchor_ids: Tensor, *, normalize_std: bool = True, eps: float = 1e-6) -> Tensor:
+    """GiGPO's step part alone (arXiv:2505.10978 eq. 7): a turn's return against the group's other turns in the same state. All [N]; 0 for a lone one."""
+    return grpo_advantages(step_returns, _pair_ids(group_ids, anchor_ids), normalize_std=normalize_std, statistics="turn", singleton="zero", eps=eps)
 
-    Raises:
-        ContractError: tensors that are not all [N].
-    """
+
+def discounted_returns(rewards: Tensor, trajectory_ids: Tensor, gamma: float) -> Tensor:
+    """G_t = r_t + gamma * G_{t+1} within each trajectory. All [N]."""
     _check_sizes(rewards, trajectory_ids)
     order = torch.argsort(trajectory_ids, stable=True)
     returns = torch.empty(len(rewards), dtype=torch.float64, device=rewards.device)
@@ -123,11 +85,7 @@ def discounted_returns(rewards: Tensor, trajectory_ids: Tensor, gamma: float) ->
 def rloo_advantages(
     rewards: Tensor, group_ids: Tensor, *, trajectory_ids: Tensor | None = None, statistics: str = "trajectory", singleton: str = "zero"
 ) -> Tensor:
-    """Reward minus the mean of the others: (r - mean) * n / (n - 1) (RLOO, arXiv:2402.14740). Arguments as in `grpo_advantages`; [N].
-
-    Raises:
-        ContractError: an unknown option, or tensors that are not all [N].
-    """
+    """Reward minus the mean of the others: (r - mean) * n / (n - 1) (RLOO, arXiv:2402.14740). Arguments as in `grpo_advantages`; [N]."""
     stats = _group_stats(rewards, group_ids, trajectory_ids, statistics)
     others = (stats.count - 1).clamp(min=1)
     return torch.where(stats.count > 1, stats.deviation * stats.count / others, _singleton(singleton, rewards)).to(_dtype(rewards))
@@ -201,9 +159,6 @@ def reinforce_plus_plus_baseline(
 
     Returns:
         [N], 0 for turns without action tokens.
-
-    Raises:
-        ContractError: an unknown option, or tensors that are not all [N].
     """
     _check_sizes(rewards, token_counts)
     stats = _group_stats(rewards, group_ids, trajectory_ids, statistics)
@@ -236,19 +191,21 @@ class _GroupStats:
 
 
 def _group_stats(rewards: Tensor, group_ids: Tensor, trajectory_ids: Tensor | None, statistics: str) -> _GroupStats:
-    if statistics not in ("trajectory", "turn"):
-        raise ContractError(f"statistics={statistics!r}; must be 'trajectory' or 'turn'", hint="'trajectory' counts each trajectory once")
+    if statistics not in ("trajectory", "turn", "balanced"):
+        raise ContractError(f"statistics={statistics!r}; must be 'trajectory', 'turn' or 'balanced'", hint="'trajectory' counts each trajectory once")
     _check_sizes(rewards, group_ids, *(() if trajectory_ids is None else (trajectory_ids,)))
     values = rewards.double()
     groups, index = torch.unique(group_ids, return_inverse=True)
     entries = torch.ones_like(values)
-    if statistics == "trajectory" and trajectory_ids is not None:
-        entries = _first_turns(_pair_ids(group_ids, trajectory_ids)).double()
+    if statistics != "turn" and trajectory_ids is not None:
+        members = _pair_ids(group_ids, trajectory_ids)
+        entries = _first_turns(members).double() if statistics == "trajectory" else 1 / _sizes(members)
     zeros = values.new_zeros(len(groups))
     # Distances from a member, not from 0: equal rewards then differ from their mean by exactly 0, not by rounding that 1/(std + eps) would blow up.
     floor = values.new_full((len(groups),), torch.inf).scatter_reduce(0, index, values, "amin")
     shifted = values - floor[index]
     count = zeros.index_add(0, index, entries)
+    count = count.round() if statistics == "balanced" else count
     deviation = shifted - (zeros.index_add(0, index, shifted * entries) / count)[index]
     variance = zeros.index_add(0, index, deviation.square() * entries) / (count - 1).clamp(min=1)
     return _GroupStats(count[index], deviation, variance.sqrt()[index])
@@ -273,6 +230,12 @@ def _first_turns(ids: Tensor) -> Tensor:
     position = torch.arange(len(ids), device=ids.device)
     first = torch.full((len(unique),), len(ids), device=ids.device).scatter_reduce(0, index, position, "amin")
     return first[index] == position
+
+
+def _sizes(ids: Tensor) -> Tensor:
+    """[N] how often each entry's id occurs, float64."""
+    _, index, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+    return counts.double()[index]
 
 
 def _pair_ids(first: Tensor, second: Tensor) -> Tensor:

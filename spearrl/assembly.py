@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from spearrl import envs
+from spearrl.algorithm import needs_critic
 from spearrl.config import RunConfig
 from spearrl.envs import Environment
 from spearrl.errors import ConfigError
 from spearrl.evaluation import EvalResult, choose_panel, run_panel, some_tasks
-from spearrl.learner import LocalLearner
+from spearrl.learner import LocalLearner, ValueHead
 from spearrl.models import build_tiny, load_model, load_tokenizer
 from spearrl.rollout import ChatEncoder, Collector, Engine, LocalEngine
 from spearrl.seeds import derive
@@ -80,14 +81,25 @@ def make_environment(config: RunConfig) -> Environment:
     return environment
 
 
-def assemble(config: RunConfig, model: torch.nn.Module, tokenizer: Any, environment: Environment, device: str) -> Parts:
-    """Wire the parts around a model."""
+def assemble(
+    config: RunConfig, model: torch.nn.Module, tokenizer: Any, environment: Environment, device: str, *, reference: torch.nn.Module | None = None
+) -> Parts:
+    """Wire the parts around a model; `reference`: the frozen one, where the algorithm needs it."""
     model = model.to(device)
     encoder = ChatEncoder(tokenizer)
     encoder.verify()
     settings = config.rollout
     engine = LocalEngine(model, slots=settings.slots, cache_mib=settings.cache_mib, context_tokens=settings.context_tokens, device=device)
-    learner = LocalLearner(model, config.learner, temperature=settings.temperature, device=device, joint=config.algo.sil.update == "joint")
+    critic = _critic(model, config) if needs_critic(config.algo) else None
+    learner = LocalLearner(
+        model,
+        config.learner,
+        temperature=settings.temperature,
+        device=device,
+        joint=config.algo.sil.update == "joint",
+        reference=reference,
+        critic=critic,
+    )
     return Parts(
         environment,
         model,
@@ -155,6 +167,10 @@ def evaluate_groups(config: RunConfig) -> tuple[EvalResult, list[Group]]:
         return run_panel(parts.evaluator, choose_panel(environment, config.eval), config)
     finally:
         parts.close()
+
+
+def _critic(model: Any, config: RunConfig) -> ValueHead:
+    return ValueHead(model.get_output_embeddings().weight.shape[1], derive(config.run.seed, "critic"))
 
 
 def _transcripts(config: RunConfig, environment: Environment) -> list[Transcript]:

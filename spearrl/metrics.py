@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import time
 
+import torch
+
+from spearrl.algorithm import episode_bonuses, mixed
+from spearrl.batching import Batch
+from spearrl.config import AlgoSection
 from spearrl.evaluation import numeric_means
 from spearrl.types import Group
 
@@ -29,7 +34,6 @@ def rollout_metrics(groups: list[Group], kept: list[Group]) -> dict[str, float]:
     played = [t for g in groups for t in g.valid]
     turns = [turn for t in played for turn in t.turns]
     number, said = max(1, len(played)), max(1, len(turns))
-    mixed = sum(len({t.reward for t in g.trajectories}) > 1 for g in kept)
     metrics = {
         "rollout/success": sum(t.success for t in played) / number,
         "rollout/reward": sum(t.reward for t in played) / number,
@@ -38,11 +42,27 @@ def rollout_metrics(groups: list[Group], kept: list[Group]) -> dict[str, float]:
         "rollout/tokens": float(sum(len(turn.token_ids) for turn in turns)),
         "rollout/invalid": sum(not turn.action.valid for turn in turns) / said,
         "rollout/tool_calls": sum(t.tool_calls for t in played) / number,
-        "rollout/mixed_groups": mixed / max(1, len(groups)),
         "rollout/groups_lost": float(len(groups) - len(kept)),
         "rollout/errors": float(sum(len(g.trajectories) - len(g.valid) for g in groups)),
         "rollout/rewrites": float(sum(t.rewrites for t in played)),
     }
+    if any(len(g.trajectories) > 1 for g in groups):
+        metrics["rollout/mixed_groups"] = sum(mixed(g) for g in kept) / len(groups)
     statuses = [t.status.value for g in groups for t in g.trajectories]
     metrics |= {f"status/{name}": float(statuses.count(name)) for name in sorted(set(statuses))}
     return metrics | {f"env/{key}": value for key, value in numeric_means(played).items()}
+
+
+def sampler_gap(batch: Batch) -> dict[str, float]:
+    """Mean |learner − engine| log-probability of the action tokens: what the engine sampled against what the learner would have."""
+    mask = batch.action_mask
+    if batch.rollout_logprobs is None or not bool(mask.any()):
+        return {}
+    gap = (batch.old_logprobs.double() - batch.rollout_logprobs.double()).abs()
+    return {"policy/sampler_gap": float(torch.where(mask, gap, 0.0).sum() / mask.sum())}
+
+
+def bonus_of(groups: list[Group], algo: AlgoSection) -> float:
+    """Mean intrinsic bonus of the sound episodes, before μ."""
+    sound = [Group(g.id, g.task, [t]) for g in groups for t in g.valid if t.turns]
+    return sum(float(episode_bonuses([g], algo)[0]) for g in sound) / max(1, len(sound))

@@ -6,6 +6,8 @@ import math
 
 from spearrl.errors import ContractError
 
+ADAPTIVE = ("entropy", "success", "curiosity")  # kinds that follow what the run logs instead of the step count
+
 
 def cosine_warmup(step: float, total: float) -> float:
     """(1 - cos(pi step / total)) / 2, then 1: the weight of self-imitation (SPEAR, arXiv:2509.22601)."""
@@ -30,6 +32,28 @@ def schedule_value(kind: str, step: float, total: float, *, rising: bool) -> flo
     if kind == "linear":
         return _progress(step, total) if rising else 1 - _progress(step, total)
     raise ContractError(f"schedule kind {kind!r} is not known", hint="use 'cosine', 'linear' or 'constant'")
+
+
+def adaptive_progress(kind: str, value: float, *, low: float, high: float) -> float:
+    """How far an adaptive curriculum has gone, in [0, 1] and linear in between: γ = peak · progress, μ = peak · (1 − progress).
+
+    An answer of ours to a question that SPEAR (arXiv:2509.22601) leaves open: what to do where nobody knows how many steps the run needs.
+
+    Args:
+        kind: what `value` is. "entropy": policy entropy / entropy of the first step; "curiosity": share of the step's anchor states that the
+            run had never seen (both: 0 at >= high, 1 at <= low). "success": estimate of the success rate (0 at <= low, 1 at >= high).
+        value: the driving quantity, a number without unit.
+    Raises:
+        ContractError: unknown kind, low >= high, or a value that is NaN.
+    """
+    if kind not in ADAPTIVE:
+        raise ContractError(f"adaptive schedule kind {kind!r} is not known", hint=f"use {', '.join(ADAPTIVE)}")
+    if not low < high:
+        raise ContractError(f"the band of an adaptive schedule is low={low}, high={high}; low must be < high", hint="for example low = 0.2, high = 0.8")
+    if math.isnan(value):
+        raise ContractError(f"the {kind} that drives a schedule is NaN", hint="skip steps in which it could not be measured")
+    done = min(max((value - low) / (high - low), 0.0), 1.0)
+    return done if kind == "success" else 1 - done
 
 
 def _progress(step: float, total: float) -> float:

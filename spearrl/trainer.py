@@ -10,19 +10,21 @@ from typing import Any
 import torch
 
 from spearrl import algorithm
-from spearrl.algorithm import Shaped
+from spearrl.algorithm import Memory, Shaped
 from spearrl.assembly import Parts, Report, assemble, make_environment, prepare_torch, starting_model
 from spearrl.batching import Batch, rows_from_groups
-from spearrl.buffers import BaselineBuffer, ReplayBuffer
 from spearrl.checkpoint import clean, load_state, newest_checkpoint, save_checkpoint, save_state
 from spearrl.config import RunConfig, check, load_config
+from spearrl.curriculum import Curriculum
 from spearrl.envs import Environment
 from spearrl.evaluation import EvalResult, choose_panel, run_panel, some_tasks
-from spearrl.metrics import Clock, rollout_metrics
-from spearrl.models import load_model, load_tokenizer
+from spearrl.health import Health
+from spearrl.metrics import Clock, bonus_of, rollout_metrics, sampler_gap
+from spearrl.models import load_model, load_tokenizer, save_weights
 from spearrl.run import Run
 from spearrl.seeds import derive
 from spearrl.tasks import tasks_of_step
+from spearrl.types import Group
 
 
 def _silent(kind: str, values: dict[str, Any]) -> None:
@@ -45,6 +47,7 @@ class Trainer:
         self.step = 0
         self.policy_version = 0
         self.objectives = algorithm.objectives(config.algo)
+        algorithm.check_advantage(config.algo)
         environment = make_environment(config)
         self.tasks = some_tasks(environment, config.rollout.train_split, "rollout.train_split")
         self.panel = choose_panel(environment, config.eval)
@@ -65,22 +68,11 @@ class Trainer:
             model, tokenizer = load_model(str(checkpoint)), load_tokenizer(str(checkpoint))
         else:
             model, tokenizer = starting_model(config, environment, device, self._log)
-        self.parts: Parts = assemble(config, model, tokenizer, environment, device)
-        sil = config.algo.sil
-        self.baseline = BaselineBuffer(sil.baseline_capacity)
-        self.replay = ReplayBuffer(
-            sil.capacity,
-            max_age=sil.max_age,
-            fill_factor=sil.fill_factor,
-            recalibration=sil.recalibration,
-            decay=sil.decay,
-            normalize_std=sil.normalize_std,
-            keep_zero=sil.keep_zero,
-            age_reference=sil.age_reference,
-            subset=sil.subset,
-            min_rows=sil.min_rows,
-            unit=sil.unit,
-        )
+        reference = self._reference(model, resumed=resumed) if algorithm.needs_reference(config.algo) else None
+        self.parts: Parts = assemble(config, model, tokenizer, environment, device, reference=reference)
+        self.memory = Memory(config.algo.sil, config.run.seed)
+        self.curriculum = Curriculum(config.algo.sil.gamma, config.algo.intrinsic.mu)
+        self.health = Health()
         if resumed:
             self._load(checkpoint)
         else:
@@ -114,42 +106,78 @@ class Trainer:
 
     def train_step(self, step: int) -> dict[str, float]:
         """One step of design section 2; returns its metrics."""
-        config, algo, parts, clock = self.config, self.config.algo, self.parts, Clock()
-        size, count = config.rollout.group_size, config.rollout.groups_per_step
-        gamma, mu = algorithm.gamma(algo, step), algorithm.mu(algo, step)
-
-        tasks = tasks_of_step(self.tasks, step, count, config.run.seed)
-        groups = parts.collector.collect(tasks, size, run_seed=config.run.seed, step=step, first_group_id=step * count)
+        clock = Clock()
+        groups, played = self.play(step)
         clock.lap("rollout")
-        kept = algorithm.trainable(groups, size)
-        measured = {f"time/{name.removesuffix('_seconds')}": parts.collector.measures[name] for name in ("engine_seconds", "env_seconds")}
-        metrics = {**rollout_metrics(groups, kept), **measured, "gamma": gamma, "mu": mu}
-        if config.run.trajectories_every and step % config.run.trajectories_every == 0:
+        if self.config.run.trajectories_every and step % self.config.run.trajectories_every == 0:
             self.run.trajectories(step, groups)
+        metrics = {**played, **self.learn(step, groups, clock), **clock.metrics(played["rollout/tokens"])}
+        for alarm in self.health.observe(step, metrics):
+            self._log("warning", {"flag": alarm.flag, "text": f"step {step}: {alarm.text}"})
+        return metrics
+
+    def play(self, step: int) -> tuple[list[Group], dict[str, float]]:
+        """The step's groups, and what their episodes were like."""
+        config, rollout, collector = self.config, self.config.rollout, self.parts.collector
+        dynamic = config.algo.dynamic
+        rounds, count = (dynamic.rounds if dynamic.enabled else 1), rollout.groups_per_step
+        played: list[Group] = []
+        seconds = {"time/engine": 0.0, "time/env": 0.0}
+
+        def play_round(number: int) -> list[Group]:
+            seed = derive(config.run.seed, "dynamic", number) if number else config.run.seed
+            tasks, first = tasks_of_step(self.tasks, step, count, seed), (step * rounds + number) * count
+            groups = collector.collect(tasks, rollout.group_size, run_seed=seed, step=step, first_group_id=first)
+            played.extend(groups)
+            for name in seconds:
+                seconds[name] += collector.measures[f"{name.removeprefix('time/')}_seconds"]
+            return groups
+
+        groups, sampling = algorithm.play_rounds(play_round, wanted=count, rounds=rounds)
+        metrics = rollout_metrics(played, algorithm.trainable(played, rollout.group_size))
+        return groups, {**metrics, **seconds, **(sampling if dynamic.enabled else {})}
+
+    def learn(self, step: int, groups: list[Group], clock: Clock) -> dict[str, float]:
+        """Rows, shaping, advantages, update, buffers, publish; the step's metrics."""
+        config, algo, learner = self.config, self.config.algo, self.parts.learner
+        gamma = self.curriculum.gamma(step) if algo.sil.enabled else 0.0
+        mu = self.curriculum.mu(step) if algo.intrinsic.enabled else 0.0
+        metrics = {"gamma": gamma, "mu": mu, **self.curriculum.metrics()}
+        size, limit = config.rollout.group_size, config.rollout.max_reply_tokens
+        kept = algorithm.trainable(groups, size)
         if not any(t.turns for g in kept for t in g.trajectories):
             faults = [t.error.strip().splitlines()[-1] for g in groups for t in g.trajectories if t.error]
             cause = f" (first fault: {faults[0]})" if faults else ""
             self._log("warning", {"text": f"step {step}: no group has two sound siblings; nothing was trained{cause}"})
-            return {**metrics, **clock.metrics()}
+            return metrics
 
-        rows = rows_from_groups(kept)
-        shaped = algorithm.shape(rows, kept, algo, mu=mu, max_reply_tokens=config.rollout.max_reply_tokens)
-        old_logprobs = parts.learner.logprobs(shaped.rows)
-        advantages = algorithm.turn_advantages(shaped, algo)
+        seed = derive(config.run.seed, "shape", step)
+        shaped = algorithm.shape(rows_from_groups(kept), kept, algo, mu=mu, max_reply_tokens=limit, group_size=size, seed=seed)
+        on_policy, credit = self._on_policy(shaped)
         clock.lap("prepare")
 
-        on_policy = algorithm.on_policy_batch(shaped, advantages, old_logprobs)
-        replay = self._due_replay(step) if gamma > 0 else None
-        result = parts.learner.update(on_policy, replay, gamma=gamma, objectives=self.objectives, seed=derive(config.run.seed, "update", step))
+        replay = self.memory.due(step) if gamma > 0 else None
+        result = learner.update(on_policy, replay, gamma=gamma, objectives=self.objectives, seed=derive(config.run.seed, "update", step))
         clock.lap("update")
 
-        if algo.sil.enabled:
-            self._remember(step, shaped, advantages, old_logprobs)
+        self.memory.remember(step, kept, shaped, credit, on_policy.old_logprobs)
         self.policy_version += 1
-        parts.engine.publish(self.policy_version)
-        replayed = float(len(replay.rows)) if replay is not None else 0.0
-        buffer = {"replay/rows": replayed, "replay/stored": float(len(self.replay)), "replay/p50": self._p50(), "policy/skipped": float(result.skipped)}
-        return {**metrics, **shaped.metrics, **result.metrics, **buffer, **clock.metrics(tokens=metrics["rollout/tokens"])}
+        self.parts.engine.publish(self.policy_version)
+        wins = [t.success for g in groups for t in g.valid]
+        entropy, anchors = result.metrics.get("policy/entropy"), shaped.rows.turns.anchor_ids
+        self.curriculum.observe(success=sum(wins) / len(wins), entropy=entropy, anchors=anchors.tolist())
+        metrics |= {"replay/rows": float(len(replay.rows)) if replay is not None else 0.0, "policy/skipped": float(result.skipped)}
+        return {**metrics, **shaped.metrics, **sampler_gap(on_policy), **result.metrics, **self.memory.metrics()}
+
+    def _on_policy(self, shaped: Shaped) -> tuple[Batch, algorithm.Credit]:
+        """The step's batch: log-probabilities before the update, what the algorithm needs beside them, and advantages."""
+        rows, algo, learner = shaped.rows, self.config.algo, self.parts.learner
+        old_logprobs = learner.logprobs(rows)
+        ref_logprobs = learner.logprobs(rows, reference=True) if algorithm.needs_reference(algo) else None
+        values = learner.values(rows.with_action_mask(rows.turn_index >= 0)) if algorithm.needs_critic(algo) else None
+        credit = algorithm.assign_credit(shaped, algo, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, values=values)
+        batch = Batch(rows, credit.tokens, old_logprobs, ref_logprobs, values, credit.returns, rows.pad(rows.rollout_logprobs))
+        return batch, credit
 
     def evaluate(self) -> EvalResult:
         """Play the fixed panel with the current weights."""
@@ -157,6 +185,8 @@ class Trainer:
         result, groups = run_panel(self.parts.evaluator, self.panel, self.config)
         self.run.trajectories(self.step, groups, name=f"eval-{self.config.eval.split}")
         flat = {"success": result.success.rate, "low": result.success.low, "high": result.success.high, "reward": result.reward, **result.measures}
+        if self.config.algo.intrinsic.in_evaluation:
+            flat["reward_with_bonus"] = result.reward + self.curriculum.mu(max(1, self.step)) * bonus_of(groups, self.config.algo)
         flat |= {f"success {name}": rate.rate for name, rate in result.strata.items()}
         self._log(
             "eval",
@@ -183,37 +213,30 @@ class Trainer:
         self.parts.close()
         self.run.close()
 
-    def _due_replay(self, step: int) -> Batch | None:
-        """The flushed buffer if it is due: tested before this step's rows go in, so nothing is replayed in its own step."""
-        if not self.replay.ready(self.baseline):
-            return None
-        generator = torch.Generator().manual_seed(derive(self.config.run.seed, "replay", step))
-        batch = self.replay.drain(step, self.baseline, generator)
-        if batch is not None:
-            batch.advantages = batch.advantages / self.config.algo.sil.reward_scale
-        return batch
-
-    def _remember(self, step: int, shaped: Shaped, advantages: torch.Tensor, old_logprobs: torch.Tensor) -> None:
-        self.replay.add(step, shaped.rows, shaped.rewards, advantages, old_logprobs)
-        self.baseline.add(step, *algorithm.baselines(shaped))
-
-    def _p50(self) -> float:
-        return self.baseline.percentile(50) if len(self.baseline) else 0.0
+    def _reference(self, model: torch.nn.Module, *, resumed: bool) -> torch.nn.Module:
+        """The starting model, which KL divergences are measured from; kept in the run directory, so that a resumed run has the same one."""
+        folder = self.run.path / "reference"
+        if not resumed:
+            save_weights(model, folder)
+        return load_model(str(folder))
 
     def _write(self, folder: Path) -> None:
         self.parts.learner.save(folder)
         self.parts.tokenizer.save_pretrained(folder)
-        state = {"step": self.step, "policy_version": self.policy_version, "replay": self.replay.state_dict(), "baseline": self.baseline.state_dict()}
-        save_state(folder, "state", state)
+        state = {name: part.state_dict() for name, part in self._stateful().items()}
+        save_state(folder, "state", {"step": self.step, "policy_version": self.policy_version, **state})
 
     def _load(self, checkpoint: Path) -> None:
         state = load_state(checkpoint, "state")
         self.step, self.policy_version = state["step"], state["policy_version"]
-        self.replay.load_state_dict(state["replay"])
-        self.baseline.load_state_dict(state["baseline"])
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
         self.parts.learner.load(checkpoint)
         self.parts.engine.publish(self.policy_version)
-        self._log("resume", {"from": str(checkpoint), "replay_stored": len(self.replay), "baselines": len(self.baseline)})
+        self._log("resume", {"from": str(checkpoint), "replay_stored": len(self.memory.replay), "baselines": len(self.memory.baseline)})
+
+    def _stateful(self) -> dict[str, Any]:
+        return {"memory": self.memory, "curriculum": self.curriculum, "health": self.health}
 
     def _log(self, kind: str, values: dict[str, Any]) -> None:
         self.run.event(kind, self.step, values)

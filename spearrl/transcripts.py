@@ -41,7 +41,7 @@ def play_expert(environment: Environment, tasks: Sequence[Task], count: int, *, 
         ConfigError: the environment has no expert.
     """
     slot = environment.spawn()
-    slot.expert_noise = noise
+    slot.expert_noise, slot.max_turns = noise, environment.max_turns
     order = list(range(len(tasks)))
     random.Random(derive(seed, "expert-tasks")).shuffle(order)
     try:

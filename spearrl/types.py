@@ -119,7 +119,11 @@ class Observation:
 
 @dataclass(slots=True, frozen=True)
 class Outcome:
-    """The result of one step. `info["success"]` (bool) is set at the end of an episode."""
+    """The result of one step.
+
+    `info["success"]` (bool) is set at the end of an episode; `info["fault"]` (true) where the machinery failed (a tool timed out, a backend
+    restarted) and the episode went on: such a trajectory trains, but is never imitated.
+    """
 
     observation: Observation
     reward: float
@@ -158,6 +162,7 @@ class Trajectory:
     status: Status = Status.FAILURE
     info: dict[str, Any] = field(default_factory=dict)  # the environment's measures at the end
     error: str | None = None  # traceback of an env_error / engine_error
+    faults: int = 0  # steps at which the environment reported a fault that it survived (Outcome.info["fault"])
     rewrites: int = 0  # turns whose prompt did not extend the conversation's ids
 
     @property

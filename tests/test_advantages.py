@@ -16,7 +16,6 @@ from spearrl.advantages import (
     gigpo_advantages,
     grpo_advantages,
     masked_moments,
-    penalised_group_advantages,
     recalibrated_advantages,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
@@ -304,7 +303,7 @@ def test_a_hundred_thousand_turns_take_milliseconds():
 def test_a_penalty_in_an_equal_group_stays_small():
     """Two failing siblings, each with one invalid turn: counted by first turns the deviation would be 0 and the penalty -0.1 / 1e-6."""
     rewards = torch.tensor([0.0, -0.1, 0.0, -0.1], dtype=torch.float64)
-    found = penalised_group_advantages(rewards, torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 1, 1]))
+    found = balanced(rewards, torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 1, 1]))
     assert found.tolist() == pytest.approx([0.70710, -0.70710, 0.70710, -0.70710], abs=1e-4)  # mean -0.05, variance 2 * 0.0025 / 1
 
 
@@ -314,10 +313,14 @@ def test_without_penalties_it_is_grpo():
     rewards = torch.randn(12, generator=generator, dtype=torch.float64)[trajectory]
     for normalize_std in (True, False):
         expected = grpo_advantages(rewards, trajectory // 4, trajectory_ids=trajectory, normalize_std=normalize_std)
-        found = penalised_group_advantages(rewards, trajectory // 4, trajectory, normalize_std=normalize_std)
+        found = balanced(rewards, trajectory // 4, trajectory, normalize_std=normalize_std)
         assert torch.allclose(found, expected, rtol=0, atol=1e-9)
 
 
 def test_penalised_singletons_and_equal_groups():
     ids = torch.tensor([0, 0, 1, 1])
-    assert penalised_group_advantages(torch.tensor([5.0, 4.9, 2.0, 2.0]), ids, torch.tensor([0, 0, 1, 2])).tolist() == [0.0, 0.0, 0.0, 0.0]
+    assert balanced(torch.tensor([5.0, 4.9, 2.0, 2.0]), ids, torch.tensor([0, 0, 1, 2])).tolist() == [0.0, 0.0, 0.0, 0.0]
+
+
+def balanced(rewards, group_ids, trajectory_ids, **options):
+    return grpo_advantages(rewards, group_ids, trajectory_ids=trajectory_ids, statistics="balanced", **options)

@@ -13,14 +13,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first: a module imports only from lower layers and from its own package.
 LAYERS = [
     {"errors", "types", "seeds"},
+    {"keys", "plugins"},
     {"losses", "advantages", "schedules", "tasks"},
     {"config", "sandbox", "shaping", "batching"},
-    {"buffers", "models", "envs", "algorithm"},
-    {"rollout", "learner", "transcripts"},
+    {"buffers", "models", "envs", "curriculum"},
+    {"rollout", "learner", "transcripts", "algorithm"},
     {"sync", "evaluation", "checkpoint", "run", "launch"},
-    {"sft", "metrics"},
-    {"assembly", "plan", "study", "report"},
+    {"sft", "metrics", "health"},
+    {"assembly", "plan", "report"},
     {"trainer"},
+    {"study"},
     {"cli"},
     {"__main__"},
 ]

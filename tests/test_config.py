@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spearrl.config import RunConfig, RunSection, advice, check, diff, load_config, resolve, to_toml
+from spearrl.config import AlgoSection, RunConfig, RunSection, advice, check, diff, load_config, resolve, to_toml
 from spearrl.config import checks as checks_module
-from spearrl.config.fields import dotted, leaves, nearest, sections
-from spearrl.config.grammar import BASES, MODULES, PLANNED_BASES, PLANNED_MODULES, GrammarError, algo_settings
+from spearrl.config.aliases import ALIASES
+from spearrl.config.fields import constraint, dotted, leaves, nearest, sections
 from spearrl.config.presets import DESCRIPTIONS, PRESETS
 from spearrl.config.reference import json_schema, markdown
 from spearrl.config.source import Source, parse
@@ -55,7 +55,23 @@ WRONG = [
     ('sft.enabled="yes"', "sft.enabled"),
     ('algo.name="grpo+spaer"', "algo.name"),
     ('algo.name="grpo+gigpo"', "algo.name"),
-    ('algo.name="gigpo+spear"', "algo.name"),
+    ('algo.name="gspo+drbot"', "algo.name"),
+    ('algo.fidelity="release"', "algo.fidelity"),
+    ('algo.advantage="grop"', "algo.advantage"),
+    ('algo.advantage="my_pkg.mod:"', "algo.advantage"),
+    ("algo.advantage=3", "algo.advantage"),
+    ('algo.loss="../x:y"', "algo.loss"),
+    ('algo.loss="kl_cov"', "algo.clip_cov.enabled"),
+    ('algo.dynamic.enabled=true\nrollout.group_size=1\nalgo.groups.singleton="raw"', "algo.dynamic.enabled"),
+    ('algo.filters.group_keep=0.75\nrollout.group_size=1\nalgo.groups.singleton="raw"', "algo.filters.group_keep"),
+    ('algo.sil.gamma.kind="success"\nalgo.sil.gamma.low=0.9', "algo.sil.gamma.low"),
+    ('algo.intrinsic.mu.kind="entropy"\nalgo.intrinsic.mu.high=0', "algo.intrinsic.mu.high"),
+    ('algo.sil.max_age=11\nalgo.fidelity="release_agent"', "algo.sil.max_age"),
+    ('algo.clip_cov.lower="quantile:2"', "algo.clip_cov.lower"),
+    ('algo.clip_cov.lower="80%"', "algo.clip_cov.lower"),
+    ("algo.clip_cov.lower=true", "algo.clip_cov.lower"),
+    ("algo.clip_cov.upper=nan", "algo.clip_cov.upper"),
+    ('algo.clip_cov.lower="quantile:0.9"\nalgo.clip_cov.upper="quantile:0.2"', "algo.clip_cov.lower"),
     ('algo.name="spear"', "algo.name"),
     ('algo.name="grpo+sil+sil"', "algo.name"),
     ('algo.name="grpo+"', "algo.name"),
@@ -133,10 +149,56 @@ def test_all_problems_come_at_once_with_their_places(tmp_path):
         ("trainer.total_epochs", "run.steps"),
         ("algo.sil.buffer_capacity", "algo.sil.capacity"),
         ("model.tiny.layer", "model.tiny.layers"),
+        ("advantage", "algo.advantage"),
+        ("algorithm.adv_estimator", "algo.advantage"),
+        ("actor.policy_loss.loss_mode", "algo.loss"),
+        ("actor.kl_loss_coef", "algo.kl.loss_coef"),
+        ("beta", "algo.kl.loss_coef"),
+        ("algorithm.use_kl_in_reward", "algo.kl.reward_coef"),
+        ("algorithm.kl_ctrl.kl_coef", "algo.kl.reward_coef"),
+        ("algorithm.lam", "algo.critic.lam"),
+        ("algorithm.filter_groups.enable", "algo.dynamic.enabled"),
+        ("actor.tis_imp_ratio_cap", "algo.correction.cap"),
+        ("importance_sampling", "algo.correction.mode"),
+        ("critic.optim.lr", "learner.lr"),
+        ("sil.gamma", "the section algo.sil.gamma"),
     ],
 )
 def test_the_meant_key_is_found(written, meant):
     assert f"did you mean {meant}" in nearest(tuple(written.split("."))), nearest(tuple(written.split(".")))
+
+
+def test_a_discount_is_not_the_weight_of_replay():
+    for key in (("gamma",), ("algorithm", "gamma"), ("algo", "gamma")):
+        assert "algo.critic.discount" in nearest(key) and "algo.gigpo.discount" in nearest(key) and "sil" not in nearest(key)
+
+
+def test_every_alias_is_a_setting_or_a_section():
+    known = {dotted(key) for key in (*leaves(), *sections())}
+    assert all(key in known for keys in ALIASES.values() for key in keys)
+    assert not {"advantage", "loss", "gigpo"} & set(ALIASES)
+
+
+def test_names_import_paths_and_thresholds(tmp_path):
+    advantage, loss, lower = (leaves()[("algo", *key.split("."))] for key in ("advantage", "loss", "clip_cov.lower"))
+    assert constraint(lower) == 'number, or "quantile:0.8"'
+    assert constraint(loss) == '"clip", "gspo", "cispo", "kl_cov", or an import path "my_pkg.mod:fn"' and constraint(advantage).startswith('"grpo", "gigpo", ')
+    for name in (*advantage.examples, "my_pkg.mod:fn"):
+        assert load_config(None, [f"algo.advantage={name}"]).algo.advantage == name
+    for name in (*loss.examples, "my_pkg.mod:fn"):
+        assert load_config(None, [f"algo.loss={name}", "algo.clip_cov.enabled=false"]).algo.loss == name
+    assert 'did you mean algo.advantage="reinforce++"?' in message_of(None, ["algo.advantage=reinforce"])
+    assert 'did you mean algo.loss="gspo"?' in message_of(None, ["algo.loss=GSPO"])
+    for wrong in ("loss", "advantage"):
+        with pytest.raises(ValueError, match="import path"):
+            AlgoSection.model_validate({wrong: "grop"})
+    for text, found in (("quantile:0.8", "quantile:0.8"), ("quantile:.5", "quantile:.5"), ("2", 2.0), ("-1.5", -1.5)):
+        config = load_config(None, [f"algo.clip_cov.lower={text}", "algo.clip_cov.upper=9"])
+        assert config.algo.clip_cov.lower == found and type(config.algo.clip_cov.lower) is type(found)
+        assert load_config(write(tmp_path, to_toml(config))) == config
+    assert 'did you mean algo.clip_cov.lower="quantile:0.8"?' in message_of(None, ["algo.clip_cov.lower=q0.8"])
+    assert "use algo.clip_cov.lower=2.0, without quotes" in message_of(None, ['algo.clip_cov.lower="2"'])
+    assert load_config(None, ["algo.clip_cov.lower=9", "algo.clip_cov.upper=quantile:0.1"]).algo.clip_cov.lower == 9  # nothing to compare
 
 
 @pytest.mark.parametrize(
@@ -362,12 +424,51 @@ def test_checks_of_configs_made_in_code():
         (["eval.split=train"], "eval.split"),
         (["eval.attempts=4", "eval.temperature=0"], "eval.attempts"),
         (["sft.episodes=32"], "sft.warmup_steps"),
+        (["algo.loss=gspo"], "algo.policy.clip_high"),
+        (["algo.loss=cispo", "algo.policy.dual_clip=3"], "algo.policy.dual_clip"),
+        (["algo.critic.lam=0.9"], "algo.critic"),
+        (["learner.critic_lr=1e-5"], "learner.critic_lr"),
+        (["algo.gigpo.step_weight=2"], "algo.gigpo"),
+        (["algo.kl_cov.coef=1"], "algo.kl_cov"),
+        (["algo.sil.enabled=false", "algo.sil.min_wins=2"], "algo.sil.min_wins"),
+        (["algo.sil.enabled=false", "algo.sil.token_weight=unsure"], "algo.sil.token_weight"),
+        (["algo.kl.loss_coef=0.1", "algo.kl.reward_coef=0.1"], "algo.kl.reward_coef"),
+        (["algo.dynamic.enabled=true", "algo.dynamic.rounds=1"], "algo.dynamic.rounds"),
     ],
 )
 def test_advice(changes, key):
     found = advice(load_config(None, changes))
     assert any(key in str(problem) and helps(str(problem)) for problem in found)
     assert advice(load_config()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["algo.name=ppo", "algo.critic.lam=0.9", "learner.critic_lr=1e-5"],
+        ["algo.name=gigpo", "algo.gigpo.step_weight=2"],
+        ["algo.name=grpo+kl_cov", "algo.kl_cov.coef=1"],
+        ["algo.advantage=my_pkg.mod:fn", "algo.critic.lam=0.9"],
+        ["algo.sil.min_wins=2", "algo.sil.token_weight=unsure"],
+        ["algo.name=gspo"],
+        ["algo.name=cispo+spear"],
+        ["algo.sil.gamma.kind=success", "algo.sil.gamma.steps=9999"],
+        ["algo.name=dapo"],
+    ],
+)
+def test_no_advice_where_a_setting_is_used(changes):
+    assert advice(load_config(None, changes)) == []
+
+
+@pytest.mark.parametrize("algo", ["ppo", "reinforce++", "ppo+spear"])
+def test_groups_of_one_where_siblings_are_not_compared(algo):
+    assert load_config(None, ["rollout.group_size=1", "rollout.groups_per_step=64"], algo=algo).rollout.group_size == 1
+
+
+@pytest.mark.parametrize("algo", ["grpo", "gigpo", "rloo", "reinforce++_baseline", "dr_grpo"])
+def test_groups_of_one_where_siblings_are_compared(algo):
+    assert "compares the siblings" in message_of(None, ["rollout.group_size=1"], algo=algo)
+    assert load_config(None, ["rollout.group_size=1", "algo.groups.singleton=raw"], algo=algo).rollout.group_size == 1
 
 
 def test_every_fix_of_a_check_removes_its_problem():
@@ -381,18 +482,6 @@ def test_every_fix_of_a_check_removes_its_problem():
             load_config(None, [*(c for c in changes if c.partition("=")[0] != key), proposed.group(1)])
 
 
-@pytest.mark.parametrize("name", [*PLANNED_BASES, *(f"grpo+{m}" for m in PLANNED_MODULES), "reinforce+++spear"])
-def test_planned_algorithms_are_refused_for_now(name):
-    with pytest.raises(GrammarError, match="not available yet"):
-        algo_settings(name)
-
-
-def test_grammar():
-    assert algo_settings("grpo+spear") == {f"algo.{part}.enabled": True for part in ("sil", "intrinsic", "clip_cov")}
-    assert algo_settings("grpo+sil+clip_cov")["algo.intrinsic.enabled"] is False
-    assert all(tuple(key.split(".")) in leaves() for table in (*BASES.values(), *MODULES.values()) for key in table)
-
-
 def test_presets_set_known_values_only():
     assert list(DESCRIPTIONS) == list(PRESETS)
     for name, values in PRESETS.items():
@@ -403,6 +492,12 @@ def test_presets_set_known_values_only():
     paper = load_config(preset="webshop-1.5b")
     assert (paper.rollout.groups_per_step, paper.rollout.group_size, paper.rollout.context_tokens, paper.learner.mini_batch_rows) == (32, 8, 4608, 256)
     assert paper.algo.sil.enabled and not load_config(preset="webshop-1.5b-drbot").algo.sil.enabled
+    for environment, suffix in ((e, s) for e in ("webshop", "alfworld") for s in ("", "-drbot", "-base")):
+        grpo, gigpo = (load_config(preset=f"{environment}-1.5b{middle}{suffix}") for middle in ("", "-gigpo"))
+        assert set(diff(grpo, gigpo)) == {"run.started_from", "algo.name", "algo.advantage"}
+        assert gigpo.algo.advantage == "gigpo" and (gigpo.algo.gigpo.discount, gigpo.algo.gigpo.step_weight) == (0.95, 1.0)
+    tricks = load_config(preset="alfworld-1.5b-gigpo-drbot").algo
+    assert tricks.name == "gigpo+drbot" and not tricks.groups.normalize_std and tricks.filters.void_turn and tricks.policy.clip_high == 0.28
     base = load_config(preset="alfworld-1.5b-base").algo
     assert base.groups.normalize_std and base.policy.clip_high == 0.2 and base.filters.group_keep == 1.0 and base.policy.aggregation == "token-mean"
 

@@ -10,10 +10,10 @@ import torch
 
 from spearrl.batching import Batch, Rows
 from spearrl.config.sections import LearnerSection
-from spearrl.errors import CheckpointError, ConfigError
-from spearrl.learner import LocalLearner
+from spearrl.errors import CheckpointError, ConfigError, ContractError
+from spearrl.learner import LocalLearner, ValueHead
 from spearrl.learner.optimizer import learning_rate
-from spearrl.losses import ClipCov, Objective
+from spearrl.losses import ClipCov, Correction, KlCov, Objective
 from tests.test_rows import make_rows
 
 RUNS = [[1, 2], [3], [2, 2, 4], [5], [1, 1], [7, 2], [3, 3]]
@@ -55,9 +55,13 @@ def batch_of(rows: Rows, learner: LocalLearner, *, shift: float = 0.0, seed: int
 def gradient(learner: LocalLearner, batch: Batch, replay: Batch | None, objectives: list[Objective], **options) -> torch.Tensor:
     """Sum over optimiser steps of the gradients before clipping, with the weights held still."""
     total: list[torch.Tensor] = []
-    learner.optimizer.step = lambda: total.append(torch.cat([p.grad.flatten() for p in learner.model.parameters()]))
+    learner.optimizer.step = lambda: total.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained(learner)]))
     learner.update(batch, replay, gamma=options.pop("gamma", 1.0), objectives=objectives, seed=options.pop("seed", 3))
     return torch.stack(total).sum(0)
+
+
+def trained(learner: LocalLearner) -> list[torch.nn.Parameter]:
+    return [*learner.model.parameters(), *(learner.critic.parameters() if learner.critic is not None else ())]
 
 
 def double(**changes) -> LocalLearner:
@@ -82,15 +86,16 @@ def test_logprobs_are_those_of_the_model():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gradient_does_not_depend_on_batching_or_order(mode):
-    objective = Objective("policy", aggregation=mode, horizon=20, entropy_coef=0.01, clip_cov=ClipCov(0.1, 0.01, 60.0))
+    shape = {"aggregation": mode, "horizon": 20}
+    objective = [Objective("policy", clip_cov=ClipCov(0.1, 0.01, 60.0), **shape), Objective("entropy", weight=0.01, **shape)]
     rows = make_rows(RUNS)
     results = []
     for budget in (10**6, 30, 1):
         learner = double(micro_batch_tokens=budget)
-        results.append(gradient(learner, batch_of(rows, learner, shift=0.3), None, [objective]))
+        results.append(gradient(learner, batch_of(rows, learner, shift=0.3), None, objective))
     learner = double(micro_batch_tokens=40, lm_head_chunk=3)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))
-    results.append(gradient(learner, batch_of(rows, learner, shift=0.3).select(order), None, [objective]))
+    results.append(gradient(learner, batch_of(rows, learner, shift=0.3).select(order), None, objective))
     for other in results[1:]:
         assert float((other - results[0]).norm()) <= 1e-9 * float(results[0].norm())
     assert float(results[0].norm()) > 1e-3
@@ -107,6 +112,125 @@ def test_mini_batch_gradients_do_not_depend_on_order_either():
             on_policy, replay = on_policy.select(order), replay.select(order.flip(0))
         results.append(gradient(learner, on_policy, replay, objectives, gamma=0.3))
     assert float((results[1] - results[0]).norm()) <= 1e-9 * float(results[0].norm())
+
+
+def full_batch(rows: Rows, learner: LocalLearner, *, seed: int = 0) -> Batch:
+    """A batch with everything an objective may ask for."""
+    draw = torch.Generator().manual_seed(seed + 50)
+    batch = batch_of(rows, learner, shift=0.2, seed=seed)
+
+    def near(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.where(rows.padded_mask, tensor + 0.3 * torch.randn(tensor.shape, generator=draw, dtype=torch.float64), 0.0)
+
+    values = learner.values(rows)
+    return Batch(rows, batch.advantages, batch.old_logprobs, near(batch.old_logprobs), values, near(values), near(batch.old_logprobs))
+
+
+EVERYTHING = {
+    "clip_cov quantiles, corrected": {"clip_cov": ClipCov(0.2, "quantile:0.5", "quantile:0.95"), "correction": Correction("tis")},
+    "kl_cov": {"surrogate": "kl_cov", "kl_cov": KlCov(0.2, 0.5)},
+    "gspo, corrected by sequence": {"surrogate": "gspo", "clip_low": 0.05, "clip_high": 0.05, "correction": Correction("mis", "sequence", cap=9.0, floor=0.1)},
+    "cispo with clip_cov": {"surrogate": "cispo", "clip_low": 1.0, "clip_cov": ClipCov(0.2, -60.0, 60.0)},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", list(EVERYTHING))
+@pytest.mark.parametrize("joint", [False, True])
+def test_no_objective_depends_on_batching_or_order(kind, mode, joint):
+    """Policy, SIL with token weights, entropy, KL and value together, two mini-batches, micro-batches from all rows down to one, shuffled rows."""
+    shape = {"aggregation": mode, "horizon": 20}
+    objectives = [
+        Objective("policy", **EVERYTHING[kind], **shape),
+        Objective("sil", **EVERYTHING[kind], token_weight="unsure", token_power=2.0, **shape),
+        Objective("entropy", weight=0.01, **shape),
+        Objective("entropy", weight=0.01, replay=True, **shape),
+        Objective("kl", weight=0.1, **shape),
+        Objective("value", weight=0.5, **shape),
+    ]
+    results = []
+    for budget, order in ((10**6, None), (25, [6, 2, 0, 1, 5, 4, 3]), (1, [3, 4, 5, 6, 0, 1, 2])):
+        learner = LocalLearner(
+            tiny().double(), settings(grad_clip=1e9, micro_batch_tokens=budget, mini_batches=2), temperature=0.7, joint=joint, critic=ValueHead(16, 3).double()
+        )
+        torch.nn.init.normal_(learner.critic.outer.weight, generator=torch.Generator().manual_seed(1))
+        on_policy, replay = full_batch(make_rows(RUNS), learner), full_batch(make_rows(RUNS, first_trajectory=100, seed=5), learner, seed=4)
+        if order is not None:
+            on_policy, replay = on_policy.select(order), replay.select(order[::-1])
+        results.append(gradient(learner, on_policy, replay, objectives, gamma=0.3))
+    for other in results[1:]:
+        assert float((other - results[0]).norm()) <= 1e-9 * float(results[0].norm())
+    assert float(results[0].norm()) > 1e-3
+
+
+def test_released_divisor_depends_on_micro_batches_as_the_release_does():
+    """Token sums over L, averaged over micro-batches by rows: m / N of the per-row mean, so twice the micro-batch is twice the gradient (spear.md 1.3)."""
+    objective = [Objective("policy", aggregation="seq-mean-token-sum-norm", horizon=20, divisor="micro_batch")]
+    rows = make_rows([[3], [3], [3], [3]])
+    norms = []
+    for rows_at_a_time in (1, 2, 4):
+        learner = double(micro_batch_tokens=rows_at_a_time * int(rows.lengths[0]))
+        norms.append(gradient(learner, batch_of(rows, learner), None, objective))
+    assert torch.allclose(norms[1], 2 * norms[0]) and torch.allclose(norms[2], 4 * norms[0])
+
+
+def test_reference_and_critic_are_there_when_built_with_and_refused_otherwise():
+    learner, rows = double(), make_rows(RUNS)
+    with pytest.raises(ContractError, match="reference"):
+        learner.logprobs(rows, reference=True)
+    with pytest.raises(ContractError, match="critic"):
+        learner.values(rows)
+    other = LocalLearner(tiny().double(), settings(critic_lr=0.03), reference=tiny(seed=7).double(), critic=ValueHead(16, 3).double())
+    expected = LocalLearner(tiny(seed=7).double(), settings()).logprobs(rows)
+    assert torch.equal(other.logprobs(rows, reference=True), expected) and not torch.equal(other.logprobs(rows), expected)
+    assert not other.values(rows).any()  # 0 everywhere at the start
+    before = [p.clone() for p in other.reference.parameters()]
+    batch = full_batch(rows, other)
+    batch.returns = torch.where(rows.padded_mask, 3.0, 0.0).double()
+    for _ in range(100):
+        batch.values = other.values(rows)
+        metrics = other.update(batch, None, gamma=0.0, objectives=[Objective("value")], seed=0).metrics
+    assert metrics["value/error"] < 0.3  # the head has learnt the constant
+    other.update(batch, None, gamma=0.0, objectives=[Objective("kl")], seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.reference.parameters(), strict=True))
+
+
+def test_values_are_those_of_the_state_before_each_token():
+    learner = LocalLearner(tiny().double(), settings(), critic=ValueHead(16, 3).double())
+    torch.nn.init.normal_(learner.critic.outer.weight, generator=torch.Generator().manual_seed(1))
+    rows = make_rows(RUNS)
+    found = learner.values(rows)
+    for b in range(len(rows)):
+        ids = rows.token_ids[rows.offsets[b] : rows.offsets[b + 1]]
+        states = learner.model.base_model(input_ids=ids[None]).last_hidden_state[0]
+        expected = learner.critic(states).detach()
+        for t in range(1, len(ids)):
+            assert float(found[b, t]) == pytest.approx(float(expected[t - 1]) if rows.padded_mask[b, t] else 0.0, abs=1e-9)
+
+
+def test_the_critic_does_not_touch_the_policy():
+    """Neither its gradient nor its size: with a huge value error the policy's step stays what it was."""
+    weights = []
+    for kind in ([Objective("policy")], [Objective("policy"), Objective("value", weight=1e6)]):
+        learner = LocalLearner(tiny().double(), settings(grad_clip=0.01), critic=ValueHead(16, 3).double())
+        batch = full_batch(make_rows(RUNS), learner)
+        learner.update(batch, None, gamma=0.0, objectives=kind, seed=0)
+        weights.append(torch.cat([p.detach().flatten() for p in learner.model.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_critic_is_saved_and_restored(tmp_path):
+    learner = LocalLearner(tiny(), settings(), critic=ValueHead(16, 3))
+    rows = make_rows(RUNS)
+    batch = full_batch(rows, learner)
+    learner.update(batch, None, gamma=0.0, objectives=[Objective("policy"), Objective("value")], seed=0)
+    learner.save(tmp_path)
+    other = LocalLearner(tiny(seed=3), settings(), critic=ValueHead(16, 9))
+    other.load(tmp_path)
+    assert torch.equal(other.values(rows), learner.values(rows))
+    for each in (learner, other):
+        each.update(batch, None, gamma=0.0, objectives=[Objective("policy"), Objective("value")], seed=1)
+    assert torch.equal(other.values(rows), learner.values(rows)) and torch.equal(other.logprobs(rows), learner.logprobs(rows))
 
 
 def test_gradient_equals_plain_autograd():
@@ -183,8 +307,8 @@ def test_metrics_do_not_depend_on_micro_batches():
 
 
 def test_covariance_selection_sees_current_logprobs():
-    """The first mini-batch is selected on old_logprobs without a forward pass; later ones and replay need one."""
-    learner = LocalLearner(tiny(), settings(mini_batches=2))
+    """The first mini-batch is selected on old_logprobs without a forward pass; later ones and replay need one, unless they are one micro-batch anyway."""
+    learner = LocalLearner(tiny(), settings(mini_batches=2, micro_batch_tokens=1))
     forwards = []
     real = learner.logprobs
     rows, old = make_rows(RUNS), make_rows([[2]] * 3, first_trajectory=100)
@@ -361,12 +485,3 @@ def test_a_head_that_is_not_linear_is_refused():
     model.forward = capped
     with pytest.raises(ConfigError, match="after the output layer"):
         LocalLearner(model, settings())
-
-
-def test_unknown_objectives_are_refused():
-    from types import SimpleNamespace
-
-    learner = LocalLearner(tiny(), settings())
-    batch = batch_of(make_rows(RUNS), learner)
-    with pytest.raises(ConfigError, match="magic"):
-        learner.update(batch, None, gamma=0.0, objectives=[SimpleNamespace(kind="magic", weight=1.0)], seed=0)

@@ -15,6 +15,8 @@ from spearrl.errors import ContractError
 from spearrl.losses import (
     AGGREGATIONS,
     ClipCov,
+    Correction,
+    KlCov,
     Objective,
     aggregate,
     cispo_loss,
@@ -25,7 +27,6 @@ from spearrl.losses import (
     gspo_loss,
     kl_cov_loss,
     kl_divergence,
-    sil_loss,
     value_loss,
 )
 
@@ -34,14 +35,19 @@ ROWS, WIDTH, HORIZON = 4, 9, 16
 
 def sft(logprobs, old_logprobs, advantages, action_mask, *, aggregation="token-mean", horizon=HORIZON, denominator=None, drop=None):
     batch = SimpleNamespace(action_mask=action_mask, advantages=advantages, old_logprobs=old_logprobs)
-    return Objective("sft", aggregation=aggregation, horizon=horizon).loss(batch, logprobs, denominator=denominator, drop=drop)
+    return Objective("sft", aggregation=aggregation, horizon=horizon).loss(batch, logprobs, denominator=denominator)
+
+
+def sil(logprobs, old_logprobs, advantages, action_mask, *, aggregation="token-mean", horizon=HORIZON, denominator=None, drop=None):
+    objective = Objective("sil", aggregation=aggregation, horizon=horizon)
+    return objective.loss(batch_of(old_logprobs, advantages, action_mask), logprobs, denominator=denominator, selection=drop)
 
 
 def entropy_bonus(logprobs, old_logprobs, advantages, action_mask, *, aggregation="token-mean", horizon=HORIZON, denominator=None, drop=None):
     """Only the bonus of an objective: logprobs stand in for the entropy."""
     batch = SimpleNamespace(action_mask=action_mask, advantages=torch.zeros_like(advantages), old_logprobs=old_logprobs)
-    objective = Objective("policy", aggregation=aggregation, horizon=horizon, entropy_coef=0.3)
-    return objective.loss(batch, old_logprobs.detach(), denominator=denominator, entropy=logprobs, drop=drop)
+    objective = Objective("entropy", aggregation=aggregation, horizon=horizon)
+    return objective.loss(batch, old_logprobs.detach(), denominator=denominator, entropy=logprobs)
 
 
 def clip_cov_off(logprobs, old_logprobs, advantages, action_mask, *, aggregation="token-mean", horizon=None, denominator=None, drop=None):
@@ -63,14 +69,14 @@ def surrogate(new, old, a, low=0.2, high=0.2):
 # name: (loss, token value(new, old, advantage), on-policy gradient per token before the divisor)
 TOKEN_LOSSES = {
     "clipped": (clipped_policy_loss, surrogate, lambda a, new: -a),
-    "sil": (sil_loss, lambda new, old, a: surrogate(new, old, max(a, 0)), lambda a, new: -max(a, 0)),
+    "sil": (sil, lambda new, old, a: surrogate(new, old, max(a, 0)), lambda a, new: -max(a, 0)),
     "clip_cov": (clip_cov_off, surrogate, lambda a, new: -a),
     "kl_cov": (kl_cov_all, lambda new, old, a: -a * math.exp(new - old) + 0.1 * abs(new - old), lambda a, new: -a),
     "cispo": (cispo_loss, lambda new, old, a: -min(math.exp(new - old), 1.2) * a * new, lambda a, new: -a),
     # value: `new` is the prediction, `old` the old one, the advantage stands for the return
     "value": (value_loss, lambda v, old, ret: max((v - ret) ** 2, (min(max(v, old - 0.5), old + 0.5) - ret) ** 2) / 2, lambda ret, v: v - ret),
     "sft": (sft, lambda new, old, a: -a * new, lambda a, new: -a),
-    "entropy": (entropy_bonus, lambda new, old, a: -0.3 * new, lambda a, new: -0.3),
+    "entropy": (entropy_bonus, lambda new, old, a: -new, lambda a, new: -1.0),
 }
 LOSSES = {name: entry[0] for name, entry in TOKEN_LOSSES.items()} | {"gspo": gspo_loss}
 
@@ -135,7 +141,7 @@ def test_dual_clip_bounds_the_loss_of_negative_advantages():
     assert metrics["dual_clip_fraction"] == pytest.approx(1 / 3) and metrics["clip_fraction"] == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("loss", [clipped_policy_loss, sil_loss, clip_cov_loss, gspo_loss, cispo_loss, kl_cov_loss])
+@pytest.mark.parametrize("loss", [clipped_policy_loss, sil, clip_cov_loss, gspo_loss, cispo_loss, kl_cov_loss])
 @pytest.mark.parametrize("distance", [-300.0, 300.0])
 def test_stale_tokens_stay_finite(loss, distance):
     new = torch.full((2, 3), -1.0, requires_grad=True)
@@ -217,7 +223,7 @@ def test_micro_batches_add_up_to_the_mini_batch(name, mode):
     torch.testing.assert_close(new.grad, gradient, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("kl_cov", "entropy")])  # kl_cov ranks, the bonus ignores drop
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("kl_cov", "entropy", "sft")])  # kl_cov ranks, the others drop nothing
 def test_dropped_tokens_have_no_loss_but_count_in_the_divisor(name):
     new, old, advantages, mask = sample()
     drop = torch.rand(ROWS, WIDTH, generator=torch.Generator().manual_seed(3)) < 0.3
@@ -315,8 +321,12 @@ def test_kl_on_policy_gradient():
 # --- objectives ----------------------------------------------------------------------------------------------------------------------------------------
 
 
+EVERYTHING = Objective("ppo", surrogate="kl_cov", kl_cov=KlCov(0.1, 0.2), correction=Correction("mis"), divisor="micro_batch")
+
+
 def batch_of(old, advantages, mask):
-    return SimpleNamespace(action_mask=mask, advantages=advantages, old_logprobs=old)
+    absent = dict.fromkeys(("ref_logprobs", "rollout_logprobs", "values", "returns"))
+    return SimpleNamespace(action_mask=mask, advantages=advantages, old_logprobs=old, **absent)
 
 
 def test_policy_objective_is_the_loss_with_its_settings():
@@ -339,15 +349,13 @@ def test_sil_objective_imitates_only_what_beat_the_baseline():
     assert torch.equal(Objective("sil").loss(batch_of(old, good, mask), new, denominator=None)[0], same)
 
 
-def test_entropy_bonus_is_asked_for_and_subtracted():
+def test_entropy_bonus_is_asked_for_and_maximised():
     new, old, advantages, mask = sample()
-    objective, entropy = Objective("policy", entropy_coef=0.5), torch.where(mask, 2.0, math.nan)
-    assert objective.needs_entropy and not Objective("policy").needs_entropy
+    objective, entropy = Objective("entropy"), torch.where(mask, 2.0, math.nan)
     with pytest.raises(ContractError, match="entropy"):
         objective.loss(batch_of(old, advantages, mask), new, denominator=None)
     loss, metrics = objective.loss(batch_of(old, advantages, mask), new, denominator=None, entropy=entropy)
-    assert loss.item() == pytest.approx(clipped_policy_loss(new, old, advantages, mask)[0].item() - 1.0, rel=1e-6)
-    assert metrics["entropy"] == pytest.approx(2.0)
+    assert loss.item() == pytest.approx(-2.0, rel=1e-6) and metrics["entropy"] == pytest.approx(2.0)
 
 
 def test_selection_of_an_objective_is_that_of_clip_cov_loss():
@@ -357,16 +365,22 @@ def test_selection_of_an_objective_is_that_of_clip_cov_loss():
     batch = batch_of(old, advantages, mask)
     drop = objective.selection(batch, new, keys=keys)
     assert drop.any() and not (drop & (~mask | clipped_tokens(new, old, advantages, mask))).any()
-    loss, metrics = objective.loss(batch, new, denominator=None, drop=drop)
+    loss, metrics = objective.loss(batch, new, denominator=None, selection=drop)
     expected, same = clip_cov_loss(new, old, advantages, mask, ratio=0.2, lower=0.1, upper=5.0, keys=keys)
     assert torch.equal(loss, expected) and metrics == same
     assert Objective("policy").selection(batch, new) is None
 
 
 def test_objectives_travel_as_dictionaries_and_refuse_nonsense():
-    for objective in (Objective("sft"), Objective("sil", weight=0.5, clip_cov=ClipCov(0.02, 2.0, 60.0, "micro_batch"))):
+    for objective in (
+        Objective("sft"),
+        Objective("sil", weight=0.5, clip_cov=ClipCov(0.02, "quantile:0.8", 60.0, "micro_batch"), token_weight="unsure"),
+        EVERYTHING,
+    ):
         assert Objective.from_dict(asdict(objective)) == objective
-    with pytest.raises(ContractError, match="policy, sil, sft"):
-        Objective("ppo")
+    with pytest.raises(ContractError, match="policy, grpo, gigpo, ppo, sil, entropy, kl, value, sft"):
+        Objective("magic")
+    with pytest.raises(ContractError, match="clip, gspo, cispo, kl_cov"):
+        Objective("policy", surrogate="magic")
     with pytest.raises(ContractError, match="token-mean"):
         Objective("policy", aggregation="sum")

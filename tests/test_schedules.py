@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spearrl.errors import ContractError
-from spearrl.schedules import cosine_decay, cosine_warmup, schedule_value
+from spearrl.schedules import ADAPTIVE, adaptive_progress, cosine_decay, cosine_warmup, schedule_value
 from tests.shared_data import golden
 
 HAND = [  # total, step, decay, warm-up
@@ -47,3 +49,43 @@ def test_constant_and_errors():
         schedule_value("exponential", 1, 2, rising=True)
     with pytest.raises(ContractError, match="> 0"):
         cosine_decay(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "progress"),
+    [  # band 0.2 .. 0.6
+        ("success", 0.1, 0.0),
+        ("success", 0.2, 0.0),
+        ("success", 0.3, 0.25),
+        ("success", 0.6, 1.0),
+        ("success", 0.9, 1.0),
+        ("entropy", 1.3, 0.0),
+        ("entropy", 0.6, 0.0),
+        ("entropy", 0.5, 0.25),
+        ("entropy", 0.2, 1.0),
+        ("entropy", 0.0, 1.0),
+        ("curiosity", 1.0, 0.0),
+        ("curiosity", 0.3, 0.75),
+        ("curiosity", 0.0, 1.0),
+        ("curiosity", math.inf, 0.0),
+    ],
+)
+def test_adaptive_by_hand(kind, value, progress):
+    assert adaptive_progress(kind, value, low=0.2, high=0.6) == pytest.approx(progress, abs=1e-12)
+
+
+@given(st.sampled_from(ADAPTIVE), st.floats(0, 1), st.floats(0, 1), st.floats(0, 0.4), st.floats(0.5, 1))
+def test_adaptive_stays_in_its_range_and_is_monotonic(kind, a, b, low, high):
+    first, second = (adaptive_progress(kind, value, low=low, high=high) for value in (min(a, b), max(a, b)))
+    assert 0 <= first <= 1 and 0 <= second <= 1
+    assert first <= second if kind == "success" else first >= second
+
+
+def test_adaptive_errors():
+    with pytest.raises(ContractError, match="entropy, success, curiosity"):
+        adaptive_progress("cosine", 0.5, low=0.2, high=0.8)
+    for low, high in ((0.8, 0.2), (0.5, 0.5)):
+        with pytest.raises(ContractError, match="low must be < high"):
+            adaptive_progress("success", 0.5, low=low, high=high)
+    with pytest.raises(ContractError, match="NaN"):
+        adaptive_progress("entropy", math.nan, low=0.2, high=0.8)

@@ -43,7 +43,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     resumed.train()
     resumed.close()
     assert fingerprint(resumed.parts.model) == fingerprint(whole.parts.model)
-    assert len(resumed.replay) == len(whole.replay)
+    assert len(resumed.memory.replay) == len(whole.memory.replay)
     assert resumed.policy_version == whole.policy_version
 
 
@@ -52,16 +52,16 @@ def test_self_imitation_goes_through_the_trainer(tmp_path):
     config = small_config(tmp_path, "run.steps=6")
     trainer = Trainer(config)
     seen = {}
-    add, drain = trainer.replay.add, trainer.replay.drain
+    add, drain = trainer.memory.replay.add, trainer.memory.replay.drain
 
-    def spy_add(step, rows, rewards, advantages, old_logprobs):
+    def spy_add(step, rows, rewards, advantages, old_logprobs, **options):
         won = {int(t) for t, a in zip(rows.turns.trajectory_ids, advantages, strict=True) if a > 0}
         for row in range(len(rows)):
             trajectory = int(rows.trajectory[row])
             if trajectory in won:
                 mask = rows.padded_mask[row]
                 seen[trajectory] = (step, old_logprobs[row][mask].clone(), rows.pad(rows.token_ids)[row][mask].clone())
-        return add(step, rows, rewards, advantages, old_logprobs)
+        return add(step, rows, rewards, advantages, old_logprobs, **options)
 
     replayed = []
 
@@ -71,7 +71,7 @@ def test_self_imitation_goes_through_the_trainer(tmp_path):
             replayed.append((step, batch))
         return batch
 
-    trainer.replay.add, trainer.replay.drain = spy_add, spy_drain
+    trainer.memory.replay.add, trainer.memory.replay.drain = spy_add, spy_drain
     trainer.train()
     trainer.close()
     assert replayed, "no flush happened: the test would prove nothing"

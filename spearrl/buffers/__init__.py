@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from spearrl.buffers.admission import Admission
 from spearrl.buffers.baseline import BaselineBuffer
 from spearrl.buffers.replay import ReplayBuffer
 
-__all__ = ["BaselineBuffer", "ReplayBuffer"]
+__all__ = ["Admission", "BaselineBuffer", "ReplayBuffer"]

@@ -15,6 +15,7 @@ from spearrl.buffers.baseline import BaselineBuffer
 from spearrl.errors import ConfigError, ContractError
 from spearrl.types import Status
 
+SMALLEST_DEVIATION = 1e-6
 CHOICES = {
     "recalibration": ("median", "decay"),
     "age_reference": ("current", "newest"),
@@ -32,6 +33,7 @@ class _Entry:
     rewards: torch.Tensor  # float64 [N], after shaping
     advantages: torch.Tensor  # float64 [N], of the step that made them
     old_logprobs: torch.Tensor  # [S], of the step that made them
+    step_part: torch.Tensor  # float64 [N], added to recalibrated advantages (GiGPO's, of its own time); 0: none
 
 
 class ReplayBuffer:
@@ -47,6 +49,7 @@ class ReplayBuffer:
         keep_zero: keep units whose recalibrated advantage is exactly 0.
         subset: draw up to capacity units, or the largest power of two of them.
         min_rows: a draw of fewer rows is dropped.
+        reward_scale: recalibrated advantages are divided by this, unless normalize_std already gives them a scale.
     Raises:
         ConfigError: a setting out of range.
     """
@@ -65,6 +68,7 @@ class ReplayBuffer:
         subset: str = "all",
         min_rows: int = 1,
         unit: str = "trajectory",
+        reward_scale: float = 1.0,
     ):
         if capacity < 1 or max_age < 0 or min_rows < 1 or not fill_factor > 0:
             raise ConfigError(f"capacity={capacity}, max_age={max_age}, min_rows={min_rows}, fill_factor={fill_factor}; must be >= 1, >= 0, >= 1, > 0")
@@ -73,7 +77,7 @@ class ReplayBuffer:
                 raise ConfigError(f"{name}={value!r}; must be one of {', '.join(CHOICES[name])}")
         self.capacity, self.max_age, self.fill_factor, self.min_rows = capacity, max_age, fill_factor, min_rows
         self.recalibration, self.decay, self.normalize_std, self.keep_zero = recalibration, decay, normalize_std, keep_zero
-        self.age_reference, self.subset, self.unit = age_reference, subset, unit
+        self.age_reference, self.subset, self.unit, self.reward_scale = age_reference, subset, unit, reward_scale
         self._entries: list[_Entry] = []
         self._last_step = 0
 
@@ -86,12 +90,22 @@ class ReplayBuffer:
         """(step, rows) of what is stored, oldest first."""
         return [(entry.step, entry.rows) for entry in self._entries]
 
-    def add(self, step: int, rows: Rows, rewards: torch.Tensor, advantages: torch.Tensor, old_logprobs: torch.Tensor) -> None:
+    def add(
+        self,
+        step: int,
+        rows: Rows,
+        rewards: torch.Tensor,
+        advantages: torch.Tensor,
+        old_logprobs: torch.Tensor,
+        *,
+        step_part: torch.Tensor | None = None,
+    ) -> None:
         """Forget what is too old, then store the units with a positive advantage.
 
         Args:
             rewards, advantages: [N], of the turns of `rows`, after shaping.
             old_logprobs: [B, T], the learner's at the start of this step's update.
+            step_part: [N], kept and added to the advantages at a flush with recalibration="median"; not part of the test for > 0.
         Raises:
             ContractError: shapes that do not fit `rows`.
         """
@@ -109,16 +123,18 @@ class ReplayBuffer:
         if bool(chosen.any()):
             turns, kept = rows.turns_of(chosen), rows.select(chosen)
             flat = kept.unpad(old_logprobs[chosen][:, : kept.width]).detach().cpu()
-            self._entries.append(_Entry(step, kept, rewards[turns].double(), advantages[turns].double(), flat))
+            part = torch.zeros_like(rewards) if step_part is None else step_part
+            self._entries.append(_Entry(step, kept, rewards[turns].double(), advantages[turns].double(), flat, part[turns].double()))
 
-    def ready(self, baseline: BaselineBuffer) -> bool:
-        """Whether a flush is due at the step after the last `add`: more than fill_factor x capacity usable units beat the P50 (decay: units alone)."""
-        return self.size(baseline) > self.fill_factor * self.capacity
+    def ready(self, baseline: BaselineBuffer, step: int | None = None) -> bool:
+        """Whether a flush is due at `step` (None: the one after the last `add`): more than fill_factor x capacity usable units beat the P50
+        (decay: units alone)."""
+        return self.size(baseline, step) > self.fill_factor * self.capacity
 
-    def size(self, baseline: BaselineBuffer) -> int:
+    def size(self, baseline: BaselineBuffer, step: int | None = None) -> int:
         """Usable units that beat the P50 of `baseline`; while it is empty, the mean of their own entry."""
         count = 0
-        for entry in self._usable(self._last_step + 1):
+        for entry in self._usable(self._last_step + 1 if step is None else step):
             ids, owner = self._units(entry.rows)
             if self.recalibration == "decay":
                 count += len(ids)
@@ -132,7 +148,7 @@ class ReplayBuffer:
         """Draw a replay batch and empty the buffer; None where too little is left after recalibration.
 
         Returns:
-            advantages [B, T]: each turn's reward - P50 (over P50 of the deviations with normalize_std), or old advantage x decay.
+            advantages [B, T]: each turn's reward - P50 (over P50 of the deviations with normalize_std) plus its step part, or old advantage x decay.
         """
         entries, self._entries = self._usable(step), []
         if not entries:
@@ -150,6 +166,8 @@ class ReplayBuffer:
         if int(chosen.sum()) < self.min_rows:
             return None
         turns, old_logprobs, drawn = rows.turns_of(chosen), rows.pad(flat)[chosen], rows.select(chosen)
+        if self.recalibration == "median":
+            advantages = advantages + torch.cat([entry.step_part for entry in entries])
         return Batch(
             drawn,
             drawn.scatter(advantages[turns]).float(),
@@ -159,14 +177,14 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and JSON values; `load_state_dict` restores them exactly."""
-        tensors = ("rewards", "advantages", "old_logprobs")
+        tensors = ("rewards", "advantages", "old_logprobs", "step_part")
         entries = [{"step": e.step, "rows": e.rows.state_dict(), **{name: getattr(e, name) for name in tensors}} for e in self._entries]
         return {"last_step": self._last_step, "entries": entries}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._last_step = int(state["last_step"])
         self._entries = [
-            _Entry(int(entry["step"]), Rows.from_state(entry["rows"]), entry["rewards"], entry["advantages"], entry["old_logprobs"])
+            _Entry(int(entry["step"]), Rows.from_state(entry["rows"]), entry["rewards"], entry["advantages"], entry["old_logprobs"], entry["step_part"])
             for entry in state["entries"]
         ]
 
@@ -209,7 +227,9 @@ class ReplayBuffer:
             ids, owner = self._units(entry.rows)
             level = float(self._unit_means(entry.rows, entry.rewards, owner, len(ids)).mean())
         deviation = baseline.percentile(50, of="std") if self.normalize_std else math.nan
-        return recalibrated_advantages(entry.rewards, level, None if math.isnan(deviation) else deviation)
+        if not deviation > SMALLEST_DEVIATION:  # NaN: none asked for or none known. 0: most groups were all equal, and dividing by it says nothing
+            return recalibrated_advantages(entry.rewards, level) / self.reward_scale
+        return recalibrated_advantages(entry.rewards, level, deviation)
 
     def _draw(self, units: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         """At most `capacity` of the units, uniformly, in their stored order."""

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from spearrl.config.algo import CALLABLE, QUANTILE
+from spearrl.config.aliases import ALIASES
 from spearrl.config.sections import ENVIRONMENT, PLAIN_TEXT, RUN_NAME, RunConfig, Section
 
 Key = tuple[str, ...]
@@ -19,50 +21,11 @@ _PATTERNS = {
     RUN_NAME: "text of a-z, 0-9, '.', '_' and '-' that begins with a letter or digit, at most 64 characters",
     PLAIN_TEXT: "text without control characters, not empty",
     ENVIRONMENT: 'a built-in name such as "webshop", or an import path "my_pkg.mod:Class"',
+    CALLABLE: 'an import path "my_pkg.mod:fn"',
+    QUANTILE: '"quantile:0.8"',
 }
 _KINDS = {int: "integer", float: "number", bool: "true or false", str: "text", dict: "table"}
 _BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
-# How other trainers call it.
-_ELSEWHERE = {
-    "learning_rate": "learner.lr",
-    "lr_rate": "learner.lr",
-    "optim": "learner",
-    "optimizer": "learner",
-    "actor": "learner",
-    "trainer": "run",
-    "environment": "env",
-    "evaluation": "eval",
-    "algorithm": "algo",
-    "advantage": "algo.groups",
-    "policy": "algo.policy",
-    "sil": "algo.sil",
-    "epochs": "run.steps",
-    "max_steps": "run.steps",
-    "total_steps": "run.steps",
-    "total_epochs": "run.steps",
-    "batch_size": "rollout.groups_per_step",
-    "train_batch_size": "rollout.groups_per_step",
-    "num_generations": "rollout.group_size",
-    "n": "rollout.group_size",
-    "max_new_tokens": "rollout.max_reply_tokens",
-    "max_tokens": "rollout.max_reply_tokens",
-    "max_completion_length": "rollout.max_reply_tokens",
-    "max_response_length": "rollout.max_reply_tokens",
-    "max_model_len": "rollout.context_tokens",
-    "max_seq_len": "rollout.context_tokens",
-    "max_length": "rollout.context_tokens",
-    "max_grad_norm": "learner.grad_clip",
-    "ppo_mini_batch_size": "learner.mini_batch_rows",
-    "micro_batch_size": "learner.micro_batch_tokens",
-    "model_name_or_path": "model.path",
-    "cliprange": "algo.policy.clip_low",
-    "clip_ratio": "algo.policy.clip_low",
-    "loss_agg_mode": "algo.policy.aggregation",
-    "name_or_path": "model.path",
-    "test_freq": "eval.every",
-    "save_freq": "run.checkpoint_every",
-    "save_steps": "run.checkpoint_every",
-}
 
 
 def dotted(key: Key) -> str:
@@ -109,6 +72,18 @@ def choices(info: FieldInfo) -> tuple[str, ...]:
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
+def named(info: FieldInfo) -> tuple[str, ...]:
+    """The built-in names of a setting that also takes an import path; () for other fields."""
+    return tuple(info.examples or ())
+
+
+def alternative(info: FieldInfo) -> str:
+    """The form of text that a number's setting takes as well, in words; "" for other fields."""
+    parts = [item for member in get_args(info.annotation) for item in getattr(member, "__metadata__", ())]
+    pattern = next((found for part in parts for item in getattr(part, "metadata", ()) if (found := getattr(item, "pattern", None))), None)
+    return _PATTERNS[pattern] if pattern else ""
+
+
 def default_of(info: FieldInfo) -> Any:
     return info.get_default(call_default_factory=True)
 
@@ -119,9 +94,11 @@ def constraint(info: FieldInfo) -> str:
         words = "one of " + ", ".join(f'"{choice}"' for choice in choices(info))
     else:
         pattern = next((item.pattern for item in info.metadata if getattr(item, "pattern", None)), None)
-        words = _PATTERNS.get(pattern, "") if pattern else _KINDS[base_type(info)]
+        words = _PATTERNS[pattern] if pattern else _KINDS[base_type(info)]
+        words = ", ".join((*(f'"{name}"' for name in named(info)), f"or {words}")) if named(info) else words
         bounds = [f"{sign} {getattr(item, name):g}" for item in info.metadata for name, sign in _BOUNDS if hasattr(item, name)]
         words += f" {' and '.join(bounds)}" if bounds else ""
+        words += f", or {alternative(info)}" if alternative(info) else ""
     return f'{words}, or "none"' if accepts_none(info) else words
 
 
@@ -137,12 +114,14 @@ def nearest(key: Key) -> str:
     moved = (*parent, *near, *key[len(parent) + 1 :])
     if moved in leaves():
         found = [dotted(moved)]
+    elif name in ALIASES and not any(_close(key, known[text]) for text in elsewhere):
+        found = list(ALIASES[name])
     elif elsewhere:
         found = elsewhere[:2]
     elif near:
         found = [dotted((*parent, *near))]
-    elif alias := difflib.get_close_matches(name, _ELSEWHERE, n=1, cutoff=0.85) or difflib.get_close_matches(wrong, _ELSEWHERE, n=1, cutoff=0.85):
-        found = [_ELSEWHERE[alias[0]]]
+    elif alias := [part for part in reversed(key[len(parent) :]) if part in ALIASES] or _similar(name) or _similar(wrong):
+        found = list(ALIASES[alias[0]])
     else:
         found = difflib.get_close_matches(dotted(key)[:160], known, n=1, cutoff=0.7) or [
             dotted((*parent, s)) for s in difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.55)
@@ -151,6 +130,15 @@ def nearest(key: Key) -> str:
         return f"did you mean {' or '.join(_described(known[text]) for text in found)}?"
     where = f"{dotted(parent)} has" if parent else "the sections are"
     return f"use one of the known settings ({where}: {', '.join(siblings)})"
+
+
+def _similar(name: str) -> list[str]:
+    return difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.85)
+
+
+def _close(key: Key, known: Key) -> bool:
+    """They share more than their last part, or the known one is a value: "sil.gamma" means algo.sil.gamma, a bare "gamma" does not."""
+    return known in leaves() or bool(set(key[:-1]) & set(known[:-1]) - {"algo"})
 
 
 def _described(key: Key) -> str:

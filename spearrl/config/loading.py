@@ -1,7 +1,7 @@
 """From a file, a preset and a command line to one RunConfig. Every wrong setting is reported, not the first one only.
 
 Lowest first: defaults, preset, file, command line. An algo name sets its fields just below the layer that gives it, so that `--algo grpo`
-switches SPEAR off in any file, and a file that names grpo+spear may still say algo.sil.enabled = false.
+switches SPEAR off in any file, and a file that names grpo+spear may still say algo.sil.enabled = false; `layers` has the rules.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import ValidationError
 
 from spearrl.config import checks
 from spearrl.config.dump import NONE
-from spearrl.config.fields import FREE, Key, accepts_none, base_type, constraint, default_of, dotted, leaves, nearest, sections
-from spearrl.config.grammar import GrammarError, algo_settings
+from spearrl.config.fields import FREE, Key, accepts_none, base_type, constraint, dotted, leaves, nearest, sections
+from spearrl.config.layers import ENV, NAME, Setting, merge
 from spearrl.config.presets import DEFAULT, DEFAULT_WITH_DATA, PRESETS
 from spearrl.config.problems import Problem, raise_all
 from spearrl.config.sections import MAX_OPTION_DEPTH, RunConfig, option_problem
@@ -28,9 +28,6 @@ from spearrl.config.values import shorten, wrong_value
 COMMAND_LINE = "command line"
 MAX_SETTINGS = 2000
 PRESET: Key = ("preset",)
-_ALGO: Key = ("algo", "name")
-_ENV: Key = ("env", "name")
-_TURNS: Key = ("env", "max_turns")
 _MODEL: Key = ("model", "path")
 _DATA: Key = ("env", "options", "data")
 _RECORD: Key = ("run", "started_from")
@@ -38,18 +35,12 @@ _RECORD: Key = ("run", "started_from")
 
 @dataclass(frozen=True)
 class Resolved:
-    """A config, and where each value came from: "run.toml:14", "command line", "preset tiny", "algo grpo+spear", "default"."""
+    """A config, and where each value came from: "run.toml:14", "command line", "preset tiny", "algo grpo+spear", "fidelity paper", "default"."""
 
     config: RunConfig
     sources: Mapping[str, str]
     preset: str  # "": none
     by_default: bool  # nobody asked for the preset; it is the embedded default
-
-
-class _Setting(NamedTuple):
-    key: Key
-    value: Any
-    source: str
 
 
 def load_config(
@@ -90,7 +81,7 @@ def resolve(
     if isinstance(source, Problem):
         problems.append(source)
     typed = list(_typed((overrides,) if isinstance(overrides, str) else overrides, problems))
-    flags = [_Setting(key, value, COMMAND_LINE) for key, value in ((PRESET, preset), (_ENV, env), (_ALGO, algo), (_MODEL, model)) if value is not None]
+    flags = [Setting(key, value, COMMAND_LINE) for key, value in ((PRESET, preset), (ENV, env), (NAME, algo), (_MODEL, model)) if value is not None]
     problems += _contradictions(typed, flags)
     command = _known([*typed, *flags], problems)
     written = _known(_written(source, problems), problems) if isinstance(source, Source) else []
@@ -98,9 +89,9 @@ def resolve(
     chosen = next((s for layer in (command, written) for s in reversed(layer) if s.key == PRESET), None)
     by_default = chosen is None and path is None and not any(s.key == _MODEL for s in command)
     embedded = DEFAULT_WITH_DATA if any(s.key == _DATA for s in command) else DEFAULT
-    start = _preset(_Setting(PRESET, embedded, "default") if by_default else chosen, problems)
+    start = _preset(Setting(PRESET, embedded, "default") if by_default else chosen, problems)
     layers = [[s for s in layer if s.key != PRESET] for layer in (start, written, command)]
-    config, settings, refused = _build(_merge(layers, problems), problems)
+    config, settings, refused = _build(merge(layers, problems), problems)
     if not isinstance(source, Problem):
         found = [p for p in checks.problems(config) if not refused.intersection(p.keys)]
         problems += [replace(p, where=_place_of(p, settings)) for p in found]
@@ -109,16 +100,16 @@ def resolve(
     return Resolved(config, _sources(config, settings), name, by_default)
 
 
-def _written(source: Source, problems: list[Problem]) -> list[_Setting]:
+def _written(source: Source, problems: list[Problem]) -> list[Setting]:
     """The settings of a file."""
-    found = [_Setting(key, value, source.at(key)) for key, value in _flatten((), source.tree)]
+    found = [Setting(key, value, source.at(key)) for key, value in _flatten((), source.tree)]
     if len(found) > MAX_SETTINGS:
         problems.append(Problem(f"holds {len(found)} settings, which no config does", f"use at most {MAX_SETTINGS}", source.name))
         return []
     return found
 
 
-def _typed(overrides: Sequence[str], problems: list[Problem]) -> Iterator[_Setting]:
+def _typed(overrides: Sequence[str], problems: list[Problem]) -> Iterator[Setting]:
     """The settings of "section.key=value" texts."""
     for text in overrides:
         name, separator, raw = str(text).partition("=")
@@ -128,7 +119,7 @@ def _typed(overrides: Sequence[str], problems: list[Problem]) -> Iterator[_Setti
             problems.append(Problem(f"{shorten(text)} is not a setting", fix, COMMAND_LINE))
             continue
         for found, value in _flatten(key, _value(key, raw)):
-            yield _Setting(found, value, COMMAND_LINE)
+            yield Setting(found, value, COMMAND_LINE)
 
 
 def _value(key: Key, raw: str) -> Any:
@@ -153,7 +144,7 @@ def _flatten(key: Key, value: Any) -> Iterator[tuple[Key, Any]]:
         yield from _flatten((*key, name), item)
 
 
-def _known(settings: Sequence[_Setting], problems: list[Problem]) -> list[_Setting]:
+def _known(settings: Sequence[Setting], problems: list[Problem]) -> list[Setting]:
     """Those that exist; a problem for each of the others."""
     kept = []
     for setting in settings:
@@ -164,7 +155,7 @@ def _known(settings: Sequence[_Setting], problems: list[Problem]) -> list[_Setti
     return kept
 
 
-def _unknown(setting: _Setting) -> Problem | None:
+def _unknown(setting: Setting) -> Problem | None:
     key, value, where = setting
     name = dotted(key)[:120]
     if key == PRESET or (key in leaves() and key != FREE):
@@ -180,7 +171,7 @@ def _unknown(setting: _Setting) -> Problem | None:
     return Problem(f"{name} is not a {'section' if isinstance(value, dict) else 'setting'}", nearest(key), where, (name,))
 
 
-def _contradictions(typed: Sequence[_Setting], flags: Sequence[_Setting]) -> list[Problem]:
+def _contradictions(typed: Sequence[Setting], flags: Sequence[Setting]) -> list[Problem]:
     given = {s.key: s.value for s in typed}
     return [
         Problem(f"{dotted(s.key)} is given twice, as {shorten(given[s.key])} and as {shorten(s.value)}", f"use either the flag or {dotted(s.key)}=…", s.source)
@@ -189,7 +180,7 @@ def _contradictions(typed: Sequence[_Setting], flags: Sequence[_Setting]) -> lis
     ]
 
 
-def _preset(chosen: _Setting | None, problems: list[Problem]) -> list[_Setting]:
+def _preset(chosen: Setting | None, problems: list[Problem]) -> list[Setting]:
     """The preset's settings, the record of its name last."""
     if chosen is None or chosen.value == "":
         return []
@@ -200,54 +191,10 @@ def _preset(chosen: _Setting | None, problems: list[Problem]) -> list[_Setting]:
         problems.append(Problem(f"preset {shorten(name)} does not exist", f"{fix}({', '.join(PRESETS)})", chosen.source, ("preset",)))
         return []
     where = f"preset {name}"
-    return [_Setting(tuple(key.split(".")), value, where) for key, value in {**PRESETS[name], dotted(_RECORD): name}.items()]
+    return [Setting(tuple(key.split(".")), value, where) for key, value in {**PRESETS[name], dotted(_RECORD): name}.items()]
 
 
-def _merge(layers: Sequence[Sequence[_Setting]], problems: list[Problem]) -> dict[Key, _Setting]:
-    """One setting per key, the later layers' winning."""
-    settings: dict[Key, _Setting] = {}
-    unnamed = not any(s.key == _ALGO for layer in layers for s in layer)
-    default = _Setting(_ALGO, default_of(leaves()[_ALGO]), "default")
-    for layer in ([default] if unnamed else [], *layers):
-        _leave_environment(settings, layer)
-        layer = _with_modules(layer, problems)
-        for setting in layer:
-            for key in [k for k in settings if _overlap(k, setting.key)] if setting.key[: len(FREE)] == FREE else ():
-                del settings[key]
-            settings[setting.key] = setting
-    return settings
-
-
-def _overlap(a: Key, b: Key) -> bool:
-    """One key holds the other; happens among options only."""
-    shorter = min(len(a), len(b))
-    return shorter > len(FREE) and a[:shorter] == b[:shorter]
-
-
-def _with_modules(layer: Sequence[_Setting], problems: list[Problem]) -> list[_Setting]:
-    """The layer, with the fields its algo name sets put in front."""
-    named = next((s for s in reversed(layer) if s.key == _ALGO), None)
-    if named is None or not isinstance(named.value, str):
-        return list(layer)
-    try:
-        fields = algo_settings(named.value)
-    except GrammarError as error:
-        problems.append(Problem(f"algo.name: {error}", error.fix, named.source, ("algo.name",)))
-        return [s for s in layer if s.key != _ALGO]
-    return [*(_Setting(tuple(key.split(".")), value, f"algo {named.value}") for key, value in fields.items()), *layer]
-
-
-def _leave_environment(settings: dict[Key, _Setting], layer: Sequence[_Setting]) -> None:
-    """Options and turn limit belong to an environment: a layer that names another one starts without them."""
-    named = next((s for s in reversed(layer) if s.key == _ENV), None)
-    before = settings[_ENV].value if _ENV in settings else default_of(leaves()[_ENV])
-    if named is None or named.value == before:
-        return
-    for key in [k for k in settings if k == _TURNS or k[: len(FREE)] == FREE]:
-        del settings[key]
-
-
-def _build(settings: dict[Key, _Setting], problems: list[Problem]) -> tuple[RunConfig, dict[Key, _Setting], set[str]]:
+def _build(settings: dict[Key, Setting], problems: list[Problem]) -> tuple[RunConfig, dict[Key, Setting], set[str]]:
     """The config, without the values it refuses; those become problems."""
     refused: set[str] = set()
     while True:
@@ -270,7 +217,7 @@ def _key_of(location: tuple[int | str, ...]) -> Key:
     return found
 
 
-def _tree(settings: Mapping[Key, _Setting]) -> dict[str, Any]:
+def _tree(settings: Mapping[Key, Setting]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for key, setting in settings.items():
         branch = tree
@@ -281,14 +228,14 @@ def _tree(settings: Mapping[Key, _Setting]) -> dict[str, Any]:
     return tree
 
 
-def _place_of(problem: Problem, settings: Mapping[Key, _Setting]) -> str:
+def _place_of(problem: Problem, settings: Mapping[Key, Setting]) -> str:
     """Where the settings of a cross-field problem were given: the first that somebody wrote, else the preset's."""
     places = [settings[key].source for name in problem.keys if (key := tuple(name.split("."))) in settings]
-    written = [place for place in places if not place.startswith(("preset ", "algo ", "default"))]
+    written = [place for place in places if not place.startswith(("preset ", "algo ", "fidelity ", "default"))]
     return next(iter(written or places), "default")
 
 
-def _sources(config: RunConfig, settings: Mapping[Key, _Setting]) -> dict[str, str]:
+def _sources(config: RunConfig, settings: Mapping[Key, Setting]) -> dict[str, str]:
     sources = {dotted(key): settings[key].source if key in settings else "default" for key in leaves() if key != FREE}
     for key in (k for k in settings if k[: len(FREE)] == FREE):
         sources[dotted(key[: len(FREE) + 1])] = settings[key].source

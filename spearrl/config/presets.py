@@ -105,22 +105,10 @@ _BASE: dict[str, object] = {
     "algo.policy.aggregation": "token-mean",
 }
 # Column "Dr.BoT": the bag of tricks without self-imitation. Its quality filters are inert in the release; the paper applies them.
-_DRBOT: dict[str, object] = {
-    "algo.name": "grpo",
-    "algo.groups.normalize_std": False,
-    "algo.policy.clip_low": 0.2,
-    "algo.policy.clip_high": 0.28,
-    "algo.policy.aggregation": "seq-mean-token-sum-norm",
-    "algo.filters.overlong": True,
-    "algo.filters.void_turn": True,
-    "algo.filters.repetitive": True,
-    "algo.filters.unreadable": True,
-    "algo.filters.group_keep": 0.75,
-}
+_DRBOT: dict[str, object] = {"algo.name": "grpo+drbot"}
 # Column "SPEAR": Dr.BoT + self-imitation + intrinsic reward + covariance clipping.
 _SPEAR: dict[str, object] = {
-    **_DRBOT,
-    "algo.name": "grpo+spear",
+    "algo.name": "grpo+drbot+spear",
     "algo.sil.unit": "row",  # the 2048 of the scripts counts turns; so many trajectories never gather within max_age
     "algo.sil.capacity": 2048,
     "algo.sil.baseline_capacity": 10240,
@@ -140,6 +128,12 @@ _SPEAR: dict[str, object] = {
     "algo.clip_cov.replay_upper": 60.0,
 }
 
+
+def _with_gigpo(cell: dict[str, object]) -> dict[str, object]:
+    """The same column of the tables with GiGPO for GRPO. Under Dr.BoT the paper divides by no deviation; the release's GiGPO scripts do."""
+    return {**cell, "algo.name": str(cell["algo.name"]).replace("grpo", "gigpo"), "algo.gigpo.discount": 0.95, "algo.gigpo.step_weight": 1.0}
+
+
 # Real product pages have forty times the words and twice the length: a wider model, three times the episodes (docs/results.md).
 _TINY_REAL: dict[str, object] = {
     **_TINY,
@@ -157,23 +151,38 @@ _TINY_REAL: dict[str, object] = {
     "eval.tasks": 500,
 }
 
+_COLUMNS = {"": _SPEAR, "-drbot": _DRBOT, "-base": _BASE}
+
+
+def _cells(prefix: str, *shared: dict[str, object]) -> dict[str, dict[str, object]]:
+    """An environment's cells of the tables: GRPO's three columns, then GiGPO's."""
+    common = {key: value for part in shared for key, value in part.items()}
+    cells = {f"{prefix}{suffix}": {**common, **column} for suffix, column in _COLUMNS.items()}
+    return cells | {f"{prefix}-gigpo{suffix}": {**common, **_with_gigpo(column)} for suffix, column in _COLUMNS.items()}
+
+
 PRESETS: dict[str, dict[str, object]] = {
     "tiny": _TINY,
     "tiny-real": _TINY_REAL,
-    "webshop-1.5b": {**_AGENT_1_5B, **_WEBSHOP, **_SPEAR},
-    "webshop-1.5b-drbot": {**_AGENT_1_5B, **_WEBSHOP, **_DRBOT},
-    "webshop-1.5b-base": {**_AGENT_1_5B, **_WEBSHOP, **_BASE},
-    "alfworld-1.5b": {**_AGENT_1_5B, **_ALFWORLD, **_SPEAR},
-    "alfworld-1.5b-drbot": {**_AGENT_1_5B, **_ALFWORLD, **_DRBOT},
-    "alfworld-1.5b-base": {**_AGENT_1_5B, **_ALFWORLD, **_BASE},
+    **_cells("webshop-1.5b", _AGENT_1_5B, _WEBSHOP),
+    **_cells("alfworld-1.5b", _AGENT_1_5B, _ALFWORLD),
 }
+
+
+def _described(prefix: str, environment: str) -> dict[str, str]:
+    return {
+        prefix: f"the paper's {environment} cell, Qwen2.5-1.5B-Instruct, GRPO with the bag of tricks and SPEAR",
+        f"{prefix}-drbot": "the same with the bag of tricks, without SPEAR",
+        f"{prefix}-base": "the same with plain GRPO",
+        f"{prefix}-gigpo": f"the paper's {environment} cell, GiGPO with the bag of tricks and SPEAR",
+        f"{prefix}-gigpo-drbot": "the same with the bag of tricks, without SPEAR",
+        f"{prefix}-gigpo-base": "the same with plain GiGPO",
+    }
+
+
 DESCRIPTIONS = {
     "tiny": "WebShop, GRPO+SPEAR, a model built from scratch: minutes on a CPU",
     "tiny-real": "the same on WebShop's real 1000 products (env.options.data): about twenty minutes",
-    "webshop-1.5b": "the paper's WebShop cell, Qwen2.5-1.5B-Instruct, GRPO+SPEAR",
-    "webshop-1.5b-drbot": "the same with the bag of tricks, without SPEAR",
-    "webshop-1.5b-base": "the same with plain GRPO",
-    "alfworld-1.5b": "the paper's ALFWorld cell, Qwen2.5-1.5B-Instruct, GRPO+SPEAR",
-    "alfworld-1.5b-drbot": "the same with the bag of tricks, without SPEAR",
-    "alfworld-1.5b-base": "the same with plain GRPO",
+    **_described("webshop-1.5b", "WebShop"),
+    **_described("alfworld-1.5b", "ALFWorld"),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from spearrl.config import grammar, presets
+from spearrl.config import fidelity, grammar, presets
 from spearrl.config.dump import toml_value
 from spearrl.config.fields import FREE, Key, constraint, default_of, dotted, leaves, sections
 from spearrl.config.sections import RunConfig
@@ -32,7 +32,8 @@ spearrl train shop.toml --algo grpo+spear run.seed=3 algo.sil.gamma.steps=50
 ```
 
 What is said later wins: defaults, preset, file, command line. An algorithm name sets its fields just below the place that gives it, so that
-`--algo grpo` switches SPEAR off in any file, and a file that names `grpo+spear` may still say `enabled = false` for one part.
+`--algo grpo` switches SPEAR off in any file, and a file that names `grpo+spear` may still say `enabled = false` for one part. Where two places
+give a name, what the lower one stood for is taken back, also where a saved config writes the same values out; `algo.fidelity` works alike.
 A layer that names another environment starts without the options and the turn limit of the one before.
 With neither a file nor a preset nor a model, `train` uses the preset `tiny`.
 
@@ -43,8 +44,7 @@ All errors are listed at once, with file and line, and nothing is started (exit 
 def markdown() -> str:
     """The reference page."""
     parts = [_INTRODUCTION, "## Presets", _table(("preset", "what it is"), [(f"`{n}`", presets.DESCRIPTIONS[n]) for n in presets.PRESETS])]
-    words = [(f"`{name}`", "base" if name in grammar.BASES else "module", grammar.DESCRIPTIONS[name]) for name in (*grammar.BASES, *grammar.MODULES)]
-    parts += ["## Algorithm names", "`base[+module...]`, for example `grpo+spear`.", _table(("name", "role", "what it does"), words)]
+    parts += [*_grammar(), *_fidelity()]
     for key, model in sections().items():
         if not key:
             continue
@@ -61,6 +61,52 @@ def json_schema() -> dict[str, Any]:
     preset = {"enum": list(presets.PRESETS), "type": "string", "description": "Preset the file starts from."}
     schema["properties"] = {"preset": preset, **schema["properties"]}
     return schema
+
+
+def _grammar() -> list[str]:
+    rows = []
+    for name, fields in (*grammar.BASES.items(), *grammar.MODULES.items()):
+        own = {key: value for key, value in fields.items() if name in grammar.MODULES or grammar.PLAIN.get(key, ...) != value}
+        rows.append((f"`{name}`", "base" if name in grammar.BASES else "module", grammar.DESCRIPTIONS[name], _assignments(own)))
+    refused = {
+        " ".join((f"`{c.one}` with", " or ".join(f"`{other}`" for other in c.others))): c.reason.replace("{other}", "the other") for c in grammar.CONFLICTS
+    }
+    words = "`base[+module...]`, for example `grpo+spear`; the order of modules does not matter. Every base also sets " + _assignments(grammar.PLAIN)
+    words += ". A base with a clip range of its own keeps it under `drbot`. Clip ranges and aggregations that a base does not set are hyper-parameters."
+    return [
+        "## Algorithm names",
+        words,
+        _table(("name", "role", "what it does", "sets, below `algo`"), rows),
+        "Refused:",
+        _table(("words", "because"), list(refused.items())),
+    ]
+
+
+def _assignments(fields: dict[str, object]) -> str:
+    return ", ".join(f"`{key.removeprefix('algo.')}={toml_value(value)}`" for key, value in fields.items())
+
+
+def _fidelity() -> list[str]:
+    """The table of algo.fidelity."""
+    rows = []
+    for row in fidelity.ROWS:
+        cells = [_column_cell(row, place) for place in range(len(fidelity.COLUMNS))]
+        keys = ", ".join(f"`{key}`" for key in row.fields) or "–"
+        rows.append((row.switch, keys, *cells, row.note))
+    words = (
+        "`algo.fidelity` says whose reading of SPEAR (arXiv 2509.22601) is followed where the paper, its released agent code and its released math code "
+        "differ. A column sets the fields below, under the settings of the place that gives it. *as set*: left to the algorithm's name, preset, file and "
+        "command line. *by name*: see the remark. A row without a setting is no choice here: the release stops with an error there, or cannot be repeated."
+    )
+    head = ("switch", "setting", *(f"`{name}`" for name in fidelity.COLUMNS), "remark")
+    return ["## Fidelity", words, _table(head, rows)]
+
+
+def _column_cell(row: fidelity.Row, place: int) -> str:
+    values = [of_columns[place] for of_columns in row.fields.values()]
+    if values and all(isinstance(value, fidelity.Unset) for value in values):
+        values = values[:1]
+    return ", ".join(f"*{value.words}*" if isinstance(value, fidelity.Unset) else f"`{toml_value(value)}`" for value in values) or "–"
 
 
 def _section_text(key: Key) -> str:

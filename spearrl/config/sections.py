@@ -6,20 +6,15 @@ import datetime
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from spearrl.config.grammar import GrammarError, algo_settings
+from spearrl.config.algo import AlgoSection
+from spearrl.config.base import Section
 
 RUN_NAME = r"^([a-z0-9][a-z0-9._-]{0,63})?$"
 PLAIN_TEXT = r"^[^\x00-\x1f\x7f]+$"
 ENVIRONMENT = r"^([a-z][a-z0-9_-]*|[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)$"
 MAX_OPTION_DEPTH = 16
-
-
-class Section(BaseModel):
-    """Frozen; unknown keys and non-finite numbers are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def option_problem(value: Any, depth: int = 0) -> str | None:
@@ -100,115 +95,10 @@ class RolloutSection(Section):
     train_split: str = Field("train", pattern=PLAIN_TEXT, description="Split that training tasks come from.")
 
 
-class PolicySection(Section):
-    clip_low: float = Field(0.2, gt=0, lt=1, description="Lower clip of the probability ratio.")
-    clip_high: float = Field(0.2, gt=0, description="Upper clip of the probability ratio.")
-    dual_clip: float | None = Field(10.0, gt=1, description="Dual-clip bound c on the loss of negative advantages; none: off.")
-    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
-        "token-mean", description="How token losses become one number."
-    )
-    horizon: int = Field(512, ge=1, description="Tokens that seq-mean-token-sum-norm divides by (the longest response).")
-    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
-
-
-class GroupSection(Section):
-    normalize_std: bool = Field(True, description="Divide group advantages by the group's standard deviation.")
-    statistics: Literal["trajectory", "turn"] = Field("trajectory", description="What a group's mean and deviation are taken over.")
-    singleton: Literal["zero", "raw"] = Field("zero", description="Advantage of a group with one member: 0, or its raw reward.")
-
-
-class ScheduleSection(Section):
-    kind: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape over steps.")
-    steps: int = Field(200, ge=1, description="Steps over which it rises (γ) or falls (μ).")
-    peak: float = Field(1.0, ge=0, description="Largest value.")
-
-
-class SilSection(Section):
-    enabled: bool = Field(False, description="Self-imitation: replay the agent's own good trajectories.")
-    capacity: int = Field(64, ge=1, description="Replay units drawn at most per flush.")
-    baseline_capacity: int = Field(10240, ge=1, description="Group baselines kept for the P50 recalibration.")
-    max_age: int = Field(5, ge=0, description="Steps a stored trajectory stays usable.")
-    fill_factor: float = Field(1.5, gt=0, description="A flush is due when more than fill_factor x capacity stored units beat the baseline.")
-    recalibration: Literal["median", "decay"] = Field(
-        "median", description='"median": advantage = reward − P50 of recent group means; "decay": old advantage x decay.'
-    )
-    decay: float = Field(1.0, gt=0, le=1, description='Factor of recalibration="decay".')
-    normalize_std: bool = Field(False, description="Divide recalibrated advantages by the P50 of group deviations.")
-    keep_zero: bool = Field(False, description="Keep units whose recalibrated advantage is exactly 0.")
-    age_reference: Literal["current", "newest"] = Field("current", description="What age is counted from: this step, or the newest stored entry.")
-    subset: Literal["all", "power_of_two"] = Field("all", description="Replay up to capacity units, or the largest power of two of them.")
-    min_rows: int = Field(1, ge=1, description="Fewer replay rows than this: no replay this step.")
-    unit: Literal["trajectory", "row"] = Field("trajectory", description="What is stored and drawn: whole trajectories or single rows.")
-    update: Literal["alternating", "joint"] = Field(
-        "alternating", description="Replay in optimiser steps of its own, or in one objective with the on-policy batch."
-    )
-    reward_scale: float = Field(1.0, gt=0, description="Recalibrated advantages are divided by this (10: rewards of 0/10 become 0/1).")
-    gamma: ScheduleSection = Field(default_factory=ScheduleSection, description="Schedule of the replay weight γ: warm-up.")
-
-
-class IntrinsicSection(Section):
-    enabled: bool = Field(False, description="Intrinsic reward for tool calls, fading out.")
-    per_call: float = Field(0.1, ge=0, description="Bonus per counted call.")
-    cap: float = Field(1.0, ge=0, description="Largest bonus of an episode.")
-    count: Literal["tool_calls", "turns"] = Field("tool_calls", description="What is counted.")
-    condition: Literal["always", "correct_only"] = Field("always", description="Whom it is paid to: everyone, or successful episodes only.")
-    mu: ScheduleSection = Field(default_factory=ScheduleSection, description="Schedule of the bonus weight μ: decay.")
-
-
-class ClipCovSection(Section):
-    enabled: bool = Field(False, description="Covariance clipping: drop a few high-covariance tokens from the loss.")
-    ratio: float = Field(2e-4, gt=0, le=1, description="Share of on-policy action tokens dropped at most.")
-    lower: float = Field(1.0, description="Only covariances above this are candidates.")
-    upper: float = Field(5.0, description="Only covariances below this are candidates.")
-    replay_ratio: float = Field(0.02, gt=0, le=1, description="ratio for replayed tokens.")
-    replay_lower: float = Field(2.0, description="lower for replayed tokens.")
-    replay_upper: float = Field(60.0, description="upper for replayed tokens.")
-    scope: Literal["mini_batch", "micro_batch"] = Field(
-        "mini_batch", description="Tokens a selection is made over; micro_batch depends on the micro-batch size (as released)."
-    )
-
-
-class FilterSection(Section):
-    overlong: bool = Field(False, description="Mask turns whose reply hit max_reply_tokens.")
-    void_turn: bool = Field(False, description="Mask turns without a well-formed action.")
-    repetitive: bool = Field(False, description="Mask turns in which some 20-gram of tokens occurs 10 times.")
-    unreadable: bool = Field(False, description="Mask turns whose text holds replacement characters.")
-    group_keep: float = Field(1.0, gt=0, le=1, description="Share of groups kept, those of highest reward deviation; 1: all.")
-
-
-class AlgoSection(Section):
-    name: str = Field("grpo", description="base[+module...]; sets fields of this section before your own settings do.")
-    groups: GroupSection = Field(default_factory=GroupSection, description="Group-relative advantages.")
-    policy: PolicySection = Field(default_factory=PolicySection, description="Policy loss, on-policy and replay.")
-    sil: SilSection = Field(default_factory=SilSection, description="Self-imitation.")
-    intrinsic: IntrinsicSection = Field(default_factory=IntrinsicSection, description="Intrinsic tool-call reward.")
-    clip_cov: ClipCovSection = Field(default_factory=ClipCovSection, description="Covariance clipping.")
-    filters: FilterSection = Field(default_factory=FilterSection, description="Quality and group filters.")
-    invalid_penalty: float = Field(0.1, ge=0, description="Subtracted from the reward of a turn whose action is invalid.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _modules_of_the_name(cls, values: Any) -> Any:
-        """A config made in code gets what its algorithm's name stands for, below what it sets itself."""
-        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
-            return values
-        try:
-            fields = algo_settings(values["name"])
-        except GrammarError:
-            return values  # reported with all other contradictions by check()
-        filled = dict(values)
-        for path, value in fields.items():
-            _, section, key = path.split(".")
-            own = filled.get(section, {})
-            if isinstance(own, BaseModel):
-                own = own.model_dump(exclude_unset=True)
-            filled[section] = {key: value, **own}
-        return filled
-
-
 class LearnerSection(Section):
     backend: Literal["local"] = Field("local", description="Learner that updates the policy.")
     lr: float = Field(1e-6, gt=0, description="AdamW learning rate, constant after warm-up.")
+    critic_lr: float | None = Field(None, gt=0, description="Learning rate of the critic's head; none: ten times lr.")
     warmup_steps: int = Field(0, ge=0, description="Optimiser steps of linear warm-up.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay (not on norms and biases).")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first moment decay.")

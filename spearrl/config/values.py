@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
 from spearrl.config.dump import toml_value
-from spearrl.config.fields import base_type, choices, constraint, default_of
+from spearrl.config.fields import alternative, base_type, choices, constraint, default_of, named
 from spearrl.config.problems import Problem
 
 _YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -34,6 +35,11 @@ def _fix(key: str, info: FieldInfo, value: Any) -> str:
     if words:
         near = difflib.get_close_matches(str(value).lower()[:80], words, n=1, cutoff=0.4)
         return f'did you mean {key}="{near[0]}"?' if near else "use " + " or ".join(f'"{word}"' for word in words)
+    if (names := named(info)) and isinstance(value, str):
+        near = difflib.get_close_matches(value.lower()[:80].replace("-", "_"), names, n=1, cutoff=0.4)
+        return f'did you mean {key}="{near[0]}"? ({key} is {constraint(info)})' if near else f"use {constraint(info)}"
+    if alternative(info) and isinstance(value, str) and (share := re.search(r"[a-z].*?(0?\.[0-9]{1,9})$", value.lower()[:80])):
+        return f'did you mean {key}="quantile:{float(share.group(1)):g}"? ({key} is a {constraint(info)})'
     if kind is bool and str(value).lower() in (*_YES, *_NO):
         return f"use {key}={'true' if str(value).lower() in _YES else 'false'}"
     if kind in (int, float) and isinstance(value, str) and (number := _number(value, kind)) is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from spearrl.learner.critic import ValueHead
 from spearrl.learner.local import LocalLearner
 from spearrl.learner.protocol import Learner, UpdateResult
 
-__all__ = ["Learner", "LocalLearner", "UpdateResult"]
+__all__ = ["Learner", "LocalLearner", "UpdateResult", "ValueHead"]

@@ -7,20 +7,33 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from spearrl.batching import Batch, Rows, forward_inputs, micro_batches, mini_batches
 from spearrl.config import LearnerSection
-from spearrl.errors import CheckpointError, ConfigError
+from spearrl.errors import ConfigError, ContractError
 from spearrl.learner.attention import Float32Attention
+from spearrl.learner.critic import ValueHead
 from spearrl.learner.logprobs import token_logprobs
-from spearrl.learner.minibatch import LossInputs, Share, Tally, Weighted, dropped_tokens, row_keys, split_objectives
+from spearrl.learner.minibatch import LossInputs, Share, Tally, Weighted, row_keys, selected_tokens, split_objectives
 from spearrl.learner.optimizer import learning_rate, load_optimizer, make_optimizer, save_optimizer
 from spearrl.learner.protocol import UpdateResult
+from spearrl.learner.weights import load_weights
 from spearrl.losses import Objective
+from spearrl.models import save_weights
 from spearrl.seeds import derive
+
+EPISODE_KINDS = ("policy", "sil", "sft")  # prefixes under which the policy's entropy is reported
+
+
+class _Outputs(NamedTuple):
+    """Of a forward pass, [b, T] each, 0 where there is no action token."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    values: torch.Tensor | None
 
 
 class LocalLearner:
@@ -31,6 +44,8 @@ class LocalLearner:
         temperature: log-probabilities are of logits / temperature, as sampled.
         total_steps: optimiser steps over which the rate falls to 0; None: it stays.
         joint: one optimiser step for on-policy and replay rows, J + γ J_SIL (arXiv 2509.22601), instead of steps of their own.
+        reference: the frozen model that KL divergences are measured from.
+        critic: the value head, trained along by objectives of kind "value".
     Raises:
         ConfigError: a model whose head is not a plain linear map.
     """
@@ -44,8 +59,12 @@ class LocalLearner:
         device: str | torch.device = "cpu",
         total_steps: int | None = None,
         joint: bool = False,
+        reference: Any = None,
+        critic: ValueHead | None = None,
     ):
         self.model = model.to(device)
+        self.reference = None if reference is None else reference.to(device).eval().requires_grad_(False)
+        self.critic = None if critic is None else critic.to(device)
         self.settings, self.temperature, self.total_steps, self.joint = settings, temperature, total_steps, joint
         self.device = torch.device(device)
         self.steps = 0
@@ -54,16 +73,29 @@ class LocalLearner:
         if settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self._check_head()
-        self.optimizer = make_optimizer(self.model.named_parameters(), settings)
+        self.optimizer = make_optimizer(self.model.named_parameters(), settings, critic=self.critic)
 
-    def logprobs(self, rows: Rows) -> torch.Tensor:
-        """[B, T] log-probabilities of action tokens at the temperature, 0 elsewhere; no gradient."""
+    def logprobs(self, rows: Rows, *, reference: bool = False) -> torch.Tensor:
+        """[B, T] log-probabilities of action tokens at the temperature, 0 elsewhere; no gradient. Raises ContractError where there is no reference."""
+        if reference and self.reference is None:
+            raise ContractError("this learner has no reference model", where="Learner.logprobs", hint="build it with reference=")
+        return self._predict(rows, values=False, model=self.reference if reference else self.model)
+
+    def values(self, rows: Rows) -> torch.Tensor:
+        """[B, T] the critic's value of the state before each action token, 0 elsewhere; no gradient. Raises ContractError where there is no critic."""
+        if self.critic is None:
+            raise ContractError("this learner has no critic", where="Learner.values", hint="build it with critic=")
+        return self._predict(rows, values=True, model=self.model)
+
+    def _predict(self, rows: Rows, *, values: bool, model: Any) -> torch.Tensor:
         self.model.eval()
-        found = torch.zeros(len(rows), rows.width, dtype=_logprob_dtype(self.model))
+        found = torch.zeros(len(rows), rows.width, dtype=_logprob_dtype(model))
         with torch.no_grad():
             for index in micro_batches(rows.lengths, self.settings.micro_batch_tokens):
                 part = rows.select(index)
-                found[index, : part.width] = self._forward(part)[0].cpu()
+                outputs = self._forward(part, model)
+                wanted = outputs.values if values else outputs.logprobs
+                found[index, : part.width] = torch.zeros(()) if wanted is None else wanted.to(found.dtype).cpu()
         return found
 
     def update(self, on_policy: Batch, replay: Batch | None, *, gamma: float, objectives: Sequence[Objective], seed: int) -> UpdateResult:
@@ -92,13 +124,17 @@ class LocalLearner:
     def save(self, folder: str | Path) -> None:
         """Write weights (a model directory), optimiser state and step count, all safetensors and JSON."""
         folder = Path(folder)
-        _save_weights(self.model, folder)
+        save_weights(self.model, folder)
+        if self.critic is not None:
+            self.critic.save(folder)
         save_optimizer(folder, self.optimizer, self._names(), self.steps)
 
     def load(self, folder: str | Path) -> None:
         """Restore exactly what `save` wrote. Raises CheckpointError where files are missing or belong to another model."""
         folder = Path(folder)
-        _load_weights(self.model, folder)
+        load_weights(self.model, folder)
+        if self.critic is not None:
+            self.critic.load(folder)
         self.steps = load_optimizer(folder, self.optimizer, self._names())
 
     def _plan(self, policy: tuple[Batch, Weighted], imitation: tuple[Batch | None, Weighted], seed: int) -> list[list[Share]]:
@@ -130,74 +166,79 @@ class LocalLearner:
         """One optimiser step; False where it was skipped for a loss or gradient that is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
         total = sum(self._backward(share, tally) for share in shares)
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        size = float(norm)
-        if not (math.isfinite(total) and math.isfinite(size)):
+        # The critic's gradient is clipped by itself: its size says nothing about the policy's.
+        parts = [list(self.model.parameters()), [] if self.critic is None else list(self.critic.parameters())]
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
+        sizes = [float(norm) for norm in norms]
+        if not all(math.isfinite(value) for value in (total, *sizes)):
             self.optimizer.zero_grad(set_to_none=True)
             return False
-        tally.add(shares[0].objectives[0][0].kind, {"grad_norm": size}, 1.0)
-        trained = (p for group in self.optimizer.param_groups for p in group["params"])
-        torch.nn.utils.clip_grads_with_norm_(trained, self.settings.grad_clip, norm)
+        tally.add(shares[0].objectives[0][0].prefix, {"grad_norm": sizes[0]}, 1.0)
+        for part, norm in zip(parts, norms, strict=True):
+            torch.nn.utils.clip_grads_with_norm_(part, self.settings.grad_clip, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(self.steps)
+            group["lr"] = self._rate(self.steps) * group["scale"]
         self.optimizer.step()
         self.steps += 1
         return True
 
     def _backward(self, share: Share, tally: Tally) -> float:
         """Add a share's gradient; returns its loss."""
-        drops = self._selection(share)
-        denominators = share.denominators()
-        losses = [0.0] * len(share.objectives)
-        for index in micro_batches(share.batch.rows.lengths, self.settings.micro_batch_tokens):
+        pieces = micro_batches(share.batch.rows.lengths, self.settings.micro_batch_tokens)
+        chosen = self._selections(share) if len(pieces) > 1 else {}
+        denominators, losses = share.denominators(), [0.0] * len(share.objectives)
+        for index in pieces:
             batch = share.batch.select(index)
             inputs = LossInputs.of(batch, self.device)
-            logprobs, entropy = self._forward(batch.rows)
+            outputs = self._forward(batch.rows, self.model)
             tokens = float(inputs.action_mask.sum())
-            mean_entropy = float(entropy.detach().sum()) / max(tokens, 1.0)
-            total: torch.Tensor = logprobs.new_zeros(())
+            mean_entropy = float(outputs.entropy.detach().sum()) / max(tokens, 1.0)
+            total: torch.Tensor = outputs.logprobs.new_zeros(())
             for i, (objective, factor) in enumerate(share.objectives):
-                drop = drops[i]
-                drop = None if drop is None else drop[index.to(self.device), : logprobs.shape[1]]
-                if i in share.scope("micro_batch"):
-                    drop = dropped_tokens(objective, inputs, logprobs.detach(), share.seed)
-                needed = entropy if objective.needs_entropy else None
-                loss, metrics = objective.loss(inputs, logprobs, denominator=denominators[i], drop=drop, entropy=needed)
+                if i in chosen:
+                    selection: torch.Tensor | None = chosen[i][index.to(self.device), : outputs.logprobs.shape[1]]
+                else:  # micro-batch scope, or this pass is the whole mini-batch
+                    known = share.current and objective.scope == "mini_batch"
+                    selection = selected_tokens(objective, inputs, inputs.old_logprobs if known else outputs.logprobs.detach(), share.seed)
+                predictions = {"entropy": outputs.entropy, "values": outputs.values}
+                loss, metrics = objective.loss(inputs, outputs.logprobs, denominator=denominators[i], selection=selection, **predictions)
+                loss = loss * share.part(objective, len(batch))
                 total = total + factor * loss
                 losses[i] += float(loss.detach())
-                tally.add(objective.kind, {**metrics, "entropy": mean_entropy}, tokens)
+                tally.add(objective.prefix, {**metrics, "entropy": mean_entropy} if objective.prefix in EPISODE_KINDS else metrics, tokens)
             total.backward()
         for (objective, _), value in zip(share.objectives, losses, strict=True):
-            tally.add(objective.kind, {"loss": value}, 1.0)
+            tally.add(objective.prefix, {"loss": value}, 1.0)
         return sum(factor * value for (_, factor), value in zip(share.objectives, losses, strict=True))
 
-    def _selection(self, share: Share) -> dict[int, torch.Tensor | None]:
-        """Tokens dropped per objective, chosen over the whole mini-batch on current log-probabilities."""
-        chosen = share.scope("mini_batch")
-        if not chosen:
-            return dict.fromkeys(range(len(share.objectives)))
+    def _selections(self, share: Share) -> dict[int, torch.Tensor]:
+        """Tokens that covariance rules select, per objective, over the whole mini-batch on current log-probabilities."""
+        wanted = [i for i, (objective, _) in enumerate(share.objectives) if objective.scope == "mini_batch"]
+        if not wanted:
+            return {}
         inputs = LossInputs.of(share.batch, self.device)
         if share.current:
             logprobs = inputs.old_logprobs
         else:
             logprobs = self.logprobs(share.batch.rows).to(self.device)
             self.model.train(self.settings.gradient_checkpointing)
-        return {i: dropped_tokens(o, inputs, logprobs, share.seed) if i in chosen else None for i, (o, _) in enumerate(share.objectives)}
+        found = {i: selected_tokens(share.objectives[i][0], inputs, logprobs, share.seed) for i in wanted}
+        return {i: selection for i, selection in found.items() if selection is not None}
 
-    def _forward(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies [b, T] of action tokens, 0 elsewhere."""
+    def _forward(self, rows: Rows, model: Any) -> _Outputs:
         inputs = forward_inputs(rows)
-        head = self.model.get_output_embeddings()
+        head = model.get_output_embeddings()
         with self._precision():
-            states = self.model.base_model(input_ids=inputs.token_ids.to(self.device), use_cache=False).last_hidden_state
+            states = model.base_model(input_ids=inputs.token_ids.to(self.device), use_cache=False).last_hidden_state
         hidden = states.reshape(-1, states.shape[-1])[inputs.source.to(self.device)]
-        values = token_logprobs(
-            hidden, head.weight, inputs.target.to(self.device), bias=head.bias, temperature=self.temperature, chunk=self.settings.lm_head_chunk
-        )
+        numbers = [
+            *token_logprobs(hidden, head.weight, inputs.target.to(self.device), bias=head.bias, temperature=self.temperature, chunk=self.settings.lm_head_chunk)
+        ]
+        if self.critic is not None:
+            numbers.append(self.critic(hidden))
         place = inputs.place.to(self.device)
-        logprobs, entropies = (v.new_zeros(len(rows) * rows.width).index_copy(0, place, v).view(len(rows), rows.width) for v in values)
-        return logprobs, entropies
+        spread = [v.new_zeros(len(rows) * rows.width).index_copy(0, place, v).view(len(rows), rows.width) for v in numbers]
+        return _Outputs(spread[0], spread[1], spread[2] if self.critic is not None else None)
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
@@ -213,7 +254,8 @@ class LocalLearner:
         return learning_rate(step, self.settings, self.total_steps)
 
     def _names(self) -> dict[torch.Tensor, str]:
-        return {parameter: name for name, parameter in self.model.named_parameters()}
+        critic = () if self.critic is None else self.critic.named_parameters(prefix="value_head")
+        return {parameter: name for name, parameter in (*self.model.named_parameters(), *critic)}
 
     def _check_head(self) -> None:
         """Logits of a probe must be hidden states times the head: some models scale or cap them afterwards."""
@@ -256,34 +298,3 @@ def _without_dropout(model: torch.nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-
-
-def _save_weights(model: Any, folder: Path) -> None:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _load_weights(model: torch.nn.Module, folder: Path) -> None:
-    from safetensors.torch import load_file
-
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise CheckpointError("no model*.safetensors", where=str(folder))
-    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    # Tied parameters are stored once; named_parameters yields each once too.
-    own = dict(model.named_parameters())
-    missing, unknown = sorted(set(own) - set(stored)), sorted(set(stored) - set(model.state_dict()))
-    wrong = [name for name, tensor in own.items() if name in stored and stored[name].shape != tensor.shape]
-    if missing or unknown or wrong:
-        found = f"missing {missing[:3]}, unknown {unknown[:3]}, other shape {wrong[:3]}"
-        raise CheckpointError(f"weights of another model: {found}", where=str(folder), hint="load the checkpoint with the model it was saved with")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(stored[name])

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 import torch
 
 from spearrl.batching import Batch, denominator
-from spearrl.errors import ConfigError
-from spearrl.losses import Objective, counter_keys
+from spearrl.keys import counter_keys
+from spearrl.losses import Objective
 from spearrl.seeds import derive
 
 Weighted = Sequence[tuple[Objective, float]]  # objectives with the factor of each in the total
-TRAINED_ON = {"policy": "on_policy", "sft": "on_policy", "sil": "replay"}
 
 
 @dataclass
@@ -26,10 +25,15 @@ class LossInputs:
     advantages: torch.Tensor
     old_logprobs: torch.Tensor
     uid: torch.Tensor  # [B]
+    ref_logprobs: torch.Tensor | None = None
+    rollout_logprobs: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> LossInputs:
-        return cls(batch.action_mask.to(device), batch.advantages.to(device), batch.old_logprobs.to(device), batch.rows.uid)
+        tensors = {name: tensor.to(device) for name, tensor in batch.tensors().items()}
+        return cls(action_mask=batch.action_mask.to(device), uid=batch.rows.uid, **tensors)
 
 
 @dataclass(frozen=True)
@@ -45,21 +49,16 @@ class Share:
         """Of the whole mini-batch, one per objective."""
         return [denominator(self.batch.action_mask, o.aggregation, o.horizon) for o, _ in self.objectives]
 
-    def scope(self, name: str) -> list[int]:
-        """Objectives whose covariance clipping selects over this scope."""
-        return [i for i, (o, _) in enumerate(self.objectives) if o.clip_cov is not None and o.clip_cov.scope == name]
+    def part(self, objective: Objective, rows: int) -> float:
+        """Factor of a micro-batch's loss: 1, or its share of the rows where each micro-batch is averaged by itself (as released)."""
+        return rows / len(self.batch) if objective.divisor == "micro_batch" else 1.0
 
 
 def split_objectives(objectives: Sequence[Objective], gamma: float) -> tuple[Weighted, Weighted]:
-    """(on-policy, replay) objectives with their factors: weight, times γ on replay. Raises ConfigError for an unknown kind."""
-    split: dict[str, list[tuple[Objective, float]]] = {"on_policy": [], "replay": []}
-    for objective in objectives:
-        if objective.kind not in TRAINED_ON:
-            raise ConfigError(f"an objective of kind {objective.kind!r}; must be one of {', '.join(TRAINED_ON)}")
-        factor = objective.weight * (gamma if objective.kind == "sil" else 1.0)
-        if factor:
-            split[TRAINED_ON[objective.kind]].append((objective, factor))
-    return split["on_policy"], split["replay"]
+    """(on-policy, replay) objectives with their factors: weight, times γ on replay."""
+    weighted = [(objective, objective.weight * (gamma if objective.on_replay else 1.0)) for objective in objectives]
+    live = [(objective, factor) for objective, factor in weighted if factor]
+    return [item for item in live if not item[0].on_replay], [item for item in live if item[0].on_replay]
 
 
 def row_keys(uid: torch.Tensor, seed: int) -> torch.Tensor:
@@ -67,8 +66,10 @@ def row_keys(uid: torch.Tensor, seed: int) -> torch.Tensor:
     return counter_keys(derive(seed, "mini-batch"), uid, 1).flatten()
 
 
-def dropped_tokens(objective: Objective, inputs: LossInputs, logprobs: torch.Tensor, seed: int) -> torch.Tensor | None:
-    """bool [B, T], what covariance clipping takes out of the loss; the draw is a hash of seed, row and position, so order and padding do not matter."""
+def selected_tokens(objective: Objective, inputs: LossInputs, logprobs: torch.Tensor, seed: int) -> torch.Tensor | None:
+    """bool [B, T], what a covariance rule selects, None where there is none; the draw is a hash of seed, row and position, whatever the order."""
+    if objective.scope is None:
+        return None
     keys = counter_keys(derive(seed, "clip-cov", objective.kind), inputs.uid.to(logprobs.device), logprobs.shape[1])
     return objective.selection(inputs, logprobs, keys=keys)
 

@@ -13,15 +13,19 @@ from spearrl.errors import CheckpointError
 
 STATE, COUNTERS = "optimizer.safetensors", "learner.json"
 FORMAT = "spearrl.learner/1"
+CRITIC_SCALE = 10.0  # a fresh head on a trained trunk
 
 
-def make_optimizer(parameters: Iterable[tuple[str, torch.Tensor]], settings: LearnerSection) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over what requires a gradient; vectors (norm weights, biases) are not decayed."""
+def make_optimizer(parameters: Iterable[tuple[str, torch.Tensor]], settings: LearnerSection, *, critic: torch.nn.Module | None = None) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) over what requires a gradient; vectors (norm weights, biases) are not decayed. A group has the rate times its "scale"."""
     trained = [p for _, p in parameters if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay, "scale": 1.0},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "scale": 1.0},
     ]
+    if critic is not None:
+        rate = CRITIC_SCALE if settings.critic_lr is None else settings.critic_lr / settings.lr
+        groups.append({"params": list(critic.parameters()), "weight_decay": 0.0, "scale": rate})
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
 
 

@@ -24,8 +24,12 @@ class UpdateResult:
 class Learner(Protocol):
     """Owns the trained parameters. Packing, padding and sharding are private to it: losses always see [B, T]."""
 
-    def logprobs(self, rows: Rows) -> torch.Tensor:
-        """[B, T] log-probabilities of action tokens, 0 elsewhere; no gradient."""
+    def logprobs(self, rows: Rows, *, reference: bool = False) -> torch.Tensor:
+        """[B, T] log-probabilities of action tokens, 0 elsewhere; no gradient. `reference`: under the frozen starting model."""
+        ...
+
+    def values(self, rows: Rows) -> torch.Tensor:
+        """[B, T] the critic's values of the states before action tokens, 0 elsewhere; no gradient."""
         ...
 
     def update(self, on_policy: Batch, replay: Batch | None, *, gamma: float, objectives: Sequence[Objective], seed: int) -> UpdateResult:

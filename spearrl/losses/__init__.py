@@ -6,17 +6,18 @@ the full divisor of the mini-batch (None: of this call), so micro-batches add up
 
 from __future__ import annotations
 
+from spearrl.keys import counter_keys
 from spearrl.losses.aggregate import AGGREGATIONS, aggregate
-from spearrl.losses.covariance import clip_cov_loss, counter_keys, covariance_selection, kl_cov_loss
-from spearrl.losses.kl import kl_divergence
-from spearrl.losses.objective import ClipCov, Objective
+from spearrl.losses.covariance import clip_cov_loss, covariance_selection, kl_cov_loss, kl_cov_selection
+from spearrl.losses.objective import ClipCov, Correction, KlCov, Objective
 from spearrl.losses.policy import cispo_loss, clipped_policy_loss, clipped_tokens, gspo_loss
-from spearrl.losses.sil import sil_loss
-from spearrl.losses.value import value_loss
+from spearrl.losses.terms import importance_weights, kl_divergence, value_loss
 
 __all__ = [
     "AGGREGATIONS",
     "ClipCov",
+    "Correction",
+    "KlCov",
     "Objective",
     "aggregate",
     "cispo_loss",
@@ -26,8 +27,9 @@ __all__ = [
     "counter_keys",
     "covariance_selection",
     "gspo_loss",
+    "importance_weights",
     "kl_cov_loss",
+    "kl_cov_selection",
     "kl_divergence",
-    "sil_loss",
     "value_loss",
 ]

@@ -45,9 +45,21 @@ def aggregate(values: Tensor, mask: Tensor, mode: str, *, horizon: float | None 
     return numerator / horizon
 
 
-def without(drop: Tensor | None, values: Tensor) -> Tensor:
-    """`values` with dropped tokens at 0 and without gradient; they stay in the mask and so in the divisor."""
-    return values if drop is None else torch.where(drop, 0.0, values)
+def reduced(
+    values: Tensor,
+    mask: Tensor,
+    metrics: Mapping[str, Tensor],
+    *,
+    drop: Tensor | None,
+    aggregation: str,
+    horizon: float | None,
+    denominator: float | None,
+) -> tuple[Tensor, dict[str, float]]:
+    """(loss, metrics) of token losses and token metrics, [B, T] each; dropped tokens have no loss and no gradient but stay in the divisor."""
+    kept = values if drop is None else torch.where(drop, 0.0, values)
+    dropped = torch.zeros_like(mask) if drop is None else drop
+    loss = aggregate(kept, mask, aggregation, horizon=horizon, denominator=denominator)
+    return loss, token_means(mask, {**metrics, "dropped_fraction": dropped})
 
 
 @torch.no_grad()

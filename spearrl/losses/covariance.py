@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spearrl.errors import ContractError
-from spearrl.losses.aggregate import aggregate, token_means, without
+from spearrl.losses.aggregate import reduced
 from spearrl.losses.policy import clipped_policy_loss, clipped_tokens
 
 FLOAT32_LOG_LIMIT = 80.0  # KL-Cov's ratio is not clipped; this only keeps it finite in float32
@@ -19,8 +19,8 @@ def covariance_selection(
     action_mask: Tensor,
     *,
     ratio: float,
-    lower: float,
-    upper: float,
+    lower: float | str,
+    upper: float | str,
     exclude: Tensor | None = None,
     generator: torch.Generator | None = None,
     keys: Tensor | None = None,
@@ -29,18 +29,20 @@ def covariance_selection(
 
     Args:
         logprobs, advantages, action_mask: [B, T].
+        lower, upper: numbers, or "quantile:0.8": that quantile of the covariances of all action tokens.
         exclude: bool [B, T], tokens that may not be drawn (those PPO has clipped already).
         generator: draws by torch.randperm; depends on row order.
         keys: int64 [B, T] from `counter_keys`; the smallest keys win, so neither row order nor the number of processes matters.
 
     Raises:
-        ContractError: both generator and keys are given.
+        ContractError: both generator and keys are given; a bound that is no number and no quantile.
     """
     if generator is not None and keys is not None:
         raise ContractError("covariance_selection got generator and keys", hint="pass keys for a draw that ignores row order, else a generator")
     mask = action_mask.bool()
     covariance = _covariance(logprobs, advantages, mask)
-    eligible = mask & (covariance > lower) & (covariance < upper)
+    ordered = covariance[mask].sort().values if isinstance(lower, str) or isinstance(upper, str) else covariance
+    eligible = mask & (covariance > _bound(lower, ordered)) & (covariance < _bound(upper, ordered))
     if exclude is not None:
         eligible &= ~exclude
     candidates = eligible.flatten().nonzero()[:, 0]
@@ -58,8 +60,8 @@ def clip_cov_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     ratio: float = 2e-4,
-    lower: float = 1.0,
-    upper: float = 5.0,
+    lower: float | str = 1.0,
+    upper: float | str = 5.0,
     aggregation: str = "token-mean",
     horizon: float | None = None,
     denominator: float | None = None,
@@ -87,6 +89,22 @@ def clip_cov_loss(
     )
 
 
+@torch.no_grad()
+def kl_cov_selection(logprobs: Tensor, advantages: Tensor, action_mask: Tensor, *, ratio: float, keys: Tensor | None = None) -> Tensor:
+    """bool [B, T]: the max(int(ratio * tokens), 1) tokens of highest covariance (arXiv:2505.22617). All arguments [B, T].
+
+    Args:
+        keys: from `counter_keys`, decide between equal covariances; without them torch.topk does.
+    """
+    mask = action_mask.bool()
+    live = mask.flatten().nonzero()[:, 0]
+    covariance, quota = _covariance(logprobs, advantages, mask).flatten(), min(max(int(ratio * len(live)), 1), len(live))
+    if keys is None:
+        return _at(live[covariance[live].topk(quota).indices], mask)
+    live = live[keys.flatten()[live].argsort(stable=True)]
+    return _at(live[covariance[live].argsort(descending=True, stable=True)[:quota]], mask)
+
+
 def kl_cov_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -99,33 +117,21 @@ def kl_cov_loss(
     horizon: float | None = None,
     denominator: float | None = None,
     drop: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """KL-Cov (arXiv:2505.22617): -A r for every token, + kl_coef |log r| for the share `ratio` (at least one) of highest covariance; r is not clipped.
 
     Args (all [B, T]): see the package; metrics penalised_fraction, approx_kl, abs_log_ratio, dropped_fraction.
+        selected: bool [B, T], the penalised tokens, chosen over a mini-batch; None: chosen from this call's.
     """
     mask = action_mask.bool()
     advantages = torch.where(mask, advantages, 0.0)
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
-    live = mask.flatten().nonzero()[:, 0]
-    quota = max(int(ratio * len(live)), 1)
-    highest = _covariance(logprobs, advantages, mask).flatten()[live].topk(min(quota, len(live))).indices
-    selected = _at(live[highest], mask)
+    if selected is None:
+        selected = kl_cov_selection(logprobs, advantages, mask, ratio=ratio)
     loss = -advantages * log_ratio.clamp(-FLOAT32_LOG_LIMIT, FLOAT32_LOG_LIMIT).exp() + torch.where(selected, kl_coef * log_ratio.abs(), 0.0)
     metrics = {"penalised_fraction": selected, "approx_kl": -log_ratio, "abs_log_ratio": log_ratio.abs()}
-    metrics["dropped_fraction"] = torch.zeros_like(mask) if drop is None else drop
-    return aggregate(without(drop, loss), mask, aggregation, horizon=horizon, denominator=denominator), token_means(mask, metrics)
-
-
-def counter_keys(seed: int, uids: Tensor, width: int) -> Tensor:
-    """int64 [B, width]: a random-looking number for every token from (seed, row uid, position) alone (splitmix64, doi:10.1145/2660193.2660195).
-
-    Args:
-        uids: [B] integers that name rows across the run.
-    """
-    start = torch.tensor(_signed(seed), dtype=torch.int64, device=uids.device)
-    position = torch.arange(width, dtype=torch.int64, device=uids.device)
-    return _mix(_mix(_mix(start) + uids.to(torch.int64))[:, None] + position[None, :])
+    return reduced(loss, mask, metrics, drop=drop, aggregation=aggregation, horizon=horizon, denominator=denominator)
 
 
 @torch.no_grad()
@@ -139,25 +145,24 @@ def _covariance(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     return product
 
 
+def _bound(value: float | str, ordered: Tensor) -> float:
+    """A threshold as a number; a quantile with linear interpolation (torch.quantile refuses large inputs)."""
+    if not isinstance(value, str):
+        return value
+    kind, _, share = value.partition(":")
+    q = float(share) if kind == "quantile" and share.replace(".", "", 1).isdigit() else -1.0
+    if not 0 <= q <= 1:
+        raise ContractError(f"threshold {value!r} is not known", hint='use a number or "quantile:0.8"')
+    if not len(ordered):
+        return 0.0
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return float(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
+
+
 def _at(positions: Tensor, like: Tensor) -> Tensor:
     """bool of the shape of `like`, True at these row-major positions."""
     selected = torch.zeros(like.numel(), dtype=torch.bool, device=like.device)
     selected[positions] = True
     return selected.view(like.shape)
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift: torch's shift of a signed integer copies the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(x: int) -> int:
-    """The int64 with the same low 64 bits."""
-    return (x + 2**63) % 2**64 - 2**63

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spearrl.losses.aggregate import aggregate, token_means, without
+from spearrl.losses.aggregate import reduced
 
 MAX_LOG_RATIO = 20.0  # e^20 is finite in every float type and so is its product with an advantage; stale replay can exceed it
 
@@ -23,16 +23,19 @@ def clipped_policy_loss(
     horizon: float | None = None,
     denominator: float | None = None,
     drop: Tensor | None = None,
+    log_ratio_clamp: float | None = MAX_LOG_RATIO,
 ) -> tuple[Tensor, dict[str, float]]:
     """PPO's clipped surrogate (arXiv:1707.06347 eq. 7), upper clip apart (DAPO, arXiv:2503.14476), dual clip (arXiv:1912.09729).
 
     l = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),   r = exp(logprobs - old_logprobs);   where A < 0: l = min(l, -A dual_clip)
 
     Args (all [B, T]): see the package; metrics clip_fraction, dual_clip_fraction, approx_kl = mean(old_logprobs - logprobs), dropped_fraction.
+        log_ratio_clamp: bound on |log r|, beyond which there is no gradient either; None: no bound.
     """
     mask = action_mask.bool()
     advantages = torch.where(mask, advantages, 0.0)
-    log_ratio, unclipped, clipped = _surrogates(logprobs, old_logprobs, advantages, mask, (1 - clip_low, 1 + clip_high))
+    limit = torch.inf if log_ratio_clamp is None else log_ratio_clamp
+    log_ratio, unclipped, clipped = _surrogates(logprobs, old_logprobs, advantages, mask, (1 - clip_low, 1 + clip_high), limit=limit)
     loss = torch.maximum(unclipped, clipped)
     bounded = torch.zeros_like(mask)
     if dual_clip is not None:
@@ -40,8 +43,7 @@ def clipped_policy_loss(
         bounded = (advantages < 0) & (loss > bound)
         loss = torch.where(bounded, bound, loss)
     metrics = {"clip_fraction": clipped > unclipped, "dual_clip_fraction": bounded, "approx_kl": -log_ratio}
-    metrics["dropped_fraction"] = torch.zeros_like(mask) if drop is None else drop
-    return aggregate(without(drop, loss), mask, aggregation, horizon=horizon, denominator=denominator), token_means(mask, metrics)
+    return reduced(loss, mask, metrics, drop=drop, aggregation=aggregation, horizon=horizon, denominator=denominator)
 
 
 @torch.no_grad()
@@ -77,9 +79,8 @@ def gspo_loss(
     row_mean = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
     ratio = (row_mean.detach() + log_ratio - log_ratio.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    metrics = {"clip_fraction": clipped > unclipped, "approx_kl": -log_ratio, "dropped_fraction": torch.zeros_like(mask) if drop is None else drop}
-    loss = without(drop, torch.maximum(unclipped, clipped))
-    return aggregate(loss, mask, aggregation, horizon=horizon, denominator=denominator), token_means(mask, metrics)
+    metrics = {"clip_fraction": clipped > unclipped, "approx_kl": -log_ratio}
+    return reduced(torch.maximum(unclipped, clipped), mask, metrics, drop=drop, aggregation=aggregation, horizon=horizon, denominator=denominator)
 
 
 def cispo_loss(
@@ -106,12 +107,14 @@ def cispo_loss(
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).detach()
     weight = log_ratio.exp().clamp(1 - clip_low, 1 + clip_high)
     loss = -weight * advantages * torch.where(mask, logprobs, 0.0)
-    metrics = {"clip_fraction": weight != log_ratio.exp(), "approx_kl": -log_ratio, "dropped_fraction": torch.zeros_like(mask) if drop is None else drop}
-    return aggregate(without(drop, loss), mask, aggregation, horizon=horizon, denominator=denominator), token_means(mask, metrics)
+    metrics = {"clip_fraction": weight != log_ratio.exp(), "approx_kl": -log_ratio}
+    return reduced(loss, mask, metrics, drop=drop, aggregation=aggregation, horizon=horizon, denominator=denominator)
 
 
-def _surrogates(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, bounds: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
+def _surrogates(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, bounds: tuple[float, float], *, limit: float = MAX_LOG_RATIO
+) -> tuple[Tensor, Tensor, Tensor]:
     """(log ratio, -A r, -A clip(r)); log ratio 0 outside the mask."""
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-limit, limit)
     ratio = log_ratio.exp()
     return log_ratio, -advantages * ratio, -advantages * ratio.clamp(*bounds)

@@ -169,6 +169,7 @@ class Collector:
         self._check(outcome, episode, number)
         turn.reward = float(outcome.reward)
         trajectory.info = dict(outcome.info)
+        trajectory.faults += bool(outcome.info.get("fault"))
         episode.history.append((observation, action))
         episode.conversation.append(self.encoder.reply_message(text))
         episode.observation = outcome.observation

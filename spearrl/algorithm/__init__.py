@@ -1,0 +1,25 @@
+"""From settings to mathematics: what a step's rewards become, what its tokens are worth, which objectives the learner gets, what is remembered."""
+
+from __future__ import annotations
+
+from spearrl.algorithm.credit import Credit, assign_credit, check_advantage, needs_critic, needs_reference
+from spearrl.algorithm.dynamic import mixed, play_rounds
+from spearrl.algorithm.memory import Memory
+from spearrl.algorithm.objectives import objectives
+from spearrl.algorithm.shape import Shaped, episode_bonuses, shape, trainable
+
+__all__ = [
+    "Credit",
+    "Memory",
+    "Shaped",
+    "assign_credit",
+    "check_advantage",
+    "episode_bonuses",
+    "mixed",
+    "needs_critic",
+    "needs_reference",
+    "objectives",
+    "play_rounds",
+    "shape",
+    "trainable",
+]

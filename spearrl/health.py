@@ -1,0 +1,212 @@
+"""Alarms over a run's metrics: what looks wrong, in plain words, and which setting to try. docs/health.md lists them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+WINDOW = 10  # steps that one mean is taken over
+NORMS = 100  # gradient norms remembered for the median
+ENTROPY_STEPS = 50  # a fall of the entropy counts as a collapse up to this step
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A condition that has just begun. `text`: what was seen, and at its end the setting to try."""
+
+    flag: str
+    text: str
+
+
+class Health:
+    """Watches the metrics of each step.
+
+    A metric that is missing or not finite proves nothing: alarms that need it are neither raised nor cleared in that step.
+    """
+
+    def __init__(self) -> None:
+        self._entropy_start: float | None = None  # the first one above 0
+        self._replies: list[list[float]] = []  # [tokens per reply, reward] of the last 2 WINDOW steps
+        self._tools: list[list[float]] = []  # [tool calls per episode, success] of the last WINDOW steps
+        self._best: list[float] | None = None  # the same as means over the WINDOW steps of highest success
+        self._norms: list[float] = []
+        self._active: set[str] = set()
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        """Alarms that begin with this step; a flag comes again only after its condition had cleared.
+
+        Args:
+            step: 1-based training step.
+            metrics: what the step logged (docs/metrics.md).
+        """
+        seen = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        alarms = []
+        judged = {flag: _over(seen.get(metric), limit, text) for flag, (metric, limit, text) in _LIMITS.items()}
+        judged |= {flag: check(self, step, seen) for flag, check in _CHECKS.items()}
+        for flag, text in judged.items():
+            if text is None:
+                continue
+            if text and flag not in self._active:
+                alarms.append(Alarm(flag, text))
+            (self._active.add if text else self._active.discard)(flag)
+        return alarms
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values; `load_state_dict` restores them exactly."""
+        return {
+            "entropy_start": self._entropy_start,
+            "replies": [list(pair) for pair in self._replies],
+            "tools": [list(pair) for pair in self._tools],
+            "best": self._best,
+            "norms": list(self._norms),
+            "active": sorted(self._active),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._entropy_start, self._best = state["entropy_start"], state["best"]
+        self._replies, self._tools = [list(pair) for pair in state["replies"]], [list(pair) for pair in state["tools"]]
+        self._norms, self._active = list(state["norms"]), set(state["active"])
+
+    # A check returns what to say, "" where all is well, None where this step cannot tell.
+
+    def _entropy_collapse(self, step: int, seen: Mapping[str, float]) -> str | None:
+        entropy = seen.get("policy/entropy")
+        if self._entropy_start is None and entropy is not None and entropy > 0:
+            self._entropy_start = entropy
+        if entropy is None or self._entropy_start is None:
+            return None
+        if step > ENTROPY_STEPS or entropy >= 0.3 * self._entropy_start:
+            return ""
+        return (
+            f"policy entropy fell to {entropy:.3g}, {entropy / self._entropy_start:.0%} of what it was at the start ({self._entropy_start:.3g}): "
+            "the policy stops exploring; lower learner.lr, or try algo.clip_cov.enabled = true"
+        )
+
+    def _equal_groups(self, step: int, seen: Mapping[str, float]) -> str | None:
+        mixed, success = seen.get("rollout/mixed_groups"), seen.get("rollout/success")
+        if mixed is None:
+            return None
+        if 1 - mixed <= 0.6:
+            return ""
+        share = f"in {1 - mixed:.0%} of the groups all siblings earned the same, so they teach nothing: "
+        if success is None:
+            return share + "the tasks are too easy or too hard; play more siblings per task, try a larger rollout.group_size"
+        if success >= 0.5:
+            return share + f"the tasks are too easy ({success:.0%} succeed); use harder ones, or try algo.dynamic.enabled = true"
+        return share + f"the tasks are too hard ({success:.0%} succeed); use easier ones, a larger rollout.group_size, or try sft.enabled = true"
+
+    def _length_growth(self, step: int, seen: Mapping[str, float]) -> str | None:
+        if "rollout/reply_tokens" not in seen or "rollout/reward" not in seen:
+            return None
+        self._replies = [*self._replies, [seen["rollout/reply_tokens"], seen["rollout/reward"]]][-2 * WINDOW :]
+        if len(self._replies) < 2 * WINDOW:
+            return None
+        (length, reward), (long, later) = _means(self._replies[:WINDOW]), _means(self._replies[WINDOW:])
+        flat = later <= reward or later - reward < 0.02 * abs(reward)
+        if long <= 1.25 * length or not flat:
+            return ""
+        return (
+            f"replies grew from {length:.0f} to {long:.0f} tokens (means of {WINDOW} steps) while the reward stayed flat ({reward:.3g} to {later:.3g}): "
+            'the words earn nothing; try algo.policy.aggregation = "seq-mean-token-sum-norm"'
+        )
+
+    def _truncation(self, step: int, seen: Mapping[str, float]) -> str | None:
+        episodes = sum(value for name, value in seen.items() if name.startswith("status/"))
+        if episodes <= 0:
+            return None
+        context, overlong = seen.get("status/context_limit", 0.0), seen.get("status/overlong", 0.0)
+        if (context + overlong) / episodes <= 0.1:
+            return ""
+        cut = f"{(context + overlong) / episodes:.0%} of the episodes were cut off before they could end: "
+        if context >= overlong:
+            return cut + "most did not fit into the context; try a larger rollout.context_tokens"
+        return cut + "most used up their reply tokens; try a larger rollout.max_response_tokens"
+
+    def _grad_norm(self, step: int, seen: Mapping[str, float]) -> str | None:
+        norm = seen.get("policy/grad_norm")
+        if norm is None or norm <= 0:  # nothing was learnt: no measure of what is usual
+            return None
+        before, self._norms = self._norms, [*self._norms, norm][-NORMS:]
+        if len(before) < WINDOW:
+            return None
+        usual = median(before)
+        if norm <= 10 * usual:
+            return ""
+        return (
+            f"the gradient norm is {norm:.3g}, {norm / usual:.0f} times the usual {usual:.3g}: one step may undo many; "
+            "lower learner.grad_clip, or lower learner.lr"
+        )
+
+    def _tool_bonus(self, step: int, seen: Mapping[str, float]) -> str | None:
+        if "rollout/tool_calls" not in seen or "rollout/success" not in seen:
+            return None
+        self._tools = [*self._tools, [seen["rollout/tool_calls"], seen["rollout/success"]]][-WINDOW:]
+        if len(self._tools) < WINDOW:
+            return None
+        calls, success = _means(self._tools)
+        if self._best is None or success > self._best[1]:
+            self._best = [calls, success]
+        if calls <= 1.5 * self._best[0] or success >= 0.5 * self._best[1]:
+            return ""
+        cure = 'lower algo.intrinsic.per_call, or try algo.intrinsic.condition = "correct_only"'
+        if seen.get("mu") == 0:
+            cure = "no bonus is paid any more; lower learner.lr"
+        return (
+            f"tool calls per episode rose from {self._best[0]:.2g} to {calls:.2g} while success fell from {self._best[1]:.0%} to {success:.0%} "
+            f"(means of {WINDOW} steps): the tools are called for their own sake, not for the task; {cure}"
+        )
+
+
+def _over(value: float | None, limit: float, text: str) -> str | None:
+    if value is None:
+        return None
+    return text.format(value) if value > limit else ""
+
+
+def _means(pairs: list[list[float]]) -> tuple[float, float]:
+    return fmean(first for first, _ in pairs), fmean(second for _, second in pairs)
+
+
+_LIMITS = {  # flag: metric, the largest value that is well, what to say above it
+    "sampler_gap": (
+        "policy/sampler_gap",
+        0.05,
+        "engine and learner differ by {:.3g} in the log-probability of a sampled token, on average: the update trusts the wrong probabilities; "
+        'try learner.precision = "fp32", or correct for the gap with algo.correction.mode = "tis"',
+    ),
+    "clipping": (
+        "policy/clip_fraction",
+        0.2,
+        "{:.0%} of the tokens hit the clip of the probability ratio: a step moves the policy too far; use fewer learner.mini_batches, or lower learner.lr",
+    ),
+    "invalid_actions": (
+        "rollout/invalid",
+        0.3,
+        "{:.0%} of the turns held no well-formed action or tool call: the model does not know the format; "
+        "raise algo.invalid_penalty, or teach the format first with sft.enabled = true",
+    ),
+    "skipped_updates": (
+        "policy/skipped",
+        0.0,
+        'optimiser steps skipped because their loss or gradient was not finite: {:.0f}; lower learner.lr, or try learner.precision = "fp32"',
+    ),
+    "nonfinite_rollout": (
+        "guard/nonfinite_rollout_logprobs",
+        0.0,
+        "sampled tokens whose log-probability the engine reported as not finite, left out of the loss: {:.0f}; "
+        'lower learner.lr, or try learner.precision = "fp32"',
+    ),
+}
+
+_CHECKS: dict[str, Callable[[Health, int, Mapping[str, float]], str | None]] = {
+    "entropy_collapse": Health._entropy_collapse,
+    "equal_groups": Health._equal_groups,
+    "length_growth": Health._length_growth,
+    "truncation": Health._truncation,
+    "grad_norm": Health._grad_norm,
+    "tool_bonus_farmed": Health._tool_bonus,
+}
+FLAGS = (*_LIMITS, *_CHECKS)
