@@ -82,7 +82,7 @@ class Health:
             return ""
         return (
             f"policy entropy fell to {entropy:.3g}, {entropy / self._entropy_start:.0%} of what it was at the start ({self._entropy_start:.3g}): "
-            "the policy stops exploring; lower learner.lr, or try algo.clip_cov.enabled = true"
+            "the policy stops exploring; lower learner.lr, or try algo.policy.entropy_coef = 0.001"
         )
 
     def _equal_groups(self, step: int, seen: Mapping[str, float]) -> str | None:

@@ -109,9 +109,16 @@ def test_gigpo_keeps_its_deviation_under_drbot_in_the_agent_release(place, name)
     assert algo.groups.normalize_std is (COLUMNS[place] == "release_agent" and name.startswith("gigpo")) and algo.sil.normalize_std is False
 
 
+@pytest.mark.parametrize("place", range(4), ids=COLUMNS)
+@pytest.mark.parametrize(("name", "clip_cov"), [("grpo", False), ("grpo+clip_cov", True), ("grpo+drbot+spear", True), ("gigpo+sil", False)])
+def test_the_released_covariance_clipping_has_no_dual_clip(place, name, clip_cov):
+    algo = load_config(None, [f"algo.fidelity={COLUMNS[place]}"], algo=name, preset="webshop-1.5b").algo
+    assert algo.policy.dual_clip == (None if clip_cov and COLUMNS[place].startswith("release") else 10.0)
+
+
 def test_the_table_has_a_row_for_every_switch_and_a_remark_where_there_is_no_setting():
     keys = {key.removeprefix("algo.") for row in ROWS for key in row.fields}
-    assert keys == {*SWITCHES, *LEFT, *(f"filters.{flag}" for flag in QUALITY), "groups.normalize_std"}
+    assert keys == {*SWITCHES, *LEFT, *(f"filters.{flag}" for flag in QUALITY), "groups.normalize_std", "policy.dual_clip"}
     assert all(tuple(key.split(".")) in leaves() for row in ROWS for key in row.fields)
     assert [row.switch for row in ROWS if not row.fields] == [
         "rewards filtered with their rows at a flush",

@@ -144,7 +144,7 @@ def every_text() -> list[Alarm]:
 
 
 SECTIONS = "|".join(RunConfig.model_fields)
-SETTING = re.compile(rf'\b((?:{SECTIONS})(?:\.[a-z_]+)+)(?: = (true|false|"[^"]*"))?')
+SETTING = re.compile(rf'\b((?:{SECTIONS})(?:\.[a-z_]+)+)(?: = (true|false|[0-9.]*[0-9]|"[^"]*"))?')
 
 
 def settings_in(text: str) -> list[re.Match[str]]:

@@ -1,7 +1,7 @@
 """algo.fidelity: whose reading of SPEAR a run follows, switch by switch (arXiv 2509.22601 and its two released trees).
 
 "default": this project's; "paper": what the paper's text says, and the default where it says nothing; "release_agent", "release_math": what
-the released agent and math code do. A column only sets fields of the algo section; what a run sets itself wins over it. Two rules depend on
+the released agent and math code do. A column only sets fields of the algo section; what a run sets itself wins over it. Three rules depend on
 the algorithm's name too: `column` has them.
 """
 
@@ -80,6 +80,11 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("scope of covariance clipping", {"algo.clip_cov.scope": ("mini_batch", "mini_batch", "micro_batch", "micro_batch")}),
     Row("bound on the log ratio under it", {"algo.clip_cov.log_ratio_clamp": (20.0, 20.0, None, None)}, "the paper does not say"),
+    Row(
+        "dual clip under covariance clipping",
+        {"algo.policy.dual_clip": (OPEN, OPEN, BY_NAME, BY_NAME)},
+        "the releases' covariance clipping has none; elsewhere as set",
+    ),
     Row("losses are divided by the rows of the", {"algo.policy.divisor": ("mini_batch", "mini_batch", "micro_batch", "micro_batch")}),
     Row("the tool bonus counts", {"algo.intrinsic.count": ("tool_calls", "tool_calls", "turns", "tool_calls")}),
     Row("the tool bonus in evaluation", {"algo.intrinsic.in_evaluation": (False, False, True, True)}),
@@ -103,6 +108,8 @@ def column(fidelity: str, name: str) -> Fields:
     place = COLUMNS.index(fidelity)
     base, words = words_of(name)
     fields = {key: values[place] for row in ROWS for key, values in row.fields.items() if not isinstance(values[place], Unset)}
+    if fidelity.startswith("release") and {"clip_cov", "spear"} & set(words):
+        fields["algo.policy.dual_clip"] = None
     if fidelity == "release_agent" and "drbot" in words:
         if not {"sil", "spear"} & set(words):
             fields |= {f"algo.filters.{flag}": False for flag in FILTERS}

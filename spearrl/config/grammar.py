@@ -179,7 +179,10 @@ def _check_base(name: str, word: str) -> None:
     if word in BASES:
         return
     if (plain := word[:60].lower().replace("-", "_")) in MODULES:
-        raise GrammarError(f"{name[:60]!r} does not begin with a base; {plain!r} is a module", f"use grpo+{plain}{name[len(word) : 60]}")
+        rest = [w for w in name[len(word) + 1 : 60].split("+") if w]
+        base = next((w for w in rest if w in BASES), "grpo")
+        words = "+".join([base, plain, *(w for w in rest if w != base)])
+        raise GrammarError(f"{name[:60]!r} does not begin with a base; {plain!r} is a module", f"use {words}")
     raise GrammarError(f"base {word[:60]!r} in {name[:60]!r} does not exist", _suggestion(word, "base", tuple(BASES)))
 
 
