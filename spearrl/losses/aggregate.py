@@ -15,7 +15,7 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-
 def aggregate(values: Tensor, mask: Tensor, mode: str, *, horizon: float | None = None, denominator: float | None = None) -> Tensor:
     """Sum of token values over a divisor, by mode (numerator / divisor when `denominator` is None, R rows):
 
-    token-mean: sum / tokens · seq-mean-token-sum: sum / R · seq-mean-token-mean: sum of row means / R (a row without tokens adds 0)
+    token-mean: sum / (tokens + 1e-8) · seq-mean-token-sum: sum / R · seq-mean-token-mean: sum of row means / R (a row without tokens adds 0)
     · seq-mean-token-sum-norm: sum / horizon (Dr. GRPO, arXiv:2503.20783)
 
     Args:
