@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from spearrl.batching import Batch, Rows
+from spearrl.batching import Batch, Rows, microbatch
 from spearrl.config.sections import LearnerSection
 from spearrl.errors import CheckpointError, ConfigError, ContractError
 from spearrl.learner import LocalLearner, ValueHead
@@ -163,6 +163,25 @@ def test_no_objective_depends_on_batching_or_order(kind, mode, joint):
     assert float(results[0].norm()) > 1e-3
 
 
+def test_passes_that_are_held_select_what_a_pass_of_their_own_selects(monkeypatch):
+    """Rows of very different lengths go in several passes even where all fit: their graphs are kept until the selection is made."""
+    monkeypatch.setattr(microbatch, "WORTHWHILE_TOKENS", 1)
+    runs = [[1, 2], [3], [9, 9, 9], [5], [1, 1], [7, 2, 8, 8], [3, 3]]
+    rule = [Objective("policy", clip_cov=ClipCov(0.2, -60.0, 60.0)), Objective("sil", surrogate="kl_cov", kl_cov=KlCov(0.3, 0.5))]
+    results, passes = [], []
+    for budget in (10**6, 20):
+        learner = double(micro_batch_tokens=budget, mini_batches=2)
+        assert len(microbatch.micro_batches(make_rows(runs).lengths, budget)) > 2
+        on_policy, replay = batch_of(make_rows(runs), learner, shift=0.2), batch_of(make_rows(runs, first_trajectory=100), learner, shift=0.2, seed=4)
+        forward = learner._forward
+        learner._forward = lambda rows, model, forward=forward: passes.append(len(rows)) or forward(rows, model)
+        results.append(gradient(learner, on_policy, replay, rule))
+        passes.append(0)
+    assert float((results[1] - results[0]).norm()) <= 1e-9 * float(results[0].norm())
+    first = passes[: passes.index(0)]
+    assert sum(first) == 14 and sum(passes) > 28, "every row goes through the model once where its mini-batch fits"
+
+
 def test_released_divisor_depends_on_micro_batches_as_the_release_does():
     """Token sums over L, averaged over micro-batches by rows: m / N of the per-row mean, so twice the micro-batch is twice the gradient (spear.md 1.3)."""
     objective = [Objective("policy", aggregation="seq-mean-token-sum-norm", horizon=20, divisor="micro_batch")]
@@ -307,8 +326,13 @@ def test_metrics_do_not_depend_on_micro_batches():
 
 
 def test_covariance_selection_sees_current_logprobs():
-    """The first mini-batch is selected on old_logprobs without a forward pass; later ones and replay need one, unless they are one micro-batch anyway."""
-    learner = LocalLearner(tiny(), settings(mini_batches=2, micro_batch_tokens=1))
+    """The first mini-batch is selected on old_logprobs without a forward pass; later ones and replay need one, unless they fit into memory anyway."""
+    assert selection_forwards(micro_batch_tokens=1) == [4, 3]
+    assert selection_forwards(micro_batch_tokens=1000) == []
+
+
+def selection_forwards(**changes) -> list[int]:
+    learner = LocalLearner(tiny(), settings(mini_batches=2, **changes))
     forwards = []
     real = learner.logprobs
     rows, old = make_rows(RUNS), make_rows([[2]] * 3, first_trajectory=100)
@@ -316,7 +340,7 @@ def test_covariance_selection_sees_current_logprobs():
     learner.logprobs = lambda rows: forwards.append(len(rows)) or real(rows)
     rule = ClipCov(0.1, 0.0, 60.0)
     learner.update(on_policy, replay, gamma=0.5, objectives=[Objective("policy", clip_cov=rule), Objective("sil", clip_cov=rule)], seed=0)
-    assert forwards == [4, 3]
+    return forwards
 
 
 def test_micro_batch_scope_selects_in_every_micro_batch():

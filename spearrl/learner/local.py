@@ -185,12 +185,14 @@ class LocalLearner:
     def _backward(self, share: Share, tally: Tally) -> float:
         """Add a share's gradient; returns its loss."""
         pieces = micro_batches(share.batch.rows.lengths, self.settings.micro_batch_tokens)
-        chosen = self._selections(share) if len(pieces) > 1 else {}
+        whole = [i for i, (objective, _) in enumerate(share.objectives) if objective.scope == "mini_batch"] if len(pieces) > 1 else []
+        held = self._hold(share, pieces) if whole and not share.current else []
+        chosen = self._selections(share, whole, pieces, held)
         denominators, losses = share.denominators(), [0.0] * len(share.objectives)
-        for index in pieces:
+        for number, index in enumerate(pieces):
             batch = share.batch.select(index)
             inputs = LossInputs.of(batch, self.device)
-            outputs = self._forward(batch.rows, self.model)
+            outputs = held[number] if held else self._forward(batch.rows, self.model)
             tokens = float(inputs.action_mask.sum())
             mean_entropy = float(outputs.entropy.detach().sum()) / max(tokens, 1.0)
             total: torch.Tensor = outputs.logprobs.new_zeros(())
@@ -211,18 +213,27 @@ class LocalLearner:
             tally.add(objective.prefix, {"loss": value}, 1.0)
         return sum(factor * value for (_, factor), value in zip(share.objectives, losses, strict=True))
 
-    def _selections(self, share: Share) -> dict[int, torch.Tensor]:
+    def _hold(self, share: Share, pieces: list[torch.Tensor]) -> list[_Outputs]:
+        """The forward passes of a mini-batch that fits into one micro-batch's memory altogether: nothing is computed twice then. Else none."""
+        padded = sum(len(index) * int(share.batch.rows.lengths[index].max()) for index in pieces)
+        if padded > self.settings.micro_batch_tokens:
+            return []
+        return [self._forward(share.batch.rows.select(index), self.model) for index in pieces]
+
+    def _selections(self, share: Share, objectives: list[int], pieces: list[torch.Tensor], held: list[_Outputs]) -> dict[int, torch.Tensor]:
         """Tokens that covariance rules select, per objective, over the whole mini-batch on current log-probabilities."""
-        wanted = [i for i, (objective, _) in enumerate(share.objectives) if objective.scope == "mini_batch"]
-        if not wanted:
+        if not objectives:
             return {}
         inputs = LossInputs.of(share.batch, self.device)
-        if share.current:
-            logprobs = inputs.old_logprobs
-        else:
+        logprobs = inputs.old_logprobs
+        if held:
+            logprobs = torch.zeros_like(logprobs, dtype=held[0].logprobs.dtype)
+            for index, outputs in zip(pieces, held, strict=True):
+                logprobs[index.to(self.device), : outputs.logprobs.shape[1]] = outputs.logprobs.detach()
+        elif not share.current:
             logprobs = self.logprobs(share.batch.rows).to(self.device)
             self.model.train(self.settings.gradient_checkpointing)
-        found = {i: selected_tokens(share.objectives[i][0], inputs, logprobs, share.seed) for i in wanted}
+        found = {i: selected_tokens(share.objectives[i][0], inputs, logprobs, share.seed) for i in objectives}
         return {i: selection for i, selection in found.items() if selection is not None}
 
     def _forward(self, rows: Rows, model: Any) -> _Outputs:
