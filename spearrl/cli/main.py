@@ -18,9 +18,13 @@ from spearrl import __version__
 from spearrl.errors import SpearError
 
 VERBS = {
+    "init": ("spearrl.cli.init_verb", "write a working environment to start from"),
+    "check-env": ("spearrl.cli.check_env_verb", "prove that an environment keeps its contract"),
+    "play": ("spearrl.cli.play_verb", "play one episode: by hand, by expert or by model"),
     "train": ("spearrl.cli.train_verb", "train an agent"),
     "sft": ("spearrl.cli.sft_verb", "cold start: clone scripted-expert episodes"),
     "eval": ("spearrl.cli.eval_verb", "success on a fixed panel, with a 95 % interval"),
+    "study": ("spearrl.cli.study_verb", "what an algorithm costs beside another, measured"),
     "config": ("spearrl.cli.config_verb", "resolved settings, their sources, differences, schema"),
 }
 INTERRUPTED = 130
@@ -95,7 +99,7 @@ def _dispatch(words: list[str]) -> int:
 
 def summary() -> str:
     """What `spearrl` alone prints."""
-    return _SUMMARY.format(verbs="\n".join(f"  {verb:<8} {words}" for verb, (_, words) in VERBS.items()))
+    return _SUMMARY.format(verbs="\n".join(f"  {verb:<9} {words}" for verb, (_, words) in VERBS.items()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""spearrl study: measurements that need more than one run. `cost`: what an algorithm costs beside another one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spearrl.cli.parsing import add_config_arguments, config_from, resolved_from
+
+if TYPE_CHECKING:
+    from spearrl.config import RunConfig
+    from spearrl.study import Cost
+
+HELP = "what an algorithm costs beside another, measured: both learn from the same rollouts"
+EXAMPLES = """examples:
+  spearrl study cost --preset tiny --algo grpo+spear --against grpo
+  spearrl study cost run.toml --steps 40 run.threads=1 --json
+  spearrl study cost --algo grpo --against grpo     how much of a difference is noise"""
+STUDIES = ("cost",)
+STEPS = 20
+BARS = {"without replay": 0.10, "all": 0.25}  # what an algorithm may cost beside another: a step in which nothing is replayed, and any step
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", choices=STUDIES, metavar="STUDY", help="cost: extra time and FLOPs of --algo over --against, on the same rollouts")
+    add_config_arguments(parser)
+    parser.add_argument("--against", metavar="NAME", default="grpo", help="the algorithm to compare with (default: grpo)")
+    parser.add_argument("--steps", metavar="N", type=int, default=STEPS, help=f"steps to count, after one that is not (default: {STEPS})")
+    parser.add_argument("--output", metavar="DIR", help="keep the run directories here (default: a temporary folder, removed at the end)")
+    parser.add_argument("--json", action="store_true", help="print every step and the summaries as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    config, against = _configs(args)
+    from spearrl.study import cost
+
+    with ExitStack() as stack:
+        folder = _folder(args.output) if args.output else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spearrl-study-")))
+        found = cost(config, against, steps=args.steps, folder=folder, report=_report())
+    print(json.dumps({**found.as_json(), "bars": verdicts(found)}) if args.json else table(found))
+    return 0
+
+
+def verdicts(cost: Cost) -> dict[str, Any]:
+    """Each bar with what was measured of it: "limit", "wall", "flops" (shares), "met"; None where no step says anything about it."""
+    summaries, found = cost.summaries(), {}
+    for kind, limit in BARS.items():
+        summary = summaries.get(kind)
+        told = summary is not None and (kind != "all" or "with replay" in summaries)
+        met = summary is not None and max(summary.extra, summary.extra_flops) <= limit
+        found[kind] = {"limit": limit, "wall": summary.extra, "flops": summary.extra_flops, "met": met} if summary is not None and told else None
+    return found
+
+
+def table(cost: Cost) -> str:
+    """For people: a column per kind of step, then the bars."""
+    summaries = cost.summaries()
+    rows = [("steps of kind", *summaries), ("steps", *(str(s.steps) for s in summaries.values()))]
+    rows += [(name, *(show(s) for s in summaries.values())) for name, show in _rows(cost)]
+    first, width = max(len(row[0]) for row in rows) + 2, 16
+    lines = [f"{cost.algo} over {cost.against}, learning from the same rollouts", ""]
+    lines += [row[0].ljust(first) + "".join(cell.rjust(width) for cell in row[1:]) for row in rows]
+    return "\n".join([*lines, "", *(_verdict(kind, found) for kind, found in verdicts(cost).items())])
+
+
+def _rows(cost: Cost) -> list[tuple[str, Any]]:
+    mine, other = cost.algo, cost.against
+
+    def seconds(name: str) -> Any:
+        return lambda s: f"{getattr(s, name):.3f}"
+
+    def share(mean: str, middle: str = "") -> Any:
+        return lambda s: f"{100 * getattr(s, mean):+.1f} %" + (f" ({100 * getattr(s, middle):+.1f})" if middle else "")
+
+    def both(name: str) -> Any:
+        return lambda s: f"{getattr(s, name):.3f} ({getattr(s, f'median_{name}'):.3f})"
+
+    return [
+        ("seconds of the rollout", seconds("rollout_seconds")),
+        (f"seconds of a step, {other}: mean (median)", both("seconds_against")),
+        (f"seconds of a step, {mine}", both("seconds")),
+        ("extra wall time of a step: of means (median)", share("extra", "extra_median")),
+        ("extra wall time of learning alone", share("learn_extra", "learn_extra_median")),
+        ("extra processor time of a step", share("extra_cpu")),
+        ("extra processor time of learning alone", share("learn_extra_cpu")),
+        ("extra FLOPs of a step (rollout estimated)", share("extra_flops")),
+        ("extra FLOPs of learning alone", share("learn_extra_flops")),
+        ("extra seconds until the batch is ready", lambda s: f"{s.prepare_more:+.3f}"),
+        ("extra seconds of the update", lambda s: f"{s.update_more:+.3f}"),
+        ("extra seconds of the rest", lambda s: f"{s.rest_more:+.3f}"),
+    ]
+
+
+def _verdict(kind: str, found: dict[str, Any] | None) -> str:
+    name = {"without replay": "steps without replay", "all": "all steps"}[kind]
+    if found is None:
+        return f"bar  {name}: no verdict, " + ("no such step was played" if kind != "all" else "nothing was replayed: play more --steps")
+    verdict = "met" if found["met"] else "NOT met"
+    return f"bar  {name}: at most {100 * found['limit']:+.0f} %: wall time {100 * found['wall']:+.1f} %, FLOPs {100 * found['flops']:+.1f} %: {verdict}"
+
+
+def _configs(args: argparse.Namespace) -> tuple[RunConfig, RunConfig]:
+    """The studied config, and the same settings with the other algorithm. Raises ConfigError."""
+    config = config_from(args)
+    resolved = resolved_from(argparse.Namespace(**{**vars(args), "algo": args.against}))
+    return config, resolved.config
+
+
+def _folder(output: str) -> Path:
+    from spearrl.errors import RefusedError
+
+    folder = Path(output)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise RefusedError(f"{folder} is not empty", hint="choose another --output")
+    return folder
+
+
+def _report() -> Any:
+    """Progress on standard error: the cold start, a line per step."""
+    from spearrl.cli.progress import Progress
+
+    progress = Progress()
+
+    def report(kind: str, values: dict[str, Any]) -> None:
+        if kind == "cost":
+            mine, other = values["studied"], values["against"]
+            text = f"rollout {values['rollout_seconds']:.2f}s  learn {mine['seconds']:.2f}s against {other['seconds']:.2f}s  replayed {values['replayed']}"
+            print(f"{values['step']:>4}/{values['steps']}  {text}", file=sys.stderr, flush=True)
+        elif kind == "count":
+            print("counting FLOPs: the same steps once more", file=sys.stderr, flush=True)
+        elif kind != "checkpoint":
+            progress.report(kind, values)
+
+    return report
