@@ -49,6 +49,11 @@ class Curriculum:
             return schedule.peak * (1 - self._progress("mu", step))
         return schedule.peak * schedule_value(schedule.kind, step, schedule.steps, rising=False)
 
+    @property
+    def needs_anchors(self) -> bool:
+        """Whether some schedule follows the share of unseen states."""
+        return self._uses("curiosity")
+
     def observe(self, *, success: float | None, entropy: float | None, anchors: Iterable[int] | None) -> None:
         """What a finished step showed. None, a non-finite number or no anchors: not measured, the estimate stays as it is.
 

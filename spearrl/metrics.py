@@ -7,7 +7,7 @@ import time
 import torch
 
 from spearrl.algorithm import episode_bonuses, mixed
-from spearrl.batching import Batch
+from spearrl.batching import Batch, anchor_id
 from spearrl.config import AlgoSection
 from spearrl.evaluation import numeric_means
 from spearrl.types import Group
@@ -35,8 +35,6 @@ def rollout_metrics(groups: list[Group], kept: list[Group]) -> dict[str, float]:
     turns = [turn for t in played for turn in t.turns]
     number, said = max(1, len(played)), max(1, len(turns))
     metrics = {
-        "rollout/success": sum(t.success for t in played) / number,
-        "rollout/reward": sum(t.reward for t in played) / number,
         "rollout/turns": len(turns) / number,
         "rollout/reply_tokens": sum(len(turn.token_ids) for turn in turns) / said,
         "rollout/tokens": float(sum(len(turn.token_ids) for turn in turns)),
@@ -46,8 +44,11 @@ def rollout_metrics(groups: list[Group], kept: list[Group]) -> dict[str, float]:
         "rollout/errors": float(sum(len(g.trajectories) - len(g.valid) for g in groups)),
         "rollout/rewrites": float(sum(t.rewrites for t in played)),
     }
-    if any(len(g.trajectories) > 1 for g in groups):
-        metrics["rollout/mixed_groups"] = sum(mixed(g) for g in kept) / len(groups)
+    if played:  # no number for a step without a sound episode: 0 would be a statement about the policy
+        metrics["rollout/success"] = sum(t.success for t in played) / number
+        metrics["rollout/reward"] = sum(t.reward for t in played) / number
+    if any(len(g.trajectories) > 1 for g in kept):
+        metrics["rollout/mixed_groups"] = sum(mixed(g) for g in kept) / len(kept)
     statuses = [t.status.value for g in groups for t in g.trajectories]
     metrics |= {f"status/{name}": float(statuses.count(name)) for name in sorted(set(statuses))}
     return metrics | {f"env/{key}": value for key, value in numeric_means(played).items()}
@@ -60,6 +61,18 @@ def sampler_gap(batch: Batch) -> dict[str, float]:
         return {}
     gap = (batch.old_logprobs.double() - batch.rollout_logprobs.double()).abs()
     return {"policy/sampler_gap": float(torch.where(mask, gap, 0.0).sum() / mask.sum())}
+
+
+def first_fault(groups: list[Group]) -> str:
+    """The last line of the first fault among the episodes, as a remark; "" where there was none."""
+    faults = [t.error.strip().splitlines()[-1] for g in groups for t in g.trajectories if t.error]
+    return f" (first fault: {faults[0]})" if faults else ""
+
+
+def states_met(groups: list[Group]) -> list[int]:
+    """Ids of the anchor states of all turns of the sound episodes."""
+    turns = [turn for g in groups for t in g.valid for turn in t.turns]
+    return [anchor_id(turn.observation if turn.anchor is None else turn.anchor) for turn in turns]
 
 
 def bonus_of(groups: list[Group], algo: AlgoSection) -> float:

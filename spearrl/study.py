@@ -207,6 +207,8 @@ def _learn(trainer: Trainer, step: int, groups: list[Group]) -> tuple[Spent, dic
     metrics = trainer.learn(step, groups, clock)
     seconds, cpu_seconds = _since(start, device)
     laps = clock.metrics()
+    wins = [t.success for g in groups for t in g.valid]
+    trainer.observe({**metrics, **({"rollout/success": sum(wins) / len(wins)} if wins else {})})
     return Spent(seconds, cpu_seconds, laps.get("time/prepare", 0.0), laps.get("time/update", 0.0)), metrics
 
 
@@ -214,7 +216,7 @@ def _count(config: RunConfig, recorded: Sequence[list[Group]]) -> list[int]:
     """FLOPs of learning from each step's episodes: the same work once more, from the same weights."""
     trainer = Trainer(config)
     try:
-        return [count_flops(partial(trainer.learn, step, groups, Clock())) for step, groups in enumerate(recorded, start=1)]
+        return [count_flops(partial(_learn, trainer, step, groups)) for step, groups in enumerate(recorded, start=1)]
     finally:
         trainer.close()
 

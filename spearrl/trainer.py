@@ -19,12 +19,14 @@ from spearrl.curriculum import Curriculum
 from spearrl.envs import Environment
 from spearrl.evaluation import EvalResult, choose_panel, run_panel, some_tasks
 from spearrl.health import Health
-from spearrl.metrics import Clock, bonus_of, rollout_metrics, sampler_gap
+from spearrl.metrics import Clock, bonus_of, first_fault, rollout_metrics, sampler_gap, states_met
 from spearrl.models import load_model, load_tokenizer, save_weights
 from spearrl.run import Run
 from spearrl.seeds import derive
 from spearrl.tasks import tasks_of_step
 from spearrl.types import Group
+
+COUNTERS = ("step", "policy_version", "groups_played")
 
 
 def _silent(kind: str, values: dict[str, Any]) -> None:
@@ -46,6 +48,8 @@ class Trainer:
         self._report = report
         self.step = 0
         self.policy_version = 0
+        self.groups_played = 0  # numbers groups and trajectories, so that no two of a run are the same
+        self.states_met: list[int] = []
         self.objectives = algorithm.objectives(config.algo)
         algorithm.check_advantage(config.algo)
         environment = make_environment(config)
@@ -112,6 +116,7 @@ class Trainer:
         if self.config.run.trajectories_every and step % self.config.run.trajectories_every == 0:
             self.run.trajectories(step, groups)
         metrics = {**played, **self.learn(step, groups, clock), **clock.metrics(played["rollout/tokens"])}
+        self.observe(metrics)
         for alarm in self.health.observe(step, metrics):
             self._log("warning", {"flag": alarm.flag, "text": f"step {step}: {alarm.text}"})
         return metrics
@@ -126,8 +131,9 @@ class Trainer:
 
         def play_round(number: int) -> list[Group]:
             seed = derive(config.run.seed, "dynamic", number) if number else config.run.seed
-            tasks, first = tasks_of_step(self.tasks, step, count, seed), (step * rounds + number) * count
-            groups = collector.collect(tasks, rollout.group_size, run_seed=seed, step=step, first_group_id=first)
+            tasks = tasks_of_step(self.tasks, step, count, seed)
+            groups = collector.collect(tasks, rollout.group_size, run_seed=seed, step=step, first_group_id=self.groups_played)
+            self.groups_played += len(groups)
             played.extend(groups)
             for name in seconds:
                 seconds[name] += collector.measures[f"{name.removeprefix('time/')}_seconds"]
@@ -135,6 +141,7 @@ class Trainer:
 
         groups, sampling = algorithm.play_rounds(play_round, wanted=count, rounds=rounds)
         metrics = rollout_metrics(played, algorithm.trainable(played, rollout.group_size))
+        self.states_met = states_met(played) if self.curriculum.needs_anchors else []
         return groups, {**metrics, **seconds, **(sampling if dynamic.enabled else {})}
 
     def learn(self, step: int, groups: list[Group], clock: Clock) -> dict[str, float]:
@@ -146,9 +153,7 @@ class Trainer:
         size, limit = config.rollout.group_size, config.rollout.max_reply_tokens
         kept = algorithm.trainable(groups, size)
         if not any(t.turns for g in kept for t in g.trajectories):
-            faults = [t.error.strip().splitlines()[-1] for g in groups for t in g.trajectories if t.error]
-            cause = f" (first fault: {faults[0]})" if faults else ""
-            self._log("warning", {"text": f"step {step}: no group has two sound siblings; nothing was trained{cause}"})
+            self._log("warning", {"text": f"step {step}: no group has two sound siblings; nothing was trained{first_fault(groups)}"})
             return metrics
 
         seed = derive(config.run.seed, "shape", step)
@@ -163,11 +168,12 @@ class Trainer:
         self.memory.remember(step, kept, shaped, credit, on_policy.old_logprobs)
         self.policy_version += 1
         self.parts.engine.publish(self.policy_version)
-        wins = [t.success for g in groups for t in g.valid]
-        entropy, anchors = result.metrics.get("policy/entropy"), shaped.rows.turns.anchor_ids
-        self.curriculum.observe(success=sum(wins) / len(wins), entropy=entropy, anchors=anchors.tolist())
         metrics |= {"replay/rows": float(len(replay.rows)) if replay is not None else 0.0, "policy/skipped": float(result.skipped)}
         return {**metrics, **shaped.metrics, **sampler_gap(on_policy), **result.metrics, **self.memory.metrics()}
+
+    def observe(self, metrics: dict[str, float]) -> None:
+        """What a step was like: adaptive γ and μ of the next one follow it."""
+        self.curriculum.observe(success=metrics.get("rollout/success"), entropy=metrics.get("policy/entropy"), anchors=self.states_met or None)
 
     def _on_policy(self, shaped: Shaped) -> tuple[Batch, algorithm.Credit]:
         """The step's batch: log-probabilities before the update, what the algorithm needs beside them, and advantages."""
@@ -188,18 +194,8 @@ class Trainer:
         if self.config.algo.intrinsic.in_evaluation:
             flat["reward_with_bonus"] = result.reward + self.curriculum.mu(max(1, self.step)) * bonus_of(groups, self.config.algo)
         flat |= {f"success {name}": rate.rate for name, rate in result.strata.items()}
-        self._log(
-            "eval",
-            {
-                **flat,
-                "turns": result.turns,
-                "tasks": result.success.tasks,
-                "errors": result.errors,
-                **result.notes,
-                "panel": result.panel,
-                "seconds": time.monotonic() - start,
-            },
-        )
+        told = {"turns": result.turns, "tasks": result.success.tasks, "errors": result.errors, **result.notes, "panel": result.panel}
+        self._log("eval", {**flat, **told, "seconds": time.monotonic() - start})
         return result
 
     def save(self) -> Path:
@@ -224,11 +220,13 @@ class Trainer:
         self.parts.learner.save(folder)
         self.parts.tokenizer.save_pretrained(folder)
         state = {name: part.state_dict() for name, part in self._stateful().items()}
-        save_state(folder, "state", {"step": self.step, "policy_version": self.policy_version, **state})
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        save_state(folder, "state", {**counters, **state})
 
     def _load(self, checkpoint: Path) -> None:
         state = load_state(checkpoint, "state")
-        self.step, self.policy_version = state["step"], state["policy_version"]
+        for name in COUNTERS:
+            setattr(self, name, state[name])
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
         self.parts.learner.load(checkpoint)

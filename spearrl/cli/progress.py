@@ -74,8 +74,8 @@ class Progress:
         left = (now - self._first) / (v["step"] - self._first_step) * (v["steps"] - v["step"])
         cells = (
             f"{v['step']}/{v['steps']}",
-            f"{100 * v['rollout/success']:.0f}%",
-            f"{v['rollout/reward']:.2f}",
+            f"{100 * v.get('rollout/success', 0.0):.0f}%",
+            f"{v.get('rollout/reward', 0.0):.2f}",
             f"{v['rollout/turns']:.1f}",
             f"{v['rollout/reply_tokens']:.1f}",
             f"{v.get('policy/entropy', 0.0):.3f}",

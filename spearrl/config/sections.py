@@ -85,7 +85,7 @@ class EnvSection(Section):
 class RolloutSection(Section):
     engine: Literal["local"] = Field("local", description="Engine that samples replies.")
     groups_per_step: int = Field(8, ge=1, description="Tasks played per step.")
-    group_size: int = Field(8, ge=1, description="Episodes per task (siblings of a group).")
+    group_size: int = Field(8, ge=1, le=4096, description="Episodes per task (siblings of a group).")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; log-probabilities are taken at it, by engine and learner.")
     max_reply_tokens: int = Field(512, ge=1, description="Tokens a single reply may have.")
     max_response_tokens: int = Field(0, ge=0, description="Reply tokens an episode may have in all; 0: no limit. At the limit the episode ends as overlong.")
