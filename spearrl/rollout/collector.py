@@ -19,6 +19,7 @@ from spearrl.rollout.engine import Engine, Request, Sampling
 from spearrl.seeds import derive
 from spearrl.types import Action, Group, Message, Observation, Outcome, Reply, Status, Task, Trajectory, Turn
 
+MAX_SIBLINGS = 4096  # trajectory id = group id * this + sibling
 ATTEMPTS = 2  # a faulty episode is played once more with the same seeds
 T = TypeVar("T")
 
@@ -98,7 +99,7 @@ class Collector:
     async def _collect(self, tasks: Sequence[Task], group_size: int, seed: tuple[int | str, ...], first_group_id: int) -> list[Group]:
         groups = [Group(first_group_id + place, task) for place, task in enumerate(tasks)]
         members = [(g, place, sibling) for place, g in enumerate(groups) for sibling in range(group_size)]
-        coroutines = [self._play(Trajectory(g.task, g.id, s, g.id * group_size + s), (*seed, place)) for g, place, s in members]
+        coroutines = [self._play(Trajectory(g.task, g.id, s, g.id * MAX_SIBLINGS + s), (*seed, place)) for g, place, s in members]
         played = await asyncio.gather(*coroutines)
         for (group, _, _), trajectory in zip(members, played, strict=True):
             group.trajectories.append(trajectory)
