@@ -3,13 +3,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format type bench clean
+.PHONY: demo test lint format type bench mutants clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    install, cold-start and train a shopping agent on this computer (about five minutes)"
 	@echo "make test    install what the tests need and run them"
 	@echo "make lint    style and types;  make format;  make bench  speed and memory;  make clean"
+	@echo "make mutants break self-imitation in some sixty ways, one at a time; the tests must notice each (nine minutes of CPU time)"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "spearrl needs Python 3.11 or newer, this is %s; fix: make PYTHON=python3.11 ..." % sys.version.split()[0])'
@@ -44,6 +45,9 @@ type: $(VENV)/dev.stamp
 bench: $(VENV)/core.stamp
 	$(BIN)/python -m benchmarks.webshop
 	$(BIN)/python -m benchmarks.logprobs
+
+mutants: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.mutants
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
