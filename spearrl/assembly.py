@@ -15,6 +15,7 @@ from spearrl import envs
 from spearrl.algorithm import needs_critic
 from spearrl.config import RunConfig
 from spearrl.envs import Environment
+from spearrl.envs.pool import Pool, open_pool
 from spearrl.errors import ConfigError
 from spearrl.evaluation import EvalResult, choose_panel, run_panel, some_tasks
 from spearrl.learner import LocalLearner, ValueHead
@@ -90,6 +91,7 @@ def assemble(
     encoder.verify()
     settings = config.rollout
     engine = LocalEngine(model, slots=settings.slots, cache_mib=settings.cache_mib, context_tokens=settings.context_tokens, device=device)
+    pool = _pool(config, environment)
     critic = _critic(model, config) if needs_critic(config.algo) else None
     learner = LocalLearner(
         model,
@@ -107,8 +109,8 @@ def assemble(
         encoder,
         engine,
         learner,
-        _collector(config, engine, encoder, environment, sampling=(settings.temperature, 1.0)),
-        _collector(config, engine, encoder, environment, sampling=(config.eval.temperature, config.eval.top_p)),
+        _collector(config, engine, encoder, pool, sampling=(settings.temperature, 1.0)),
+        _collector(config, engine, encoder, pool, sampling=(config.eval.temperature, config.eval.top_p)),
     )
 
 
@@ -186,8 +188,20 @@ def _transcripts(config: RunConfig, environment: Environment) -> list[Transcript
     )
 
 
-def _collector(config: RunConfig, engine: Engine, encoder: ChatEncoder, environment: Environment, *, sampling: tuple[float, float]) -> Collector:
+def _pool(config: RunConfig, environment: Environment) -> Pool:
     settings = config.rollout
+    return open_pool(
+        environment,
+        style=config.env.style,
+        workers=settings.env_workers,
+        deadline_s=settings.env_deadline_s,
+        restarts=settings.env_restarts,
+        deterministic=config.run.deterministic,
+    )
+
+
+def _collector(config: RunConfig, engine: Engine, encoder: ChatEncoder, pool: Pool, *, sampling: tuple[float, float]) -> Collector:
+    settings, environment = config.rollout, pool.environment
     return Collector(
         engine,
         encoder,
@@ -199,4 +213,5 @@ def _collector(config: RunConfig, engine: Engine, encoder: ChatEncoder, environm
         context_tokens=settings.context_tokens,
         temperature=sampling[0],
         top_p=sampling[1],
+        pool=pool,
     )

@@ -100,9 +100,9 @@ def _turns(transcript: Transcript, encoder: ChatEncoder, style: str) -> list[Tur
     conversation: list[Any] = []
     for step in transcript.steps:
         if style == "windowed" or not turns:
-            prompt = encoder.start(step.messages)
+            prompt = encoder.start(step.messages, transcript.tools)
         elif encoder.rewrites_history:
-            prompt = encoder.start([*conversation, *step.messages])
+            prompt = encoder.start([*conversation, *step.messages], transcript.tools)
         else:
             prompt = encoder.extend(turns[-1].prompt_ids, turns[-1].token_ids, step.messages)
         reply = encoder.reply_ids(step.reply)

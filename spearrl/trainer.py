@@ -127,7 +127,7 @@ class Trainer:
         dynamic = config.algo.dynamic
         rounds, count = (dynamic.rounds if dynamic.enabled else 1), rollout.groups_per_step
         played: list[Group] = []
-        seconds = {"time/engine": 0.0, "time/env": 0.0}
+        measured = {"engine_seconds": 0.0, "env_seconds": 0.0, "env/restarts": 0.0, "env/deadline": 0.0}
 
         def play_round(number: int) -> list[Group]:
             seed = derive(config.run.seed, "dynamic", number) if number else config.run.seed
@@ -135,14 +135,15 @@ class Trainer:
             groups = collector.collect(tasks, rollout.group_size, run_seed=seed, step=step, first_group_id=self.groups_played)
             self.groups_played += len(groups)
             played.extend(groups)
-            for name in seconds:
-                seconds[name] += collector.measures[f"{name.removeprefix('time/')}_seconds"]
+            for name in measured:
+                measured[name] += collector.measures.get(name, 0.0)
             return groups
 
         groups, sampling = algorithm.play_rounds(play_round, wanted=count, rounds=rounds)
         metrics = rollout_metrics(played, algorithm.trainable(played, rollout.group_size))
         self.states_met = states_met(played) if self.curriculum.needs_anchors else []
-        return groups, {**metrics, **seconds, **(sampling if dynamic.enabled else {})}
+        metrics |= {"time/engine": measured.pop("engine_seconds"), "time/env": measured.pop("env_seconds"), **measured}
+        return groups, {**metrics, **(sampling if dynamic.enabled else {})}
 
     def learn(self, step: int, groups: list[Group], clock: Clock) -> dict[str, float]:
         """Rows, shaping, advantages, update, buffers, publish; the step's metrics."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from spearrl.envs import Environment
 from spearrl.errors import ConfigError
@@ -26,6 +27,7 @@ class Transcript:
     """One episode of the scripted expert."""
 
     task: Task
+    tools: list[dict[str, Any]] = field(default_factory=list)  # function schemas for the chat template
     steps: list[Step] = field(default_factory=list)
     reward: float = 0.0
     success: bool = False
@@ -61,6 +63,7 @@ def texts(transcripts: Sequence[Transcript]) -> Iterator[str]:
 def _episode(slot: Environment, task: Task, recovery: float, style: str, seed: int) -> Transcript:
     transcript, draw = Transcript(task), random.Random(derive(seed, "recovery"))
     observation = slot.reset(task, seed)
+    transcript.tools = slot.tools()
     history: list[tuple[Observation, Action]] = []
     for turn in range(slot.max_turns):
         wanted = slot.expert()

@@ -252,10 +252,10 @@ def cispo_token(x, old, advantage, *, clip_low, clip_high) -> Number:
 
 
 def kl_cov_token(x, old, advantage, penalised: bool, *, kl_coef) -> Number:
-    """Not clipped; clamped as every ratio here."""
+    """Neither clipped nor clamped."""
     difference = x - old
     size = difference if frozen(difference) >= 0 else -difference
-    return -advantage * cmath.exp(clip(difference, -LIMIT, LIMIT)) + (kl_coef * size if penalised else 0.0)
+    return -advantage * cmath.exp(difference) + (kl_coef * size if penalised else 0.0)
 
 
 def kl_token(x: Number, ref: float, estimator: str) -> Number:

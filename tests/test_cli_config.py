@@ -67,7 +67,7 @@ def test_the_examples_in_help_resolve(tmp_path, monkeypatch):
 
 def test_unknown_verbs_and_options_suggest(capsys):
     assert main(["trian"]) == 2 and "did you mean spearrl train?" in capsys.readouterr().err
-    assert main(["zzz"]) == 2 and "fix: use one of: train" in capsys.readouterr().err
+    assert main(["zzz"]) == 2 and "fix: use one of: init, " in capsys.readouterr().err
     assert main(["train", "--modle", "x"]) == 2 and "did you mean --model?" in capsys.readouterr().err
     assert main(["config"]) == 2 and "fix:" in capsys.readouterr().err
     assert main(["config", "shwo"]) == 2 and "shwo" in capsys.readouterr().err

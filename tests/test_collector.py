@@ -132,7 +132,7 @@ def test_a_turn_keeps_everything_the_rest_needs():
     assert second.prompt_ids == encoder.extend(first.prompt_ids, first.token_ids, [Message("user", "two")])
     assert (first.reply, first.observation, first.anchor, first.action.text) == ("say one", "show t0", ("start", "t0"), "say one")
     assert (first.finish_reason, first.logprobs, first.min_version, first.max_version) == ("stop", (-1.0,) * len(first.token_ids), 7, 7)
-    assert (episode.group, episode.sibling, episode.id, episode.rewrites) == (40, 0, 40, 0)
+    assert (episode.group, episode.sibling, episode.id, episode.rewrites) == (40, 0, 40 * 4096, 0)
 
 
 def test_turn_limit_is_a_normal_episode():
@@ -258,7 +258,7 @@ def test_ids_seeds_and_pooled_slots():
     collector = collector_of(engine, script, max_turns=2)
     groups = play(collector, count=3, size=4, first=30, step=10)
     assert [g.id for g in groups] == [30, 31, 32] and [g.task.id for g in groups] == ["t0", "t1", "t2"]
-    assert [[t.id for t in g.trajectories] for g in groups] == [[120 + i for i in range(4)], [124 + i for i in range(4)], [128 + i for i in range(4)]]
+    assert [[t.id for t in g.trajectories] for g in groups] == [[number * 4096 + i for i in range(4)] for number in (30, 31, 32)]
     by_task = {task: {seed for t, seed in script.resets if t == task} for task in ("t0", "t1", "t2")}
     assert all(len(seeds) == 1 for seeds in by_task.values()) and len(set.union(*by_task.values())) == 3
     seeds = [r.sampling.seed for r in engine.requests]

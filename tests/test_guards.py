@@ -227,7 +227,7 @@ def test_errors_as_they_really_occur(model, tmp_path):
     refused = []
 
     def prepare(trainer):
-        fail_requests(trainer, lambda group, sibling, turn: (group, sibling) == (0, 0) and not refused.append(turn))
+        fail_requests(trainer, lambda group, sibling, turn: trainer.step == 1 and (group, sibling) == (0, 0) and not refused.append(turn))
 
     trainer = run(from_model(model, tmp_path, "env.options.broken=3", "run.steps=6", algo="grpo+sil"), prepare)
     assert_sound(trainer)

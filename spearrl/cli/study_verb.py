@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from spearrl.config import RunConfig
     from spearrl.study import Cost
 
-HELP = "what an algorithm costs beside another, measured: both learn from the same rollouts"
+HELP = "what an algorithm costs beside another, measured"
 EXAMPLES = """examples:
   spearrl study cost --preset tiny --algo grpo+spear --against grpo
   spearrl study cost run.toml --steps 40 run.threads=1 --json

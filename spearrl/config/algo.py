@@ -112,7 +112,7 @@ class SilSection(Section):
     update: Literal["alternating", "joint"] = Field(
         "alternating", description="Replay in optimiser steps of its own, or in one objective with the on-policy batch."
     )
-    reward_scale: float = Field(1.0, gt=0, description="Recalibrated advantages are divided by this (10: rewards of 0/10 become 0/1); GiGPO's kept step part is not.")
+    reward_scale: float = Field(1.0, gt=0, description="Recalibrated advantages are divided by this (10: rewards of 0/10 become 0/1); a kept step part is not.")
     keep_step_part: bool = Field(True, description="GiGPO: add the step part of a turn's own time to its recalibrated advantage.")
     require_tool_call: bool = Field(False, description="Store only trajectories with a tool call.")
     min_wins: int = Field(1, ge=1, description="A task's wins are stored once it was won this often in the run, so that a lucky win is not imitated.")

@@ -1,5 +1,6 @@
-"""Environments: the interface, and the built-in ones by name."""
+"""Environments: the interface, tools as environments, and the built-in ones by name."""
 
-from spearrl.envs.base import Environment, load, make, option_errors
+from spearrl.envs.base import Environment, import_path, load, make, option_errors
+from spearrl.envs.tool import Done, ToolEnvironment, call, tool
 
-__all__ = ["Environment", "load", "make", "option_errors"]
+__all__ = ["Done", "Environment", "ToolEnvironment", "call", "import_path", "load", "make", "option_errors", "tool"]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from spearrl.errors import ConfigError
+from spearrl.errors import ConfigError, SpearError
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task, Text
 
 BUILTIN = {
+    "alfworld": "spearrl.envs.alfworld:ALFWorld",
     "webshop": "spearrl.envs.webshop:WebShop",
 }
 
@@ -25,7 +28,7 @@ class Environment:
     """
 
     max_turns: int = 10
-    execution: ClassVar[str] = "inline"  # where step() runs: "inline" on the loop, or "thread"
+    execution: str = "inline"  # where step() runs: "inline" on the event loop, "thread" (it waits for something), "process" (it may hang or crash)
 
     expert_noise: float = 0.0  # how imperfect expert() is: 0 perfect, 1 random; set per slot by the cold start
 
@@ -91,7 +94,7 @@ class Environment:
 
 
 def load(name_or_import_path: str) -> type[Environment]:
-    """The class behind a built-in name or "my_pkg.mod:Class". Raises ConfigError."""
+    """The class behind a built-in name or "my_pkg.mod:Class"; modules below the current directory are found too. Raises ConfigError."""
     path = BUILTIN.get(name_or_import_path, name_or_import_path)
     module_name, separator, attribute = path.partition(":")
     if not separator:
@@ -100,13 +103,17 @@ def load(name_or_import_path: str) -> type[Environment]:
             f"environment {name_or_import_path!r} is not built in (built in: {known})",
             hint='use a built-in name, or the import path "my_pkg.my_module:MyEnvironment" of your own class',
         )
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"environment {path!r} cannot be imported: {error}",
-            hint="check the spelling, and that the package is installed or its folder is on PYTHONPATH",
-        ) from error
+    except SpearError:
+        raise
+    except Exception as error:  # whatever the module does when it is imported
+        missing = isinstance(error, ImportError | AttributeError)
+        hint = "check the spelling; run in the folder that holds the package, or install it, or put its folder on PYTHONPATH"
+        reason = f"{error}" if missing else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"environment {path!r} cannot be imported: {reason}", hint=hint if missing else "mend the module") from error
     if not (isinstance(found, type) and issubclass(found, Environment)):
         raise ConfigError(f"{path!r} is not a subclass of spearrl.envs.Environment", hint="subclass Environment")
     return found
@@ -115,6 +122,15 @@ def load(name_or_import_path: str) -> type[Environment]:
 def make(name_or_import_path: str, **options: Any) -> Environment:
     """Build an environment from its name or import path; raises ConfigError for unknown options."""
     return load(name_or_import_path)(**options)
+
+
+def import_path(cls: type[Environment]) -> str:
+    """The "my_pkg.mod:Class" by which another process finds a class. Raises ConfigError where there is none."""
+    module, name = cls.__module__, cls.__qualname__
+    if module == "__main__" or "." in name or getattr(sys.modules.get(module), name, None) is not cls:
+        where = f"class {name} in module {module}"
+        raise ConfigError("another process cannot import this environment", where=where, hint="move the class to the top level of a module of its own")
+    return f"{module}:{name}"
 
 
 def option_errors(cls: type[Environment], options: Mapping[str, Any]) -> list[tuple[str, str, str]]:

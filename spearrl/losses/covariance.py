@@ -7,7 +7,9 @@ from torch import Tensor
 
 from spearrl.errors import ContractError
 from spearrl.losses.aggregate import reduced
-from spearrl.losses.policy import MAX_LOG_RATIO, clipped_policy_loss, clipped_tokens
+from spearrl.losses.policy import clipped_policy_loss, clipped_tokens
+
+FLOAT32_LOG_LIMIT = 80.0  # KL-Cov's ratio is not clipped (the golden values hold that beyond ±20); this only keeps it finite in float32
 
 
 @torch.no_grad()
@@ -127,7 +129,7 @@ def kl_cov_loss(
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     if selected is None:
         selected = kl_cov_selection(logprobs, advantages, mask, ratio=ratio)
-    loss = -advantages * log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() + torch.where(selected, kl_coef * log_ratio.abs(), 0.0)
+    loss = -advantages * log_ratio.clamp(-FLOAT32_LOG_LIMIT, FLOAT32_LOG_LIMIT).exp() + torch.where(selected, kl_coef * log_ratio.abs(), 0.0)
     metrics = {"penalised_fraction": selected, "approx_kl": -log_ratio, "abs_log_ratio": log_ratio.abs()}
     return reduced(loss, mask, metrics, drop=drop, aggregation=aggregation, horizon=horizon, denominator=denominator)
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import numbers
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from spearrl.envs import Environment
-from spearrl.errors import ConfigError, ContractError, EngineError
+from spearrl.envs.pool import Place, Pool, SlotLost, open_pool
+from spearrl.errors import ConfigError, ContractError, EngineError, EnvironmentFault, WorkerError
 from spearrl.rollout.chat import ChatEncoder
 from spearrl.rollout.engine import Engine, Request, Sampling
 from spearrl.seeds import derive
-from spearrl.types import Action, Group, Message, Observation, Outcome, Reply, Status, Task, Trajectory, Turn
+from spearrl.types import Group, Message, Observation, Reply, Status, Task, Trajectory, Turn
 
 MAX_SIBLINGS = 4096  # trajectory id = group id * this + sibling
 ATTEMPTS = 2  # a faulty episode is played once more with the same seeds
@@ -29,11 +28,11 @@ class _Episode:
     """The running state of one episode."""
 
     trajectory: Trajectory
-    slot: Environment
-    seed: int
+    place: Place
     sampling_seed: tuple[int | str, ...]
     observation: Observation
-    history: list[tuple[Observation, Action]] = field(default_factory=list)
+    messages: list[Message]  # of the next prompt, as the environment gives them
+    tools: list[dict[str, Any]]
     conversation: list[Message] = field(default_factory=list)
     said: int = 0  # reply tokens so far
 
@@ -45,8 +44,10 @@ class Collector:
         style: "chat" (one growing conversation) or "windowed" (a fresh prompt every turn).
         max_response_tokens: reply tokens of an episode; 0: no limit.
         context_tokens: prompt plus reply tokens of one request.
+        pool: where the environment steps (two collectors may share one); none: a pool of its own with default limits.
     Raises:
-        ConfigError: style "windowed" with an environment that offers no windowed prompts (at the first episode).
+        ConfigError: the environment's `execution` is not known; style "windowed" with an environment that offers no windowed prompts, or
+            function schemas with a chat template that does not show them (at the first episode).
     """
 
     def __init__(
@@ -62,16 +63,15 @@ class Collector:
         context_tokens: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        pool: Pool | None = None,
     ):
         self.engine, self.encoder, self.environment = engine, encoder, environment
         self.style, self.max_turns = style, max_turns
         self.max_reply_tokens, self.max_response_tokens, self.context_tokens = max_reply_tokens, max_response_tokens, context_tokens
         self.temperature, self.top_p = temperature, top_p
-        self.measures: dict[str, float] = {}  # of the last collect(): seconds, env_seconds, engine_seconds, sampled/prefilled/cached tokens
-        self._slots: list[Environment] = []
-        self._threads = ThreadPoolExecutor(32, "env") if environment.execution == "thread" else None
-        if environment.execution not in ("inline", "thread"):
-            raise ConfigError(f"execution={environment.execution!r} is not known", where=type(environment).__name__, hint='use "inline" or "thread"')
+        self.measures: dict[str, float] = {}  # of the last collect(): seconds, env_seconds, engine_seconds, sampled/prefilled/cached tokens, env/…
+        self.pool = pool or open_pool(environment, style=style)
+        self._shown_tools = False  # whether the template was seen to show function schemas
 
     def collect(self, tasks: Sequence[Task], group_size: int, *, run_seed: int, step: int, first_group_id: int, purpose: str = "rollout") -> list[Group]:
         """Play each task `group_size` times. Every random draw derives from (run_seed, step, group, sibling, turn).
@@ -80,21 +80,22 @@ class Collector:
 
         Raises:
             ContractError: the environment paid a reward that is not a finite number.
+            WorkerError: environment workers had to be replaced more often than allowed.
         """
+        budget = self.pool.budget
+        budget.refill()
+        before = (budget.restarts, budget.deadlines)
         start, busy = time.monotonic(), self.engine.counters.get("seconds", 0.0)
         self.measures = dict.fromkeys(("env_seconds", "sampled_tokens", "prefilled_tokens", "cached_tokens"), 0.0)
         groups = _run(self._collect(tasks, group_size, (purpose, run_seed, step), first_group_id))
         self.measures["seconds"] = time.monotonic() - start
         self.measures["engine_seconds"] = self.engine.counters.get("seconds", 0.0) - busy
+        self.measures |= {"env/restarts": float(budget.restarts - before[0]), "env/deadline": float(budget.deadlines - before[1])}
         return groups
 
     def close(self) -> None:
-        """Close every environment slot."""
-        for slot in self._slots:
-            slot.close()
-        self._slots.clear()
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+        """Close every environment slot, and end what steps them."""
+        self.pool.close()
 
     async def _collect(self, tasks: Sequence[Task], group_size: int, seed: tuple[int | str, ...], first_group_id: int) -> list[Group]:
         groups = [Group(first_group_id + place, task) for place, task in enumerate(tasks)]
@@ -106,31 +107,44 @@ class Collector:
         return groups
 
     async def _play(self, trajectory: Trajectory, seed: tuple[int | str, ...]) -> Trajectory:
-        for _ in range(ATTEMPTS):
+        faults = 0
+        while True:
             trajectory = Trajectory(trajectory.task, trajectory.group, trajectory.sibling, trajectory.id)
-            slot: Environment | None = None
             try:
-                slot = self._slots.pop() if self._slots else self.environment.spawn()
-                await self._episode(trajectory, slot, seed)
+                await self._attempt(trajectory, seed)
+            except SlotLost:  # its worker fell to another episode; the pool's budget bounds how often
+                continue
             except EngineError:
                 trajectory.status, trajectory.error = Status.ENGINE_ERROR, traceback.format_exc()
-            except (ContractError, ConfigError):
-                self._discard(slot)
+            except EnvironmentFault:
+                trajectory.status, trajectory.error = Status.ENV_ERROR, traceback.format_exc()
+            except (ContractError, ConfigError, WorkerError):
                 raise
             except Exception:  # whatever an environment raises costs its own episode only
                 trajectory.status, trajectory.error = Status.ENV_ERROR, traceback.format_exc()
-                self._discard(slot)
-                continue
-            if slot is not None:
-                self._slots.append(slot)
-            if not trajectory.status.is_error:
-                break
-        return trajectory
+            faults += trajectory.status.is_error
+            if not trajectory.status.is_error or faults == ATTEMPTS:
+                return trajectory
 
-    async def _episode(self, trajectory: Trajectory, slot: Environment, seed: tuple[int | str, ...]) -> None:
-        reset_seed = derive("env", *seed)
-        observation = await self._in_env(lambda: slot.reset(trajectory.task, reset_seed))
-        episode = _Episode(trajectory, slot, reset_seed, (*seed, trajectory.sibling), observation)
+    async def _attempt(self, trajectory: Trajectory, seed: tuple[int | str, ...]) -> None:
+        """Play the episode in a slot of the pool; a slot whose environment failed, or that was left in the middle of a call, is not used again."""
+        place = self.pool.take()
+        sound = False
+        try:
+            await self._episode(trajectory, place, seed)
+            sound = True
+        except EngineError:
+            sound = True
+            raise
+        finally:
+            if sound:
+                self.pool.give(place)
+            else:
+                self._discard(place)
+
+    async def _episode(self, trajectory: Trajectory, place: Place, seed: tuple[int | str, ...]) -> None:
+        shown = await self._timed(self.pool.start(place, trajectory.task, derive("env", *seed)))
+        episode = _Episode(trajectory, place, (*seed, trajectory.sibling), shown.observation, shown.messages, shown.tools)
         trajectory.status = Status.TURN_LIMIT
         for number in range(self.max_turns):
             ended = await self._turn(episode, number)
@@ -141,7 +155,7 @@ class Collector:
     async def _turn(self, episode: _Episode, number: int) -> Status | None:
         """One prompt, reply and step; the status where the episode ended."""
         trajectory, observation = episode.trajectory, episode.observation
-        prompt = self._prompt(episode, number)
+        prompt = self._prompt(episode)
         room = self.context_tokens - len(prompt)
         left = self.max_response_tokens - episode.said if self.max_response_tokens else room
         if room < 1:
@@ -162,69 +176,58 @@ class Collector:
         self.measures["prefilled_tokens"] += len(prompt) - completion.cached_tokens
         text = self.encoder.decode(completion.token_ids)
         reply = Reply(text, completion.token_ids, completion.finish_reason)
-        action, outcome = await self._in_env(lambda: _act(episode.slot, reply))
+        played = await self._timed(self.pool.act(episode.place, reply, number + 1 == self.max_turns))
+        outcome = played.outcome
         episode.said += len(completion.token_ids)
-        turn = Turn(prompt, completion.token_ids, completion.logprobs, completion.finish_reason, text, observation.text, observation.anchor, action)
+        turn = Turn(prompt, completion.token_ids, completion.logprobs, completion.finish_reason, text, observation.text, observation.anchor, played.action)
         turn.min_version, turn.max_version, turn.images = completion.min_version, completion.max_version, observation.images
         trajectory.turns.append(turn)
-        self._check(outcome, episode, number)
         turn.reward = float(outcome.reward)
         trajectory.info = dict(outcome.info)
         trajectory.faults += bool(outcome.info.get("fault"))
-        episode.history.append((observation, action))
         episode.conversation.append(self.encoder.reply_message(text))
-        episode.observation = outcome.observation
+        episode.observation, episode.messages = outcome.observation, played.messages
         if outcome.terminated:
             return Status.SUCCESS if outcome.info.get("success") else Status.FAILURE
         return Status.TURN_LIMIT if outcome.truncated else None
 
-    def _prompt(self, episode: _Episode, number: int) -> tuple[int, ...]:
-        slot, turns = episode.slot, episode.trajectory.turns
+    def _prompt(self, episode: _Episode) -> tuple[int, ...]:
+        turns, new = episode.trajectory.turns, episode.messages
         if self.style == "windowed":
-            messages = slot.window(episode.history, episode.observation, episode.trajectory.task)
-            if messages is None:
-                raise ConfigError(f"{type(slot).__name__} offers no windowed prompts", where="env.style", hint='use env.style="chat"')
-            return self.encoder.start(messages, slot.tools())
-        new = slot.messages(episode.observation, number)
+            return self._start(new, episode.tools)
         episode.conversation.extend(new)
         if not turns:
-            return self.encoder.start(new, slot.tools())
+            return self._start(new, episode.tools)
         if self.encoder.rewrites_history:
-            prompt = self.encoder.start(episode.conversation, slot.tools())
+            prompt = self._start(episode.conversation, episode.tools)
             known = turns[-1].prompt_ids + turns[-1].token_ids
             episode.trajectory.rewrites += prompt[: len(known)] != known
             return prompt
         return self.encoder.extend(turns[-1].prompt_ids, turns[-1].token_ids, new)
 
-    async def _in_env(self, call: Callable[[], T]) -> T:
+    def _start(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+        """A whole conversation's ids. A template that leaves the function schemas out would have the policy guess them."""
+        prompt = self.encoder.start(messages, tools)
+        if tools and not self._shown_tools:
+            if prompt == self.encoder.start(messages):
+                hint = 'use env.options.describe="prompt" (a ToolEnvironment then says itself what its tools are), or a model whose template shows tools'
+                raise ConfigError("the chat template does not show the environment's tools", where="model.path", hint=hint)
+            self._shown_tools = True
+        return prompt
+
+    async def _timed(self, call: Awaitable[T]) -> T:
         start = time.perf_counter()
         try:
-            if self._threads is None:
-                return call()
-            return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+            return await call
         finally:
             self.measures["env_seconds"] += time.perf_counter() - start
 
-    def _check(self, outcome: Outcome, episode: _Episode, number: int) -> None:
-        where = f"{type(episode.slot).__name__}, task {episode.trajectory.task.id}, seed {episode.seed}, turn {number}"
-        if not isinstance(outcome, Outcome):
-            raise ContractError(f"step() returned {type(outcome).__name__}, expected Outcome", where=where, hint="return spearrl.types.Outcome")
-        if not isinstance(outcome.reward, numbers.Real) or not math.isfinite(outcome.reward):
-            raise ContractError(f"reward {outcome.reward!r} is not a finite number", where=where, hint="step() must return a finite float")
-
-    @staticmethod
-    def _discard(slot: Environment | None) -> None:
+    def _discard(self, place: Place) -> None:
         """A slot that raised is not trusted again."""
         try:
-            if slot is not None:
-                slot.close()
+            self.pool.discard(place)
         except Exception:
             traceback.print_exc()
-
-
-def _act(slot: Environment, reply: Reply) -> tuple[Action, Outcome]:
-    action = slot.parse(reply)
-    return action, slot.step(action)
 
 
 def _run(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -1,0 +1,137 @@
+"""A scripted player that knows where everything is: what the cold start imitates. One number says how imperfect it is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+from spearrl.envs.alfworld.game import Act, Goal
+from spearrl.envs.alfworld.world import APPLIANCES, CHANGING, TREATMENTS, World
+
+APPLIANCE = {TREATMENTS[verb]: (kind, verb) for kind, verb in APPLIANCES.items()}  # state -> where and how it comes about
+Stop = tuple[int, str]  # a receptacle, and what to do there: take | put | use | clean | heat | cool
+Plan = tuple[int, int, list[Stop]]  # cost in actions, object, stops
+
+
+def plan(world: World, goal: Goal) -> Act | None:
+    """The next act of a shortest way to the goal (of two objects, one after the other); None where no way is left."""
+    game, held = world.game, world.held
+    found = min(_lamp_plans(world, goal) if goal.kind == "light" else _place_plans(world, goal), default=None)
+    if found is None:
+        return None
+    _, thing, stops = found
+    if held >= 0 and held != thing:
+        kind = game.object_types[held]
+        thing, stops = held, min(([(r, "put")] for r, types in enumerate(game.accepts) if kind in types), key=lambda way: _cost(world, way), default=[])
+    for r, verb in stops[:1]:
+        if game.place_of[r] != world.place:
+            return "go", r, -1
+        if verb in ("take", "put") and not world.reach(r):
+            return "open", r, -1
+        lamps = (o for o in world.contents[r] if game.object_types[o] == goal.lamp and "use" in game.able[o])
+        return verb, next(lamps) if verb == "use" else thing, r
+    return None
+
+
+def _place_plans(world: World, goal: Goal) -> Iterator[Plan]:
+    """Ways to bring one more object to a receptacle of the goal; of two objects, with the cheapest other one counted in."""
+    game = world.game
+    things = [o for o, kind in enumerate(game.object_types) if kind == goal.object and (not goal.state or goal.state in game.able[o])]
+    for target in (r for r, kind in enumerate(game.receptacle_types) if kind == goal.receptacle):
+        plans = [found for o in things for found in _carry(world, goal, o, target)]
+        if goal.kind == "place":
+            yield from plans
+            continue
+        cheapest = {thing: cost for cost, thing, _ in sorted(plans, reverse=True)}
+        there = [0] if any(o in world.contents[target] for o in things) else []
+        for cost, thing, stops in plans:
+            others = there or [other for o, other in cheapest.items() if o != thing]
+            if others:
+                yield cost + min(others), thing, stops
+
+
+def _carry(world: World, goal: Goal, o: int, target: int) -> Iterator[Plan]:
+    """Ways to bring object o to `target`, treated as the goal wants it."""
+    game, there = world.game, o in world.contents[target]
+    ready = not goal.state or o in world.is_in[goal.state]
+    if game.object_types[o] not in game.accepts[target] or (ready and there):
+        return
+    kind, verb = APPLIANCE.get(goal.state, ("", ""))
+    treatments: list[list[Stop]] = [[]] if ready else [[(r, verb)] for r, found in enumerate(game.receptacle_types) if found == kind]
+    for grip in _grips(world, o):
+        # some objects stand in two receptacles at once: taken from one, they are still in the other
+        place: list[Stop] = [] if there and grip != [(target, "take")] else [(target, "put")]
+        for treatment in treatments:
+            stops = [*grip, *treatment, *place]
+            yield _cost(world, stops), o, stops
+
+
+def _lamp_plans(world: World, goal: Goal) -> Iterator[Plan]:
+    """Ways to hold the goal's object at a lamp, and to switch it on."""
+    game = world.game
+    lamps = {r: o for r, things in enumerate(world.contents) for o in things if game.object_types[o] == goal.lamp and "use" in game.able[o]}
+    for o in (o for o, kind in enumerate(game.object_types) if kind == goal.object):
+        for grip in _grips(world, o):
+            for r in lamps:
+                yield _cost(world, [*grip, (r, "use")]), o, [*grip, (r, "use")]
+
+
+def _grips(world: World, o: int) -> Iterator[list[Stop]]:
+    """Where to take object o from; nowhere where it is held."""
+    if world.held == o:
+        yield []
+    elif "take" in world.game.able[o]:
+        yield from ([(r, "take")] for r, things in enumerate(world.contents) if o in things)
+
+
+def _cost(world: World, stops: list[Stop]) -> int:
+    """Actions that the stops take."""
+    place, opened, cost = world.place, set(), 0
+    for r, verb in stops:
+        cost += 1 + (world.game.place_of[r] != place)
+        place = world.game.place_of[r]
+        if verb in ("take", "put") and r not in opened and not world.reach(r):
+            opened.add(r)
+            cost += 1
+    return cost
+
+
+class Expert:
+    """One episode's player. With noise n it slips at each turn with n: half of the slips play any command that changes something, half go to
+    a receptacle it has not been at and open it; and with n it forgets to clean, heat or cool until the object is in place."""
+
+    def __init__(self, world: World, draw: random.Random):
+        self._world, self._draw = world, draw
+        self._careless: bool | None = None
+        self._unseen = set(range(len(world.game.receptacles)))
+        self._searched = -1
+
+    def act(self, noise: float) -> str:
+        """The next command; any where nothing helps."""
+        world, draw = self._world, self._draw
+        if self._careless is None:
+            self._careless = draw.random() < noise
+        searched, self._searched = self._searched, -1
+        self._unseen -= set(world.game.at_place[world.place])
+        slip = draw.random()
+        if searched >= 0 and ("open", searched, -1) in world.options.values():
+            act: Act | None = ("open", searched, -1)
+        elif slip < noise / 2 or (slip < noise and not self._unseen):
+            return draw.choice(self._changing() or ["look"])
+        elif slip < noise:
+            self._searched = draw.choice(sorted(self._unseen))
+            act = ("go", self._searched, -1)
+        else:
+            act = self._next()
+        return next((command for command, possible in world.options.items() if possible == act), None) or draw.choice(self._changing() or ["look"])
+
+    def _changing(self) -> list[str]:
+        """The possible commands that change something."""
+        return sorted(command for command, act in self._world.options.items() if act[0] in CHANGING)
+
+    def _next(self) -> Act | None:
+        goal = self._world.game.goal
+        act = plan(self._world, replace(goal, state="")) if self._careless else None
+        self._careless = act is not None
+        return act or plan(self._world, goal)

@@ -1,0 +1,159 @@
+"""A game compiled from the facts of its PDDL problem: everything about it that no action changes, and how it starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spearrl.errors import ConfigError
+
+Facts = Mapping[str, Iterable[Any]]  # predicate -> the arguments it holds for
+Act = tuple[str, int, int]  # verb, receptacle or object, the other one (-1: none)
+
+FACT = re.compile(r"\((\w+) ([^()]*)\)")
+GOAL_TYPE = re.compile(r"\((objectType|receptacleType) \?\w+ (\w+)\)")
+STATES = {"isClean": "clean", "isHot": "hot", "isCool": "cool"}
+LAMPS = ("DeskLampType", "FloorLampType")
+KNIVES = ("KnifeType", "ButterKnifeType")
+FLAGS = {
+    "cleanable": "clean", "heatable": "hot", "coolable": "cool", "pickupable": "take",
+    "sliceable": "slice", "toggleable": "use", "isReceptacleObject": "box",
+}  # fmt: skip
+THINGS = (*FLAGS, "isCool", "inReceptacle", "inReceptacleObject", "objectAtLocation")  # facts that begin with an object
+
+
+@dataclass(slots=True, frozen=True)
+class Goal:
+    """What wins. `kind`: place | two | light; `state`: clean, hot, cool or empty; types as the PDDL spells them."""
+
+    kind: str
+    object: str
+    receptacle: str = ""
+    state: str = ""
+    lamp: str = ""
+
+
+@dataclass(slots=True, frozen=True)
+class Game:
+    """Receptacles r and objects o are numbered in the order in which lists name them; places l are where the agent can stand.
+
+    `able[o]` holds what can be done with an object: clean, hot, cool, take, slice, use; `box` that it can hold others.
+    """
+
+    receptacles: tuple[str, ...]  # names, "cabinet 1"
+    objects: tuple[str, ...]
+    places: tuple[str, ...]  # "loc 7", as the old grammar says
+    receptacle_types: tuple[str, ...]
+    object_types: tuple[str, ...]
+    place_of: tuple[int, ...]  # of receptacle r
+    at_place: tuple[tuple[int, ...], ...]  # receptacles at place l
+    openable: frozenset[int]
+    accepts: tuple[frozenset[str], ...]  # object types that receptacle r takes
+    able: tuple[frozenset[str], ...]
+    inner: tuple[tuple[int, ...], ...]  # objects inside object o
+    start: int
+    contents: tuple[frozenset[int], ...]  # at the start: of receptacle r
+    lying: tuple[frozenset[int], ...]  # at the start: objects at place l
+    open: frozenset[int]
+    cool: frozenset[int]
+    goal: Goal
+    routes: dict[str, Act]  # "go to …" for every receptacle
+
+
+def parse_problem(text: str, where: str) -> tuple[dict[str, list[tuple[str, ...]]], Goal]:
+    """Facts and goal of a PDDL problem. Raises ConfigError for a problem that is not one of ALFWorld's six kinds."""
+    start, end = text.find("(:init"), text.find("(:goal")
+    if start < 0 or end < start:
+        raise ConfigError("no (:init … (:goal … in this PDDL problem", where=where, hint="give a game.tw-pddl file of ALFWorld")
+    facts: dict[str, list[tuple[str, ...]]] = {}
+    for predicate, arguments in FACT.findall(text, start, end):
+        facts.setdefault(predicate, []).append(tuple(arguments.split()))
+    return facts, parse_goal(text[end:], where)
+
+
+def parse_goal(text: str, where: str) -> Goal:
+    """The goal of a PDDL problem, recognised by the predicates in it."""
+    types: dict[str, list[str]] = {"objectType": [], "receptacleType": []}
+    for predicate, name in GOAL_TYPE.findall(text):
+        types[predicate].append(name)
+    objects, receptacles = types["objectType"], types["receptacleType"]
+    if "isToggled" in text:
+        lamps, others = [t for t in objects if t in LAMPS], [t for t in objects if t not in LAMPS]
+        if len(lamps) == 1 and len(others) == 1:
+            return Goal("light", others[0], lamp=lamps[0])
+    elif objects and receptacles and "isSliced" not in text and "inReceptacleObject" not in text:
+        state = next((name for predicate, name in STATES.items() if predicate in text), "")
+        return Goal("two" if "?o2" in text else "place", objects[0], receptacles[0], state)
+    raise ConfigError("the goal is none of ALFWorld's six kinds", where=where, hint="leave out games with sliced or stacked objects, as ALFWorld does")
+
+
+def named(ids: Iterable[str]) -> dict[str, str]:
+    """PDDL ids -> names, as ALFWorld numbers them: sorted within their kind, the first gets the highest number."""
+    kinds: dict[str, list[str]] = {}
+    for identifier in sorted(ids, key=str.lower):
+        kind = identifier.partition("_bar_")[0].lower() + ("basin" if "basin" in identifier.lower() else "")
+        kinds.setdefault(kind, []).append(identifier)
+    return {identifier: f"{kind} {len(members) - i}" for kind, members in kinds.items() for i, identifier in enumerate(members)}
+
+
+def compile_game(facts: Facts, goal: Goal, where: str) -> Game:
+    """Number everything and index the facts. Raises ConfigError where a fact names something that does not exist."""
+    try:
+        return _compile(facts, goal)
+    except (KeyError, ValueError, IndexError) as error:
+        raise ConfigError(f"the facts do not fit together: {error!r}", where=where, hint="give an unchanged ALFWorld game") from error
+
+
+def _compile(facts: Facts, goal: Goal) -> Game:
+    kind_of = dict(facts["receptacleType"])
+    # some things have no type, but a number
+    type_of = {row[0]: "" for predicate in THINGS for row in facts.get(predicate, ())} | dict(facts["objectType"])
+    names = named([*kind_of, *type_of])
+    order_r = {identifier: i for i, identifier in enumerate(sorted(kind_of, key=str.lower))}
+    order_o = {identifier: i for i, identifier in enumerate(sorted(type_of, key=str.lower))}
+    ((_, standing),) = facts["atLocation"]
+    at = dict(facts["receptacleAtLocation"])
+    order_l = {identifier: i for i, identifier in enumerate(sorted({standing, *at.values()}))}  # where the agent can ever be
+    place_of = tuple(order_l[at[identifier]] for identifier in order_r)
+    able: list[set[str]] = [set() for _ in order_o]
+    for predicate, can in FLAGS.items():
+        for (thing,) in facts.get(predicate, ()):
+            able[order_o[thing]].add(can)
+    takes: dict[str, set[str]] = {kind: set() for kind in kind_of.values()}
+    for kind, thing_type in facts.get("canContain", ()):
+        if kind in takes:
+            takes[kind].add(thing_type)
+    shared = {kind: frozenset(types) for kind, types in takes.items()}
+    receptacles = tuple(names[identifier] for identifier in order_r)
+    lying = facts.get("objectAtLocation", ())
+    places = named({*order_l, *(place for _, place in lying)})
+    return Game(
+        receptacles,
+        objects=tuple(names[identifier] for identifier in order_o),
+        places=tuple(places[identifier] for identifier in order_l),
+        receptacle_types=tuple(kind_of[identifier] for identifier in order_r),
+        object_types=tuple(type_of[identifier] for identifier in order_o),
+        place_of=place_of,
+        at_place=tuple(tuple(r for r, place in enumerate(place_of) if place == where) for where in range(len(order_l))),
+        openable=frozenset(order_r[identifier] for (identifier,) in facts.get("openable", ())),
+        accepts=tuple(shared[kind_of[identifier]] for identifier in order_r),
+        able=tuple(frozenset(can) for can in able),
+        inner=tuple(tuple(sorted(things)) for things in _grouped(facts.get("inReceptacleObject", ()), order_o, order_o)),
+        start=order_l[standing],
+        contents=_grouped(facts.get("inReceptacle", ()), order_o, order_r),
+        lying=_grouped((pair for pair in lying if pair[1] in order_l), order_o, order_l),
+        open=frozenset(order_r[identifier] for (identifier,) in facts.get("opened", ())),
+        cool=frozenset(order_o[identifier] for (identifier,) in facts.get("isCool", ())),
+        goal=goal,
+        routes={f"go to {name}": ("go", r, -1) for r, name in enumerate(receptacles)},
+    )
+
+
+def _grouped(pairs: Iterable[tuple[str, str]], members: Mapping[str, int], holders: Mapping[str, int]) -> tuple[frozenset[int], ...]:
+    """For every holder, the numbers of what it holds."""
+    found: list[set[int]] = [set() for _ in holders]
+    for member, holder in pairs:
+        found[holders[holder]].add(members[member])
+    return tuple(map(frozenset, found))

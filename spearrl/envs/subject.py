@@ -1,0 +1,213 @@
+"""An environment under examination: every call is timed, bounded and named, so that a finding can say where it happened."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import random
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from spearrl.envs.base import Environment, load, make
+from spearrl.envs.guards import deadline
+from spearrl.seeds import derive
+from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
+
+T = TypeVar("T")
+TURNS = 12  # of an episode that is played to compare it
+FALLBACK = ("look", "1", "help", "go on")  # said where there is neither an expert nor a list of actions
+
+
+class BrokenRule(Exception):
+    """The environment broke the contract: what was seen, and what to do."""
+
+    def __init__(self, seen: str, fix: str):
+        super().__init__(seen)
+        self.seen, self.fix = seen, fix
+
+
+class Moment(NamedTuple):
+    """What one step showed, in values that compare and print."""
+
+    text: str
+    anchor: str
+    admissible: str
+    reward: float
+    ended: str
+    success: str
+
+
+class Subject:
+    """The environment `name` with its options. `at` says what was called last."""
+
+    def __init__(self, name: str, options: Mapping[str, Any], *, splits: Sequence[str], deadline_s: float, seed: int):
+        self.name, self.options, self.splits, self.deadline_s, self.seed = name, dict(options), list(splits), deadline_s, seed
+        self.cls = load(name)
+        self.step_seconds: list[float] = []
+        self.reset_seconds: list[float] = []
+        self.at = ""
+        self.root = self.build()
+        self.played: list[Task] = []  # tasks to play, once `tasks` has been checked
+
+    def build(self) -> Environment:
+        """A fresh instance."""
+        return self.call("__init__", lambda: make(self.name, **self.options))
+
+    def spawn(self) -> Environment:
+        return self.call("spawn", self.root.spawn)
+
+    def call(self, what: str, function: Callable[[], T]) -> T:
+        self.at = f"{self.cls.__name__}.{what}"
+        with deadline(self.deadline_s):
+            return function()
+
+    def reset(self, env: Environment, task: Task, seed: int) -> Observation:
+        """reset(), checked."""
+        start = time.perf_counter()
+        observation = self.call(f"reset, task {task.id}, seed {seed}", lambda: env.reset(task, seed))
+        self.reset_seconds.append(time.perf_counter() - start)
+        check_observation(observation, "reset()")
+        return observation
+
+    def step(self, env: Environment, action: Action, where: str = "") -> Outcome:
+        """step(), checked."""
+        start = time.perf_counter()
+        outcome = self.call(f"step{where}, action {short(action.text)}", lambda: env.step(action))
+        self.step_seconds.append(time.perf_counter() - start)
+        check_outcome(outcome)
+        return outcome
+
+    def parse(self, env: Environment, text: str) -> Action:
+        """parse(), checked."""
+        action = self.call(f"parse, reply {short(text)}", lambda: env.parse(Reply(text, (1,), "stop")))
+        if not isinstance(action, Action) or not isinstance(action.text, str):
+            raise BrokenRule(f"parse() returned {action!r}", "return Action(text, valid=…)")
+        return action
+
+    def expert(self, env: Environment) -> str | None:
+        wanted = self.call("expert", env.expert)
+        if wanted is not None and not isinstance(wanted, str):
+            raise BrokenRule(f"expert() returned {type(wanted).__name__}", "return the action's text, or None")
+        return wanted
+
+    def start(self, env: Environment, task: Task, seed: int) -> Episode:
+        return Episode(self, env, task, seed)
+
+    def play(self, env: Environment, task: Task, seed: int, turns: int = TURNS) -> list[Moment]:
+        """What an episode shows; the actions depend on the seed and on what was shown only."""
+        episode = self.start(env, task, seed)
+        while not episode.over and len(episode.moments) <= turns:
+            episode.turn()
+        return episode.moments
+
+
+class Episode:
+    """One episode, a turn at a time."""
+
+    def __init__(self, subject: Subject, env: Environment, task: Task, seed: int):
+        self.subject, self.env, self.task, self.seed = subject, env, task, seed
+        self.observation = subject.reset(env, task, seed)
+        self.moments = [_moment(self.observation, None)]
+        self.over = False
+        self._draw = random.Random(derive(seed, "check"))
+
+    def turn(self) -> None:
+        """Say the expert's action, an admissible one or a fixed word."""
+        choices = list(self.observation.admissible or FALLBACK)
+        wanted = self.subject.expert(self.env) if self._draw.random() < 0.6 else None
+        text = wanted if wanted is not None else self._draw.choice(choices)
+        where = f", task {self.task.id}, seed {self.seed}, turn {len(self.moments) - 1}"
+        action = self.subject.parse(self.env, self.subject.call("format", lambda: self.env.format(text)))
+        outcome = self.subject.step(self.env, action, where)
+        self.observation = outcome.observation
+        self.moments.append(_moment(outcome.observation, outcome))
+        self.over = outcome.terminated or outcome.truncated
+
+
+def difference(first: Sequence[Moment], second: Sequence[Moment]) -> str:
+    """The first thing that differs, in words; empty where nothing does."""
+    for turn, (a, b) in enumerate(zip(first, second, strict=False)):
+        for field in Moment._fields:
+            x, y = getattr(a, field), getattr(b, field)
+            if x != y:
+                place = "the first observation" if turn == 0 else f"turn {turn - 1}"
+                return f"{place}: {field} was {short(str(x), 60)} and then {short(str(y), 60)}"
+    return "" if len(first) == len(second) else f"one episode had {len(first) - 1} turns and the other {len(second) - 1}"
+
+
+def check_observation(observation: Any, source: str) -> None:
+    """Raise BrokenRule unless it is an Observation whose parts have their types."""
+    if not isinstance(observation, Observation):
+        raise BrokenRule(f"{source} returned {type(observation).__name__}", "return spearrl.types.Observation(text)")
+    if not isinstance(observation.text, str):
+        raise BrokenRule(f"the observation's text is {type(observation.text).__name__}", "make it a str")
+    if observation.text.encode(errors="ignore").decode() != observation.text:
+        raise BrokenRule("the observation's text holds characters that are not Unicode text", 'clean it: text.encode(errors="replace").decode()')
+    admissible = observation.admissible
+    if admissible is not None and not (isinstance(admissible, tuple) and all(isinstance(a, str) for a in admissible)):
+        raise BrokenRule(f"admissible is {short(repr(admissible))}", "make it a tuple of str, or None")
+    if not isinstance(observation.info, Mapping):
+        raise BrokenRule(f"the observation's info is {type(observation.info).__name__}", "make it a dict")
+
+
+def check_outcome(outcome: Any) -> None:
+    """Raise BrokenRule unless it is an Outcome that the collector can use."""
+    if not isinstance(outcome, Outcome):
+        raise BrokenRule(f"step() returned {type(outcome).__name__}", "return spearrl.types.Outcome(observation, reward, terminated)")
+    check_observation(outcome.observation, "step()'s observation")
+    if isinstance(outcome.reward, bool) or not isinstance(outcome.reward, numbers.Real) or not math.isfinite(outcome.reward):
+        raise BrokenRule(f"the reward is {outcome.reward!r}", "return a finite float")
+    for name in ("terminated", "truncated"):
+        if not isinstance(getattr(outcome, name), bool):
+            raise BrokenRule(f"{name} is {getattr(outcome, name)!r}", "make it True or False")
+    if outcome.terminated and outcome.truncated:
+        raise BrokenRule("an outcome is terminated and truncated at once", "terminated: the task is over; truncated: a limit cut it short; set one")
+    if not isinstance(outcome.info, Mapping):
+        raise BrokenRule(f"info is {type(outcome.info).__name__}", "make it a dict")
+    if outcome.terminated and not isinstance(outcome.info.get("success"), bool):
+        raise BrokenRule(f'the episode ended with info["success"] = {outcome.info.get("success")!r}', 'set info={"success": True} or False at the end')
+
+
+def check_messages(messages: Any, source: str) -> None:
+    """Raise BrokenRule unless it is a list of chat messages with something in them."""
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, Message) for message in messages):
+        raise BrokenRule(f"{source} returned {short(repr(messages))}", "return a list of spearrl.types.Message, at least one")
+    if not any(message.text or message.images for message in messages):
+        raise BrokenRule(f"{source} returned messages without content", "show the model something")
+
+
+def short(text: str, most: int = 40) -> str:
+    """A text as it can be printed on part of a line."""
+    shown = ascii(text) if not text.isprintable() else repr(text)
+    return shown if len(shown) <= most else f"{shown[:most]}…'"
+
+
+def place_of(error: BaseException) -> str:
+    """file:line of the frame, outside this package's own checks, where it was raised."""
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.endswith(("envs/subject.py", "envs/rules.py", "envs/check.py", "envs/guards.py"))
+    ]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+def _moment(observation: Observation, outcome: Outcome | None) -> Moment:
+    ended = "" if outcome is None else "terminated" if outcome.terminated else "truncated" if outcome.truncated else "goes on"
+    return Moment(
+        observation.text,
+        stable(observation.anchor),
+        repr(observation.admissible),
+        float(outcome.reward) if outcome else 0.0,
+        ended,
+        repr(outcome.info.get("success")) if outcome else "",
+    )
+
+
+def stable(anchor: Any) -> str:
+    """An anchor as the trainer compares it."""
+    if anchor is None or isinstance(anchor, str):
+        return repr(anchor)
+    from spearrl.batching.anchors import canonical  # loads torch, which an anchor of text does not need
+
+    return repr(canonical(anchor))
