@@ -17,9 +17,9 @@ from pydantic import ValidationError
 
 from spearrl.config import checks
 from spearrl.config.dump import NONE
-from spearrl.config.fields import FREE, Key, accepts_none, base_type, constraint, dotted, leaves, nearest, sections
+from spearrl.config.fields import FREE, Key, accepts_none, base_type, constraint, default_of, dotted, leaves, nearest, sections
 from spearrl.config.layers import ENV, NAME, Setting, merge
-from spearrl.config.presets import DEFAULT, DEFAULT_WITH_DATA, PRESETS
+from spearrl.config.presets import DEFAULT, DEFAULTS, PRESETS
 from spearrl.config.problems import Problem, raise_all
 from spearrl.config.sections import MAX_OPTION_DEPTH, RunConfig, option_problem
 from spearrl.config.source import Source, read
@@ -88,7 +88,8 @@ def resolve(
 
     chosen = next((s for layer in (command, written) for s in reversed(layer) if s.key == PRESET), None)
     by_default = chosen is None and path is None and not any(s.key == _MODEL for s in command)
-    embedded = DEFAULT_WITH_DATA if any(s.key == _DATA for s in command) else DEFAULT
+    environment = next((s.value for s in reversed(command) if s.key == ENV), default_of(leaves()[ENV]))
+    embedded = DEFAULTS.get(str(environment), (DEFAULT, DEFAULT))[any(s.key == _DATA for s in command)]
     start = _preset(Setting(PRESET, embedded, "default") if by_default else chosen, problems)
     layers = [[s for s in layer if s.key != PRESET] for layer in (start, written, command)]
     config, settings, refused = _build(merge(layers, problems), problems)

@@ -6,8 +6,9 @@ with the numbers of the released scripts; where release and paper differ, they f
 
 from __future__ import annotations
 
-DEFAULT = "tiny"  # what runs where neither file, preset nor model is given
-DEFAULT_WITH_DATA = "tiny-real"  # the same, where env.options.data points at an environment's real data
+# What runs where neither file, preset nor model is given, by environment: embedded, and where env.options.data points at real data.
+DEFAULTS = {"webshop": ("tiny", "tiny-real"), "alfworld": ("tiny-alfworld", "tiny-alfworld-real")}
+DEFAULT = "tiny"  # of every other environment
 
 _TINY: dict[str, object] = {
     "run.steps": 60,
@@ -161,9 +162,36 @@ def _cells(prefix: str, *shared: dict[str, object]) -> dict[str, dict[str, objec
     return cells | {f"{prefix}-gigpo{suffix}": {**common, **_with_gigpo(column)} for suffix, column in _COLUMNS.items()}
 
 
+# Households: six kinds of task, longer episodes than a purchase, and no page that lists what can be done.
+_TINY_ALFWORLD: dict[str, object] = {
+    **_TINY,
+    "run.steps": 40,
+    "env.name": "alfworld",
+    "env.max_turns": 20,
+    "env.options.observation": "compact",
+    "env.options.reply": "plain",
+    "algo.name": "gigpo+spear",
+    "sft.episodes": 5000,
+    "sft.epochs": 3,
+    "sft.lr": 2.5e-3,
+    "sft.noise": 0.15,
+    "eval.split": "valid_seen",
+    "eval.tasks": 120,
+}
+_TINY_ALFWORLD_REAL: dict[str, object] = {
+    **_TINY_ALFWORLD,
+    "model.tiny.hidden_size": 160,
+    "model.tiny.heads": 5,
+    "model.tiny.feed_forward": 320,
+    "rollout.context_tokens": 1536,
+    "eval.tasks": 140,
+}
+
 PRESETS: dict[str, dict[str, object]] = {
     "tiny": _TINY,
     "tiny-real": _TINY_REAL,
+    "tiny-alfworld": _TINY_ALFWORLD,
+    "tiny-alfworld-real": _TINY_ALFWORLD_REAL,
     **_cells("webshop-1.5b", _AGENT_1_5B, _WEBSHOP),
     **_cells("alfworld-1.5b", _AGENT_1_5B, _ALFWORLD),
 }

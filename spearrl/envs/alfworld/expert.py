@@ -1,4 +1,4 @@
-"""A scripted player that knows where everything is: what the cold start imitates. One number says how imperfect it is."""
+"""A scripted player: what the cold start imitates. Perfect, it knows where everything is; otherwise it knows what it has seen, searches, and slips."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Stop = tuple[int, str]  # a receptacle, and what to do there: take | put | use |
 Plan = tuple[int, int, list[Stop]]  # cost in actions, object, stops
 
 
-def plan(world: World, goal: Goal) -> Act | None:
-    """The next act of a shortest way to the goal (of two objects, one after the other); None where no way is left."""
+def plan(world: World, goal: Goal, known: set[int]) -> Act | None:
+    """The next act of a shortest way to the goal with the known objects (of two, one after the other); None where there is none."""
     game, held = world.game, world.held
-    found = min(_lamp_plans(world, goal) if goal.kind == "light" else _place_plans(world, goal), default=None)
+    found = min(_lamp_plans(world, goal, known) if goal.kind == "light" else _place_plans(world, goal, known), default=None)
     if found is None:
         return None
     _, thing, stops = found
@@ -34,10 +34,10 @@ def plan(world: World, goal: Goal) -> Act | None:
     return None
 
 
-def _place_plans(world: World, goal: Goal) -> Iterator[Plan]:
+def _place_plans(world: World, goal: Goal, known: set[int]) -> Iterator[Plan]:
     """Ways to bring one more object to a receptacle of the goal; of two objects, with the cheapest other one counted in."""
     game = world.game
-    things = [o for o, kind in enumerate(game.object_types) if kind == goal.object and (not goal.state or goal.state in game.able[o])]
+    things = [o for o in sorted(known) if game.object_types[o] == goal.object and (not goal.state or goal.state in game.able[o])]
     for target in (r for r, kind in enumerate(game.receptacle_types) if kind == goal.receptacle):
         plans = [found for o in things for found in _carry(world, goal, o, target)]
         if goal.kind == "place":
@@ -67,11 +67,11 @@ def _carry(world: World, goal: Goal, o: int, target: int) -> Iterator[Plan]:
             yield _cost(world, stops), o, stops
 
 
-def _lamp_plans(world: World, goal: Goal) -> Iterator[Plan]:
+def _lamp_plans(world: World, goal: Goal, known: set[int]) -> Iterator[Plan]:
     """Ways to hold the goal's object at a lamp, and to switch it on."""
     game = world.game
-    lamps = {r: o for r, things in enumerate(world.contents) for o in things if game.object_types[o] == goal.lamp and "use" in game.able[o]}
-    for o in (o for o, kind in enumerate(game.object_types) if kind == goal.object):
+    lamps = {r: o for r, things in enumerate(world.contents) for o in things & known if game.object_types[o] == goal.lamp and "use" in game.able[o]}
+    for o in (o for o in sorted(known) if game.object_types[o] == goal.object):
         for grip in _grips(world, o):
             for r in lamps:
                 yield _cost(world, [*grip, (r, "use")]), o, [*grip, (r, "use")]
@@ -98,40 +98,40 @@ def _cost(world: World, stops: list[Stop]) -> int:
 
 
 class Expert:
-    """One episode's player. With noise n it slips at each turn with n: half of the slips play any command that changes something, half go to
-    a receptacle it has not been at and open it; and with n it forgets to clean, heat or cool until the object is in place."""
+    """One episode's player. With noise it knows only what it has seen: it looks where the object may be, opens what is closed, until it finds it. With
+    noise n it plays any command that changes something with n a turn, and with n it forgets to clean, heat or cool until the object is in place."""
 
     def __init__(self, world: World, draw: random.Random):
         self._world, self._draw = world, draw
         self._careless: bool | None = None
         self._unseen = set(range(len(world.game.receptacles)))
-        self._searched = -1
+        self._known: set[int] = set()
 
     def act(self, noise: float) -> str:
         """The next command; any where nothing helps."""
         world, draw = self._world, self._draw
-        if self._careless is None:
-            self._careless = draw.random() < noise
-        searched, self._searched = self._searched, -1
-        self._unseen -= set(world.game.at_place[world.place])
-        slip = draw.random()
-        if searched >= 0 and ("open", searched, -1) in world.options.values():
-            act: Act | None = ("open", searched, -1)
-        elif slip < noise / 2 or (slip < noise and not self._unseen):
-            return draw.choice(self._changing() or ["look"])
-        elif slip < noise:
-            self._searched = draw.choice(sorted(self._unseen))
-            act = ("go", self._searched, -1)
-        else:
-            act = self._next()
+        self._careless = draw.random() < noise if self._careless is None else self._careless
+        visible = [r for r in world.game.at_place[world.place] if world.reach(r)]
+        self._unseen -= set(visible)
+        self._known |= {o for r in visible for o in world.contents[r]} | {world.held} - {-1}
+        known = self._known if noise else set(range(len(world.game.objects)))
+        act = None if draw.random() < noise else self._next(known) or self._search()
         return next((command for command, possible in world.options.items() if possible == act), None) or draw.choice(self._changing() or ["look"])
+
+    def _search(self) -> Act | None:
+        """Open what is closed here, else go where nobody has looked yet, to likely places first."""
+        game = self._world.game
+        for r in self._unseen.intersection(game.at_place[self._world.place]):
+            return "open", r, -1
+        likely = sorted(r for r in self._unseen if game.goal.object in game.accepts[r]) or sorted(self._unseen)
+        return ("go", self._draw.choice(likely), -1) if likely else None
 
     def _changing(self) -> list[str]:
         """The possible commands that change something."""
         return sorted(command for command, act in self._world.options.items() if act[0] in CHANGING)
 
-    def _next(self) -> Act | None:
+    def _next(self, known: set[int]) -> Act | None:
         goal = self._world.game.goal
-        act = plan(self._world, replace(goal, state="")) if self._careless else None
-        self._careless = act is not None
-        return act or plan(self._world, goal)
+        act = plan(self._world, replace(goal, state=""), known) if self._careless else None
+        self._careless = self._careless and (act is not None or not known)
+        return act or plan(self._world, goal, known)
