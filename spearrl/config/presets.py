@@ -211,6 +211,8 @@ def _described(prefix: str, environment: str) -> dict[str, str]:
 DESCRIPTIONS = {
     "tiny": "WebShop, GRPO+SPEAR, a model built from scratch: minutes on a CPU",
     "tiny-real": "the same on WebShop's real 1000 products (env.options.data): about twenty minutes",
+    "tiny-alfworld": "ALFWorld's generated households, GiGPO+SPEAR, a model built from scratch",
+    "tiny-alfworld-real": "the same on ALFWorld's real games (env.options.data)",
     **_described("webshop-1.5b", "WebShop"),
     **_described("alfworld-1.5b", "ALFWorld"),
 }
