@@ -25,8 +25,8 @@ def load_function(path: str, where: str) -> Callable[..., Any]:
         sys.path.append(os.getcwd())
     try:
         found = getattr(import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{path!r} cannot be imported: {error}", where=where, hint='write "package.module:function"') from error
+    except Exception as error:  # a user's module may fail in any way
+        raise ConfigError(f"{path!r} cannot be imported: {type(error).__name__}: {error}", where=where, hint='write "package.module:function"') from error
     if not callable(found):
         raise ConfigError(f"{path!r} is a {type(found).__name__}, not a function", where=where, hint="name a function")
     return found  # type: ignore[no-any-return]

@@ -65,6 +65,13 @@ class Run:
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
                     self._board.add_scalar(f"{kind}/{key}" if "/" not in key else key, value, step)
 
+    def steps_of(self, kind: str) -> set[int]:
+        """Steps at which an event of this kind was logged."""
+        self._events.flush()
+        lines = (self.path / "events.jsonl").read_text().splitlines()
+        events = [json.loads(line) for line in lines if line.endswith("}")]
+        return {event["step"] for event in events if event["event"] == kind}
+
     def trajectories(self, step: int, groups: Sequence[Group], *, name: str = "step") -> None:
         """Write the step's episodes as readable JSON lines, one trajectory a line."""
         folder = self.path / "trajectories"

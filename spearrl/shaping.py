@@ -81,7 +81,7 @@ def filter_groups_by_std(rewards: Tensor, group_ids: Tensor, trajectory_ids: Ten
     variance = _means(centred.square(), member_of, len(groups))
     order = first.argsort()
     ranked = order[variance[order].argsort(descending=True, stable=True)]
-    kept = ranked[: max(1, int(keep * len(groups)))]
+    kept = ranked[: max(1, int(keep * len(groups) + 1e-9))]
     return groups[kept[first[kept].argsort()]]
 
 

@@ -17,6 +17,7 @@ from spearrl.checkpoint import clean, load_state, newest_checkpoint, save_checkp
 from spearrl.config import RunConfig, check, load_config
 from spearrl.curriculum import Curriculum
 from spearrl.envs import Environment
+from spearrl.errors import ConfigError
 from spearrl.evaluation import EvalResult, choose_panel, run_panel, some_tasks
 from spearrl.health import Health
 from spearrl.metrics import Clock, bonus_of, first_fault, rollout_metrics, sampler_gap, states_met
@@ -88,25 +89,28 @@ class Trainer:
         folder = Path(path)
         config = load_config(folder / "config.toml", overrides)
         run = Run(folder, tensorboard=config.run.tensorboard)
-        if overrides:
-            run.rewrite_config(config, overrides)
         clean(run.checkpoints)
-        return cls(config, report=report, _run=run)
+        trainer = cls(config, report=report, _run=run)
+        if overrides:  # only now: settings the run cannot go on with must not stay in its directory
+            run.rewrite_config(config, overrides)
+        return trainer
 
     def train(self) -> EvalResult | None:
         """Train to the last step; returns the last evaluation. A requested stop ends after the running step, saved."""
-        every, result = self.config.eval.every, None
-        if self.step == 0:
-            result = self.evaluate()
+        result = self.evaluate() if self._evaluation_due() and self.step not in self.run.steps_of("eval") else None
         while self.step < self.config.run.steps and not self.stop_requested:
             self.step += 1
             self._log("step", self.train_step(self.step))
             last = self.step == self.config.run.steps
             if last or self.stop_requested or (self.config.run.checkpoint_every and self.step % self.config.run.checkpoint_every == 0):
                 self.save()
-            if (last or (every and self.step % every == 0)) and not self.stop_requested:
+            if self._evaluation_due() and not self.stop_requested:
                 result = self.evaluate()
         return result
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.eval.every
+        return self.step in (0, self.config.run.steps) or bool(every and self.step % every == 0)
 
     def train_step(self, step: int) -> dict[str, float]:
         """One step of design section 2; returns its metrics."""
@@ -215,6 +219,9 @@ class Trainer:
         folder = self.run.path / "reference"
         if not resumed:
             save_weights(model, folder)
+        elif not folder.is_dir():
+            hint = "start a new run, or leave algo.kl.loss_coef and algo.kl.reward_coef at 0"
+            raise ConfigError("the run began without a KL divergence and kept no reference model", where=str(folder), hint=hint)
         return load_model(str(folder))
 
     def _write(self, folder: Path) -> None:

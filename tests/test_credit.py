@@ -130,7 +130,7 @@ def test_rows_in_another_order_have_the_same_credit():
     credit = assign_credit(step, settings, old_logprobs=torch.zeros_like(values), values=values)
     keep = torch.tensor([2, 0, 1])  # the sibling first; turns of a trajectory stay in order
     moved = step.rows.select(keep)
-    other = Shaped(moved, step.rewards, step.bonuses, step.muted, step.blocks)
+    other = Shaped(moved, step.rewards, step.bonuses, step.muted, step.blocks, step.step_returns)
     again = assign_credit(other, settings, old_logprobs=torch.zeros_like(values), values=values[keep][:, : moved.width])
     assert again.tokens.tolist() == credit.tokens[keep][:, : moved.width].tolist()
 

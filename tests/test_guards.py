@@ -7,10 +7,13 @@ import math
 import pytest
 import torch
 
-from spearrl.errors import EngineError
+from spearrl.algorithm import Memory, assign_credit
+from spearrl.config import AlgoSection
+from spearrl.errors import ConfigError, EngineError
 from spearrl.rollout.engine import Request
 from spearrl.trainer import Trainer
 from spearrl.types import Status
+from tests.episodes import episode, grouped, shaped, turn
 from tests.runs import (
     assert_sound,
     change_logprobs,
@@ -323,3 +326,58 @@ def test_alarms_are_warning_events_of_the_run(model, tmp_path):
     assert len(found) == 1 and found[0]["step"] == 1 and found[0]["text"].startswith("step 1: ") and "algo.correction" in found[0]["text"]
     assert not [w for w in warnings(well) if w.get("flag") == "sampler_gap"]
     assert whole_fingerprint(ill) == whole_fingerprint(well), "without a correction the engine's numbers are not used"
+
+
+def test_a_return_counts_what_was_earned_in_rows_that_are_left_out():
+    """Taking a random power of two of the rows (as released) may leave out the winning one; the others' returns still know of it (spear.md section 0)."""
+    settings = {"name": "gigpo", "filters": {"group_keep": 0.5, "subsample": "power_of_two"}, "gigpo": {"discount": 0.5}}
+    algo = AlgoSection.model_validate(settings)
+    won = episode(0, 0, [turn(seen=f"s{i}") for i in range(4)] + [turn(reward=10.0, seen="s4")], Status.SUCCESS, style="windowed")
+    lost = episode(1, 0, [turn(seen="t") for _ in range(4)], style="windowed")
+    equal = [episode(2 + i, 1, [turn()], style="windowed") for i in range(2)]
+    lengths = set()
+    for seed in range(12):
+        step = shaped(grouped(won, lost, *equal), algo, seed=seed)
+        place = step.rows.turns.trajectory_ids == 0
+        lengths.add(int(place.sum()))
+        assert len(step.rows) == 8 and set(step.step_returns[place].tolist()) <= {0.625, 1.25, 2.5, 5.0, 10.0}
+    assert 4 in lengths
+
+
+def test_what_a_filter_muted_is_not_imitated_either(model, tmp_path):
+    """policy.mask="attention" keeps filtered turns in the mask at advantage 0; on replay they must not get reward − P50 instead."""
+    memory = Memory(AlgoSection.model_validate({"name": "grpo+sil", "sil": {"capacity": 1, "fill_factor": 0.5}}).sil, 0)
+    algo = AlgoSection.model_validate({"name": "grpo+sil", "policy": {"mask": "attention"}, "filters": {"void_turn": True}})
+    won = episode(0, 0, [turn(text="nothing</think>"), turn(reward=10.0)], Status.SUCCESS)
+    groups = grouped(won, episode(1, 0, [turn(), turn()]))
+    step = shaped(groups, algo)
+    assert step.muted.tolist() == [True, False, False, False] and step.rows.padded_mask[0].sum() == 4
+    logprobs = torch.zeros(len(step.rows), step.rows.width)
+    memory.remember(1, groups, step, assign_credit(step, algo, old_logprobs=logprobs), logprobs)
+    batch = memory.due(2)
+    assert batch is not None and batch.advantages[batch.action_mask].tolist() == [5.0, 5.0]
+
+
+def test_a_stopped_run_makes_up_its_evaluation(model, tmp_path):
+    def stop(trainer):
+        step = trainer.train_step
+        trainer.train_step = lambda number: (setattr(trainer, "stop_requested", True), step(number))[1]
+
+    first = run(from_model(model, tmp_path, "run.steps=2", "eval.every=1", algo="grpo"), stop)
+    assert [line["step"] for line in events(first, "eval")] == [0]
+    resumed = Trainer.resume(first.run.path)
+    result = resumed.train()
+    resumed.close()
+    assert [line["step"] for line in events(resumed, "eval")] == [0, 1, 2] and result is not None
+    again = Trainer.resume(first.run.path)
+    assert again.train() is None and [line["step"] for line in events(again, "eval")] == [0, 1, 2]
+    again.close()
+
+
+def test_an_override_the_run_cannot_go_on_with_leaves_it_as_it_was(model, tmp_path):
+    first = run(from_model(model, tmp_path, "run.steps=2", algo="grpo"))
+    before = (first.run.path / "config.toml").read_text()
+    with pytest.raises(ConfigError, match="reference"):
+        Trainer.resume(first.run.path, overrides=["algo.kl.loss_coef=0.1"])
+    assert (first.run.path / "config.toml").read_text() == before
+    Trainer.resume(first.run.path).close()

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from spearrl.advantages import (
-    discounted_returns,
     gae,
     grpo_advantages,
     reinforce_plus_plus,
@@ -99,9 +98,7 @@ def _turn_advantages(shaped: Shaped, rewards: torch.Tensor, algo: AlgoSection) -
     episode = grpo_advantages(rewards, turns.group_ids, normalize_std=settings.normalize_std, **options)
     if algo.advantage == "grpo":
         return episode, None
-    returns = discounted_returns(turns.rewards, turns.trajectory_ids, algo.gigpo.discount)
-    returns = penalise_invalid(returns, turns.penalties, coefficient=algo.invalid_penalty)
-    step = algo.gigpo.step_weight * state_advantages(returns, turns.group_ids, turns.anchor_ids, normalize_std=settings.normalize_std)
+    step = algo.gigpo.step_weight * state_advantages(shaped.step_returns, turns.group_ids, turns.anchor_ids, normalize_std=settings.normalize_std)
     return episode + step, step
 
 

@@ -50,7 +50,8 @@ class Memory:
             return
         rows = shaped.rows
         chosen = torch.isin(rows.trajectory, torch.tensor(self.admission.admit(groups), dtype=torch.int64))
-        turns, admitted = rows.turns_of(chosen), rows.select(chosen)
+        turns = rows.turns_of(chosen)
+        admitted = rows.select(chosen).mask_turns(~shaped.muted[turns])  # what a filter took out is not imitated either
         step_part = credit.step_part[turns] if self.settings.keep_step_part and credit.step_part is not None else None
         self.replay.add(step, admitted, shaped.rewards[turns], credit.turns[turns], old_logprobs[chosen][:, : admitted.width], step_part=step_part)
         self.baseline.add(step, *baselines(shaped))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from spearrl.advantages import discounted_returns
 from spearrl.batching import Rows
 from spearrl.config import AlgoSection
 from spearrl.shaping import filter_groups_by_std, overlong, penalise_invalid, repetitive, tool_bonus, unreadable, void_turn
@@ -24,6 +25,7 @@ class Shaped:
     bonuses: torch.Tensor  # [N] μ · bonus of the turn's episode, already in `rewards`
     muted: torch.Tensor  # bool [N], turns that a filter took out but that stay in the mask, at advantage 0 (policy.mask="attention")
     blocks: torch.Tensor  # [N] what baselines take for the turn's group
+    step_returns: torch.Tensor  # [N] discounted environment rewards from the turn on, − its penalty (GiGPO)
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -53,7 +55,10 @@ def shape(rows: Rows, groups: Sequence[Group], algo: AlgoSection, *, mu: float, 
         rows = rows.mask_turns(~flagged)
     rewards = penalise_invalid(episode, turns.penalties, coefficient=algo.invalid_penalty)
     blocks = _blocks(rows, group_size) if algo.groups.blocks == "consecutive" else turns.group_ids
-    shaped = Shaped(rows, rewards, bonuses, muted, blocks, metrics)
+    # Before any row is left out: a return counts all that its trajectory earned later.
+    returns = discounted_returns(turns.rewards, turns.trajectory_ids, algo.gigpo.discount)
+    returns = penalise_invalid(returns, turns.penalties, coefficient=algo.invalid_penalty)
+    shaped = Shaped(rows, rewards, bonuses, muted, blocks, returns, metrics)
     if algo.filters.group_keep >= 1:
         return shaped
     kept = filter_groups_by_std(episode, blocks, turns.trajectory_ids, keep=algo.filters.group_keep)
@@ -66,7 +71,8 @@ def shape(rows: Rows, groups: Sequence[Group], algo: AlgoSection, *, mu: float, 
 def select(shaped: Shaped, rows: torch.Tensor) -> Shaped:
     """The part of a shaped step that lies in these rows (bool [B])."""
     turns = shaped.rows.turns_of(rows)
-    return Shaped(shaped.rows.select(rows), shaped.rewards[turns], shaped.bonuses[turns], shaped.muted[turns], shaped.blocks[turns], shaped.metrics)
+    kept = {name: getattr(shaped, name)[turns] for name in ("rewards", "bonuses", "muted", "blocks", "step_returns")}
+    return Shaped(shaped.rows.select(rows), metrics=shaped.metrics, **kept)
 
 
 def episode_bonuses(groups: Sequence[Group], algo: AlgoSection) -> torch.Tensor:

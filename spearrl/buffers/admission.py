@@ -38,7 +38,7 @@ class Admission:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values; `load_state_dict` restores them exactly."""
-        return {"wins": dict(self._wins) if self.min_wins > 1 else {}}
+        return {"wins": dict(self._wins)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._wins = Counter(state["wins"])

@@ -16,7 +16,15 @@ COMPARES_SIBLINGS = ("grpo", "gigpo", "rloo", "reinforce++_baseline")  # advanta
 
 def problems(config: RunConfig) -> list[Problem]:
     """Contradictions within algo, and between algo and rollout."""
-    return [*_name(config), *_lone(config), *_covariance(config.algo), *_intrinsic(config.algo), *_bands(config.algo), *_replay(config)]
+    return [
+        *_name(config),
+        *_lone(config),
+        *_covariance(config.algo),
+        *_intrinsic(config.algo),
+        *_bands(config.algo),
+        *_subsample(config.algo),
+        *_replay(config),
+    ]
 
 
 def advice(config: RunConfig) -> list[Problem]:
@@ -136,7 +144,7 @@ def _unused(config: RunConfig) -> Iterator[Problem]:
     """Settings of a part that the algorithm does not have."""
     algo = config.algo
     parts = (
-        ("algo.critic", algo.critic != CriticSection(), algo.advantage == "gae", "algo.advantage", algo.advantage, "algo.name=ppo"),
+        ("algo.critic", algo.critic != _critic_in_use(algo), algo.advantage == "gae", "algo.advantage", algo.advantage, "algo.name=ppo"),
         ("learner.critic_lr", config.learner.critic_lr is not None, algo.advantage == "gae", "algo.advantage", algo.advantage, "algo.name=ppo"),
         ("algo.gigpo", algo.gigpo != GigpoSection(), algo.advantage == "gigpo", "algo.advantage", algo.advantage, "algo.name=gigpo"),
         ("algo.kl_cov", algo.kl_cov != KlCovSection(), algo.loss == "kl_cov", "algo.loss", algo.loss, "algo.loss=kl_cov"),
@@ -146,9 +154,22 @@ def _unused(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f'{name} is set, but {by}="{value}" does not use it', f"use {fix}, or leave it out", keys=(name, by))
 
 
+def _critic_in_use(algo: AlgoSection) -> CriticSection:
+    """The settings that say nothing; reinforce++ uses the discount."""
+    return CriticSection(discount=algo.critic.discount) if algo.advantage == "reinforce++" else CriticSection()
+
+
 def _unused_replay(algo: AlgoSection) -> Iterator[Problem]:
     sil = algo.sil
     if sil.enabled:
+        scaled = sil.normalize_std or sil.recalibration == "decay"
+        if scaled and sil.reward_scale != 1:
+            by = "algo.sil.normalize_std" if sil.normalize_std else "algo.sil.recalibration"
+            message = f"algo.sil.reward_scale={sil.reward_scale:g} divides rewards that {by} already gives another scale"
+            yield Problem(message, "use algo.sil.reward_scale=1", keys=("algo.sil.reward_scale", by))
+        if sil.recalibration == "median" and sil.decay != 1:
+            keys = ("algo.sil.decay", "algo.sil.recalibration")
+            yield Problem(f'algo.sil.decay={sil.decay:g} belongs to algo.sil.recalibration="decay"', "use algo.sil.decay=1", keys=keys)
         return
     for key, changed in (("token_weight", sil.token_weight != "none"), ("min_wins", sil.min_wins > 1)):
         if changed:
@@ -164,6 +185,14 @@ def _clip(algo: AlgoSection) -> Iterator[Problem]:
     if algo.loss in ("gspo", "cispo", "kl_cov") and policy.dual_clip not in (None, unset):
         message = f'algo.policy.dual_clip={policy.dual_clip:g} belongs to algo.loss="clip"; "{algo.loss}" does not use it'
         yield Problem(message, "use algo.policy.dual_clip=none", keys=("algo.policy.dual_clip", "algo.loss"))
+
+
+def _subsample(algo: AlgoSection) -> Iterator[Problem]:
+    filters = algo.filters
+    if filters.group_keep < 1 and filters.subsample != "none" and algo.advantage in ("gae", "reinforce++"):
+        keys = ("algo.filters.subsample", "algo.advantage")
+        message = f'algo.filters.subsample="{filters.subsample}" takes trajectories apart, along which algo.advantage="{algo.advantage}" gives credit'
+        yield Problem(message, "use algo.filters.subsample=none", keys=keys)
 
 
 def _kl(algo: AlgoSection) -> Iterator[Problem]:

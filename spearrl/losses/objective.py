@@ -207,7 +207,8 @@ class Objective:
         found = function(logprobs, batch.old_logprobs, advantages, batch.action_mask, **{name: options[name] for name in names})
         if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor) and found[0].ndim == 0 and isinstance(found[1], dict)):
             raise ContractError(f"{self.surrogate} returned {type(found).__name__}", where="algo.loss", hint="return (scalar tensor, dict of floats)")
-        return found if weights is None else (found[0], found[1] | token_means(batch.action_mask, {"token_weight": weights}))
+        metrics = {name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in found[1].items()}
+        return found[0], metrics if weights is None else metrics | token_means(batch.action_mask, {"token_weight": weights})
 
     def _advantages(self, batch: LossBatch) -> Tensor:
         """Self-imitation learns from what beat the baseline only (SIL, arXiv:1806.05635 eq. 2; SPEAR, arXiv:2509.22601)."""
