@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import signal
 import socket
 import threading
+from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import pytest
+from pydantic import BaseModel, Field
 
 from spearrl.cli.main import main
-from spearrl.envs import check
+from spearrl.envs import ToolEnvironment, check, tool
 from spearrl.envs.check import check_environment, failures
 from spearrl.envs.guards import GlobalRandom, TooSlow, deadline, no_network
 from spearrl.envs.rules import RULES, processes
+from spearrl.envs.samples import random_calls
+from spearrl.types import Reply
+
+
+class Spot(BaseModel):
+    x: int
+    names: list[str] = []
+
+
+class TypedTools(ToolEnvironment):
+    @tool
+    def nested(self, where: Spot, kind: Literal["a", "b"], more: list[Spot] | None = None) -> str:
+        return "x"
+
+    @tool
+    def plain(self, number: Annotated[int, Field(ge=3, le=40)], part: float, on: bool, name: Annotated[str, Field(max_length=9)] = "") -> str:
+        return "x"
+
 
 ZOO = [
     # environment, rule, level, words of what was seen
@@ -46,6 +69,11 @@ ZOO = [
     ("ChangesTask", "task data", "fail", "changed the data of task train-0"),
     ("PaysTwice", "after end", "fail", "a step after the end gave reward 5.0"),
     ("DiesAtTheEnd", "after end", "fail", "it raised AttributeError: no page"),
+    ("ToolNaN", "episode", "fail", "the reward is nan"),
+    ("ToolUncallable", "episode", "warn", "no valid tool call could be made"),
+    ("ToolPaysTwice", "after end", "fail", "a step after the end gave reward 5.0"),
+    ("ToolGlobalDraw", "global random", "fail", "the global generator of random"),
+    ("LatePaysTwice", "after end", "fail", "a step after the end gave reward 5.0"),
     ("TakesNumbers", "hostile", "fail", "it raised ValueError"),
     ("ParseRaises", "hostile", "fail", "it raised"),
     ("Quadratic", "hostile", "fail", "no answer within 0.5 s"),
@@ -106,6 +134,33 @@ def test_a_sound_environment_passes_every_rule():
 def test_webshop_passes(options: dict, quick: None):
     findings = check_environment("webshop", options)
     assert not failures(findings), "\n".join(map(str, findings))
+
+
+def test_tools_without_an_expert_are_called(quick: None):
+    found = {finding.rule: finding for finding in check_environment("tests.zoo:Unscripted")}
+    assert not failures(list(found.values())) and found["after end"].level == "ok"
+    assert int(found["episode"].seen.rpartition("; ")[2].partition(" ")[0]) >= 6, str(found["episode"])
+
+
+def test_the_end_that_only_the_expert_finds(quick: None):
+    found = {finding.rule: finding for finding in check_environment("tests.zoo:LateWin")}
+    assert (found["expert"].level, found["after end"].level) == ("ok", "ok"), str(found["after end"])
+
+
+def test_drawn_calls_keep_to_their_schemas():
+    env, draw = TypedTools(), random.Random(0)
+    drawn = [text for _ in range(50) for text in random_calls(env.schemas(), "take 12 from shelf", draw)]
+    assert all(env.parse(Reply(text, (1,), "stop")).tool_calls == 1 for text in drawn)
+    assert len(set(drawn)) > 60 and any('"number": 12' in text for text in drawn) and any("shelf" in text for text in drawn)
+    again = random.Random(0)
+    assert drawn == [text for _ in range(50) for text in random_calls(env.schemas(), "take 12 from shelf", again)]
+
+
+@pytest.mark.parametrize("name, split, said", [("tests.zoo:Sound", "vall", "is not one of train, val"), ("alfworld", "val", "valid_seen")])
+def test_a_split_that_was_asked_for_must_be_there(name: str, split: str, said: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["check-env", name, "--split", split]) == 1
+    out = capsys.readouterr().out
+    assert f"[fail] tasks          no split '{split}'" in out and said in out and "keeps its contract" not in out
 
 
 def test_an_environment_that_cannot_be_built_is_a_finding():
@@ -190,3 +245,14 @@ def test_wrong_usage(words: list[str], said: str, capsys: pytest.CaptureFixture[
     assert main(["check-env", *words]) == 2
     captured = capsys.readouterr()
     assert said in captured.err and not captured.out
+
+
+def test_the_tool_example_of_the_docs_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "environments.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "(ToolEnvironment)" in block)
+    (tmp_path / "docs_calculator.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    found = {finding.rule: finding for finding in check_environment("docs_calculator:Calculator")}
+    assert {finding.level for name, finding in found.items() if name != "off loop"} == {"ok"}, "\n".join(map(str, found.values()))
+    assert found["expert"].seen.endswith("in at most 2 turns")

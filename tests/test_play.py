@@ -92,6 +92,37 @@ def test_a_model_plays_and_its_prompt_is_shown_token_for_token(model_folder, sty
         assert first["turns"][1]["prompt"].startswith(first["turns"][0]["prompt"] + first["turns"][0]["reply"])
 
 
+@pytest.mark.parametrize("seed", ["3", "8"])
+def test_a_model_meets_the_episode_that_the_seed_names(model_folder, seed: str, capsys: pytest.CaptureFixture[str]):
+    words = ["play", "tests.zoo:Sound", "--seed", seed, "--json", "run.device=cpu"]
+    assert main([*words, "--expert"]) == 0
+    by_script = json.loads(capsys.readouterr().out)["turns"][0]["prompt"][-1][1]
+    assert main([*words, "--model", str(model_folder), "rollout.max_reply_tokens=4", "rollout.context_tokens=256"]) == 0
+    assert f"{by_script}<|end|>" in json.loads(capsys.readouterr().out)["turns"][0]["prompt"], by_script
+
+
+def test_what_it_raises_while_a_model_plays_is_said_in_three_lines(model_folder, capsys: pytest.CaptureFixture[str]):
+    words = ["--model", str(model_folder), "rollout.max_reply_tokens=4", "rollout.context_tokens=256", "run.device=cpu"]
+    assert main(["play", "tests.zoo:AlwaysRaises", *words]) == 0
+    captured = capsys.readouterr()
+    assert "env_error: reward 0" in captured.out and "error: KeyError: 'shelf'\n  where: File " in captured.err and "zoo.py" in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    "animal, where, what",
+    [
+        ("CrashingStep", "task train-0, seed 5", "it raised KeyError: 'shelf'"),
+        ("NotBuilt", "tests.zoo:NotBuilt (", "it raised FileNotFoundError: catalogue.json"),
+    ],
+)
+def test_what_an_environment_raises_is_one_error_with_its_place(animal: str, where: str, what: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["play", f"tests.zoo:{animal}", "--expert", "--seed", "5"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: tests.zoo:{animal}") and where in said and what in said and "zoo.py:" in said
+    assert "Traceback" not in said and "\n  fix: mend that line" in said
+
+
 @pytest.mark.parametrize(
     "words, said",
     [

@@ -8,10 +8,12 @@ import random
 import socket
 import time
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
-from spearrl.envs import Environment
+from spearrl.envs import Done, Environment, ToolEnvironment, tool
 from spearrl.errors import ConfigError
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
 
@@ -153,6 +155,11 @@ class CrashingStep(Sound):
         if self.won:
             raise KeyError("shelf")
         return super().step(action)
+
+
+class AlwaysRaises(Sound):
+    def step(self, action):
+        raise KeyError("shelf")
 
 
 class Unseeded(Sound):
@@ -361,3 +368,64 @@ class NotBuilt(Sound):
     def __init__(self, **options):
         super().__init__(**options)
         raise FileNotFoundError("catalogue.json")
+
+
+class Unscripted(ToolEnvironment):
+    """Sound tools, and no expert that would call them."""
+
+    tasks = Sound.tasks
+
+    def begin(self, task, draw):
+        self.goal = draw.randint(2, 9)
+        return f"give {self.goal}"
+
+    @tool
+    def double(self, value: int) -> int:
+        return 2 * value
+
+    @tool
+    def give(self, value: int) -> Done:
+        return Done(10.0 * (value == self.goal))
+
+
+class ToolNaN(Unscripted):
+    @tool
+    def double(self, value: int) -> Outcome:
+        return Outcome(Observation("x"), float("nan"), False)
+
+
+class ToolGlobalDraw(Unscripted):
+    @tool
+    def double(self, value: int) -> float:
+        return random.random()
+
+
+class ToolPaysTwice(Unscripted):
+    def step(self, action):
+        return Outcome(Observation("again"), 5.0, True, info={"success": True}) if self._over else super().step(action)
+
+
+class ToolUncallable(Unscripted):
+    @tool
+    def double(self, value: Annotated[str, Field(pattern="^[0-9]{7}$")]) -> str:
+        return value
+
+    @tool
+    def give(self, value: Annotated[str, Field(pattern="^x{7}$")]) -> Done:
+        return Done(1.0)
+
+
+class LateWin(Sound):
+    """The expert wins, chance does not."""
+
+    def step(self, action):
+        if self.over:
+            return super().step(action)
+        self.won = self.won + 1 if action.text == self.digit else 0
+        self.over = self.won == 4
+        return Outcome(self.show(), 5.0 * self.over, self.over, info={"success": self.over})
+
+
+class LatePaysTwice(LateWin):
+    def step(self, action):
+        return Outcome(Observation("again"), 5.0, True, info={"success": True}) if self.over else super().step(action)

@@ -23,13 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from spearrl.envs.check import SPLITS, check_environment, failures
+    from spearrl.envs.check import check_environment, failures
     from spearrl.errors import ConfigError
 
     if not args.deadline > 0:
         raise ConfigError(f"--deadline {args.deadline:g} is not a time", where="command line", hint="use a number of seconds above 0")
     section = config_of(args.target, args.overrides).env
-    findings = check_environment(section.name, section.options, splits=args.split or SPLITS, deadline_s=args.deadline)
+    findings = check_environment(section.name, section.options, splits=args.split, deadline_s=args.deadline)
     failed = failures(findings)
     if args.json:
         print(json.dumps({"environment": section.name, "ok": not failed, "findings": [finding.as_json() for finding in findings]}, indent=1))

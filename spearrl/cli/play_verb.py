@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from spearrl.cli.target import OVERRIDES_HELP, TARGET_HELP, config_of
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from spearrl.envs import Environment
     from spearrl.types import Message, Observation, Task, Trajectory
 
+T = TypeVar("T")
 HELP = "play one episode: by hand, by expert or by model"
 EXAMPLES = """examples:
   spearrl play webshop env.options.observation=compact
@@ -51,16 +53,37 @@ def run(args: argparse.Namespace) -> int:
     config = config_of(args.target, overrides, model=str(_model_of(args.model)) if args.model else None)
     from spearrl import envs
 
-    environment = envs.make(config.env.name, **config.env.options)
+    name = config.env.name
+    environment = _of_environment(name, lambda: envs.make(name, **config.env.options))
     environment.max_turns = config.env.max_turns or environment.max_turns
     printer = _Printer(silent=args.json)
-    task = _task(environment, args.split, args.task)
+    task = _of_environment(name, lambda: _task(environment, args.split, args.task))
     printer.say(f"task {task.id} ({task.split}), seed {args.seed}, style {config.env.style}, at most {environment.max_turns} turns")
-    record = _by_model(config, environment, task, args.seed, printer) if args.model else _by_hand(environment, task, config.env.style, args, printer)
+    if args.model:
+        record = _by_model(config, environment, task, args.seed, printer)
+    else:
+        record = _of_environment(f"{name}, task {task.id}, seed {args.seed}", lambda: _by_hand(environment, task, config.env.style, args, printer))
     printer.say(f"{record['status']}: reward {record['reward']:g} in {len(record['turns'])} turns")
     if args.json:
         print(json.dumps({"environment": config.env.name, "task": task.id, "split": task.split, "seed": args.seed, **record}, default=str))
     return 0
+
+
+def _of_environment(where: str, function: Callable[[], T]) -> T:
+    """What the function returns. Raises ContractError, with the line it came from, for whatever an environment raises."""
+    from spearrl.errors import ContractError, SpearError
+
+    try:
+        return function()
+    except (SpearError, BrokenPipeError):
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ContractError(
+            f"it raised {type(error).__name__}: {error}",
+            where=f"{where} ({frame.filename}:{frame.lineno}, in {frame.name})",
+            hint="mend that line; reset() and step() answer with what the model can read and do not raise. spearrl check-env tries it with many replies",
+        ) from error
 
 
 class _Printer:
@@ -154,6 +177,9 @@ def _by_model(config: RunConfig, environment: Environment, task: Task, seed: int
     device = prepare_torch(config)
     tokenizer = load_tokenizer(config.model.path)
     parts = assemble(config, load_model(config.model.path), tokenizer, environment, device)
+    start, given = parts.evaluator.pool.start, seed
+    # The collector derives a seed of its own; here the episode is the one that --seed names, as by hand.
+    parts.evaluator.pool.start = lambda place, task, seed: start(place, task, given)  # type: ignore[method-assign]
     try:
         trajectory = parts.evaluator.collect([task], 1, run_seed=seed, step=0, first_group_id=0, purpose="play")[0].trajectories[0]
     finally:
@@ -165,7 +191,12 @@ def _by_model(config: RunConfig, environment: Environment, task: Task, seed: int
         printer.say(f"--- the reply\n{turn['reply']}")
         _show_action(printer, turn)
     if trajectory.error:
-        print(trajectory.error, file=sys.stderr)
+        lines = trajectory.error.strip().splitlines()
+        places = [line.strip() for line in lines if line.startswith("  File ")]
+        print(
+            f"error: {lines[-1]}\n  where: {places[-1] if places else 'unknown'}\n  fix: mend that line; an episode that fails so is no training data",
+            file=sys.stderr,
+        )
     return {"status": trajectory.status.value, "reward": trajectory.reward, "info": trajectory.info, "turns": turns}
 
 

@@ -37,12 +37,12 @@ class Finding:
 
 
 def check_environment(
-    name: str, options: Mapping[str, Any] | None = None, *, splits: Sequence[str] = SPLITS, deadline_s: float = 10.0, seed: int = SEED
+    name: str, options: Mapping[str, Any] | None = None, *, splits: Sequence[str] | None = None, deadline_s: float = 10.0, seed: int = SEED
 ) -> list[Finding]:
     """Examine the environment `name` (built-in, or "my_pkg.mod:Class") by every rule of `spearrl.envs.rules`.
 
     Args:
-        splits: whose tasks are looked at; those it does not have are left out, but for "train".
+        splits: whose tasks are looked at; each must be there. None: "train", and "val" where there is one.
         deadline_s: seconds a single call may take. Outside the main thread it cannot be held to.
     Raises:
         ConfigError: the environment cannot be imported, or refuses its options.
@@ -51,7 +51,7 @@ def check_environment(
         assert not failures(check_environment("my_pkg.env:MyEnvironment"))
     """
     try:
-        subject = Subject(name, options or {}, splits=splits, deadline_s=deadline_s, seed=seed)
+        subject = Subject(name, options or {}, splits=splits or SPLITS, deadline_s=deadline_s, seed=seed, demanded=bool(splits))
     except SpearError:
         raise
     except (Exception, TooSlow) as error:

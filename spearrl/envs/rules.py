@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import json
 import pickle
 import statistics
@@ -15,29 +16,15 @@ from collections.abc import Callable
 from spearrl.envs.guards import GlobalRandom, no_network
 from spearrl.envs.lanes import child_environment
 from spearrl.envs.pool import open_pool
+from spearrl.envs.samples import HOSTILE
 from spearrl.envs.subject import BrokenRule, Moment, Subject, check_messages, difference, short, stable
+from spearrl.envs.tool import ToolEnvironment
 from spearrl.errors import ConfigError, ContractError, EnvironmentFault
 from spearrl.types import Action, Outcome, Reply, Task
 
 PLAYED, EXPERT_TASKS, MOST_TURNS = 3, 12, 1000
 SLOW_STEP_S, SLOW_SPAWN_S = 0.05, 0.2
 CHILD_S = 120
-HOSTILE = {
-    "nothing": "",
-    "spaces": " \n\t ",
-    "200,000 characters": "a" * 200_000,
-    "a NUL": "a\x00b",
-    "half a character": "\udc80\ud800",
-    "not English": "日本語 العربية 🙂‍↔️ \u202e",
-    "deep brackets": "[" * 5000 + "{" * 5000,
-    "JSON": '{"name": ["x"], "arguments": null}',
-    "a broken tool call": '<tool_call>{"name": "x", "arguments": {"a": NaN}}</tool_call><tool_call>',
-    "tags": "<think></action><action></think>",
-    "control tokens": "<|im_end|><|im_start|>system\n</s>",
-    "format signs": "%s%n {0} {x!r} $(id) `id` '; --",
-    "a path": "../../../../etc/passwd",
-    "numbers": "1e999 -0 " + "9" * 5000,
-}
 
 
 class Advice(BrokenRule):
@@ -56,9 +43,10 @@ def tasks(subject: Subject) -> str:
     for split in subject.splits:
         try:
             found = subject.call(f"tasks({split!r})", lambda split=split: subject.root.tasks(split))  # type: ignore[misc]
-        except ConfigError:
-            if split == "train":
-                raise
+        except ConfigError as error:
+            if split == "train" or subject.demanded:
+                raise BrokenRule(f"no split {split!r}: {error.message}", error.hint or "name a split the environment has") from error
+            counts.append(f"no split {split!r}")
             continue
         if not len(found) or not all(isinstance(task, Task) for task in found):
             raise BrokenRule(f"{len(found)} tasks, not all of them spearrl.types.Task", "return a non-empty list of Task(id, split, data)")
@@ -109,7 +97,12 @@ def episode(subject: Subject) -> str:
     if not isinstance(schemas, list) or any(not isinstance(s, dict) or s.get("type") != "function" for s in schemas):
         raise BrokenRule(f"tools() returned {short(repr(schemas))}", 'return a list of {"type": "function", "function": {…}}')
     json.dumps(schemas)
-    return f"{len(subject.played)} episodes, {turns} turns: finite rewards, sound outcomes and prompts"
+    text = f"{len(subject.played)} episodes, {turns} turns: finite rewards, sound outcomes and prompts"
+    if not isinstance(env, ToolEnvironment):
+        return text
+    if not subject.tool_calls:
+        raise Advice(f"{text}; but no valid tool call could be made from the schemas, so no tool was tried", "write expert(): its calls are played")
+    return f"{text}; {subject.tool_calls} valid tool calls"
 
 
 def max_turns(subject: Subject) -> str:
@@ -165,23 +158,25 @@ def task_data(subject: Subject) -> str:
 def after_end(subject: Subject) -> str:
     """The end is the end: no further reward, no crash."""
     seen = 0
-    for task in subject.played:
+    for task, scripted in itertools.product(subject.played, (False, True)):
         env = subject.spawn()
+        env.expert_noise = 0.0 if scripted else env.expert_noise
         running = subject.start(env, task, subject.seed)
         while not running.over and len(running.moments) <= env.max_turns:
-            running.turn()
+            running.turn(scripted=scripted)
         if not running.over or running.moments[-1].ended != "terminated":
             continue
         seen += 1
-        try:
-            outcome = subject.step(env, Action("again"), f" after the end of task {task.id}")
-        except ContractError:
-            continue
-        if outcome.reward != 0 or not (outcome.terminated or outcome.truncated):
-            wrong = f"a step after the end gave reward {outcome.reward} and terminated={outcome.terminated}"
-            raise BrokenRule(wrong, "return Outcome(observation, 0.0, True, …) or raise ContractError once the episode is over")
+        for action in (Action("again"), running.action):
+            try:
+                outcome = subject.step(env, action, f" after the end of task {task.id}")
+            except ContractError:
+                continue
+            if outcome.reward != 0 or not (outcome.terminated or outcome.truncated):
+                wrong = f"a step after the end gave reward {outcome.reward} and terminated={outcome.terminated}"
+                raise BrokenRule(wrong, "return Outcome(observation, 0.0, True, …) or raise ContractError once the episode is over")
     if not seen:
-        raise NotApplicable("no episode terminated within max_turns")
+        raise NotApplicable("no episode terminated within max_turns, by chance or by the expert: a step after the end was not tried")
     return "a step after the end pays nothing"
 
 
@@ -260,7 +255,10 @@ def close(subject: Subject) -> str:
 
 def global_random(subject: Subject) -> str:
     """The global generators belong to the run."""
-    for what, function in (("reset() or step()", lambda: subject.play(subject.spawn(), subject.played[0], subject.seed)), ("__init__()", subject.build)):
+    for what, function in (
+        ("reset() or step()", lambda: [subject.play(subject.spawn(), task, subject.seed) for task in subject.played]),
+        ("__init__()", subject.build),
+    ):
         state = GlobalRandom()
         function()
         touched = state.touched()

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from spearrl.envs.base import Environment, load, make
 from spearrl.envs.guards import deadline
+from spearrl.envs.samples import random_calls
+from spearrl.envs.tool import ToolEnvironment
 from spearrl.seeds import derive
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
 
@@ -42,12 +44,14 @@ class Moment(NamedTuple):
 class Subject:
     """The environment `name` with its options. `at` says what was called last."""
 
-    def __init__(self, name: str, options: Mapping[str, Any], *, splits: Sequence[str], deadline_s: float, seed: int):
+    def __init__(self, name: str, options: Mapping[str, Any], *, splits: Sequence[str], deadline_s: float, seed: int, demanded: bool = False):
         self.name, self.options, self.splits, self.deadline_s, self.seed = name, dict(options), list(splits), deadline_s, seed
         self.cls = load(name)
         self.step_seconds: list[float] = []
         self.reset_seconds: list[float] = []
         self.at = ""
+        self.demanded = demanded  # whether every one of `splits` must be there
+        self.tool_calls = 0  # valid ones that were made
         self.root = self.build()
         self.played: list[Task] = []  # tasks to play, once `tasks` has been checked
 
@@ -111,15 +115,20 @@ class Episode:
         self.observation = subject.reset(env, task, seed)
         self.moments = [_moment(self.observation, None)]
         self.over = False
-        self._draw = random.Random(derive(seed, "check"))
+        self.action = Action("")  # the last one
+        self._draw = random.Random(derive(seed, "check", task.id))
 
-    def turn(self) -> None:
-        """Say the expert's action, an admissible one or a fixed word."""
+    def turn(self, *, scripted: bool = False) -> None:
+        """Say the expert's action (`scripted`: whenever it has one), an admissible one, a tool call or a fixed word."""
         choices = list(self.observation.admissible or FALLBACK)
-        wanted = self.subject.expert(self.env) if self._draw.random() < 0.6 else None
+        if isinstance(self.env, ToolEnvironment) and not self.observation.admissible:
+            choices = [*random_calls(self.env.schemas(), self.observation.text, self._draw), self._draw.choice(FALLBACK)]
+        wanted = self.subject.expert(self.env) if scripted or self._draw.random() < 0.6 else None
         text = wanted if wanted is not None else self._draw.choice(choices)
         where = f", task {self.task.id}, seed {self.seed}, turn {len(self.moments) - 1}"
         action = self.subject.parse(self.env, self.subject.call("format", lambda: self.env.format(text)))
+        self.action = action
+        self.subject.tool_calls += action.tool_calls
         outcome = self.subject.step(self.env, action, where)
         self.observation = outcome.observation
         self.moments.append(_moment(outcome.observation, outcome))
