@@ -25,7 +25,10 @@ ARMS = {
 # The same algorithm on other engines (make engines): they sample other tokens, so the curves agree in distribution, not number by number.
 ENGINES = {
     "local+local": ("grpo+spear", []),
-    "vllm+deepspeed": ("grpo+spear", ["rollout.engine=vllm", "learner.backend=deepspeed", "learner.zero_stage=3", "learner.processes=2"]),
+    "vllm+deepspeed": (
+        "grpo+spear",
+        ["rollout.engine=vllm", "learner.backend=deepspeed", "learner.zero_stage=3", "learner.processes=2"],
+    ),
 }
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # Student's t by number of seeds
 
@@ -51,8 +54,21 @@ def _run(args: argparse.Namespace, arm: str, seed: int) -> dict:
     algo, changes = (ARMS | ENGINES)[arm]
     name = f"{arm.replace(',', '').replace(' ', '-').replace('+', '-')}-s{seed}"
     command = [sys.executable, "-m", "spearrl", "train", "--preset", "tiny", "--algo", algo, "--model", args.model]
-    command += ["sft.enabled=false", f"run.seed={seed}", f"run.steps={args.steps}", f"run.name={name}", f"run.output_dir={args.output}", "run.threads=1"]
-    command += ["run.checkpoint_every=0", "run.tensorboard=false", "run.trajectories_every=0", *changes, *args.overrides]
+    command += [
+        "sft.enabled=false",
+        f"run.seed={seed}",
+        f"run.steps={args.steps}",
+        f"run.name={name}",
+        f"run.output_dir={args.output}",
+        "run.threads=1",
+    ]
+    command += [
+        "run.checkpoint_every=0",
+        "run.tensorboard=false",
+        "run.trajectories_every=0",
+        *changes,
+        *args.overrides,
+    ]
     folder = Path(args.output) / name
     if not _finished(folder, args.steps):
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -73,23 +89,33 @@ def _events(folder: Path) -> list[dict]:
 
 def _finished(folder: Path, steps: int) -> bool:
     """A run that is there already is not run again: call this twice to see the table again, or to add seeds."""
-    return (folder / "events.jsonl").exists() and any(e["event"] == "eval" and e["step"] == steps for e in _events(folder))
+    return (folder / "events.jsonl").exists() and any(
+        e["event"] == "eval" and e["step"] == steps for e in _events(folder)
+    )
 
 
 def _print(args: argparse.Namespace, results: dict, seconds: float) -> None:
     points = sorted(next(iter(results.values()))["curve"])
-    print("| arm | seed | " + " | ".join(f"step {p}" for p in points) + " | optimiser steps | train, last 10 steps | seconds |")
+    print(
+        "| arm | seed | "
+        + " | ".join(f"step {p}" for p in points)
+        + " | optimiser steps | train, last 10 steps | seconds |"
+    )
     print("|" + "---|" * (len(points) + 5))
     for (arm, seed), r in results.items():
         cells = " | ".join(f"{100 * r['curve'][p]:.1f}" for p in points)
-        print(f"| {arm} | {seed} | {cells} | {r['optimiser_steps']:.0f} | {100 * r['train_success']:.1f} | {r['seconds']:.0f} |")
+        print(
+            f"| {arm} | {seed} | {cells} | {r['optimiser_steps']:.0f} | {100 * r['train_success']:.1f} | {r['seconds']:.0f} |"
+        )
     for arm in args.arms:
         rows = [r for (name, _), r in results.items() if name == arm]
         cells = " | ".join(f"{100 * _mean([r['curve'][p] for r in rows]):.1f}" for p in points)
         steps, train = _mean([r["optimiser_steps"] for r in rows]), 100 * _mean([r["train_success"] for r in rows])
         print(f"| **{arm}** | mean | {cells} | {steps:.0f} | {train:.1f} | {_mean([r['seconds'] for r in rows]):.0f} |")
         curves = [_mean([r["curve"][p] for p in points]) for r in rows]
-        print(f"| {arm} | mean of curve | {100 * _mean(curves):.1f} {_interval(curves)} (per seed {', '.join(f'{100 * c:.1f}' for c in curves)}) |")
+        print(
+            f"| {arm} | mean of curve | {100 * _mean(curves):.1f} {_interval(curves)} (per seed {', '.join(f'{100 * c:.1f}' for c in curves)}) |"
+        )
     print(f"\n{len(results)} runs, {args.jobs} at a time, {seconds:.0f} s in all")
 
 

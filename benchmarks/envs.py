@@ -89,7 +89,9 @@ def beside_original(data: str, games: int) -> None:
         if not same:
             print(f"DIFFERENT TEXTS: {task.id}")
     original.close()
-    print(f"\nALFWorld, {games} games of valid_unseen, milliseconds (median): native (compiling each game), original, ratio")
+    print(
+        f"\nALFWorld, {games} games of valid_unseen, milliseconds (median): native (compiling each game), original, ratio"
+    )
     for kind in ("reset", "step"):
         fast, slow = (1e3 * statistics.median(times[name][kind]) for name in ("native", "original"))
         print(f"{kind:6} {fast:10.4f} {slow:10.1f} {slow / fast:10.0f}x")
@@ -113,8 +115,12 @@ def expert_lengths(data: str) -> None:
             if task.id in plans:
                 difference[steps - plans[task.id]] += 1
         total = len(environment.tasks(split))
-        print(f"{split:13} {len(lengths)} of {total} games solved, steps: mean {statistics.fmean(lengths):.2f}, most {max(lengths)}")
-    print(f"steps more than the original planner on its {len(plans)} recorded games: {dict(sorted(difference.items()))}")
+        print(
+            f"{split:13} {len(lengths)} of {total} games solved, steps: mean {statistics.fmean(lengths):.2f}, most {max(lengths)}"
+        )
+    print(
+        f"steps more than the original planner on its {len(plans)} recorded games: {dict(sorted(difference.items()))}"
+    )
 
 
 def main() -> None:
@@ -122,12 +128,18 @@ def main() -> None:
     parser.add_argument("--slots", type=int, nargs="+", default=[1, 64, 1024, 4096])
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument(
-        "--alfworld", default=str(SHARED / "alfworld") if (SHARED / "alfworld").exists() else None, help="folder of real games; none: generated"
+        "--alfworld",
+        default=str(SHARED / "alfworld") if (SHARED / "alfworld").exists() else None,
+        help="folder of real games; none: generated",
     )
-    parser.add_argument("--original", type=int, default=5, help="games played in the original engine, where it is installed; 0: none")
+    parser.add_argument(
+        "--original", type=int, default=5, help="games played in the original engine, where it is installed; 0: none"
+    )
     parser.add_argument("--expert", action="store_true", help="the expert on every real game")
     arguments = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; microseconds: median, 99th percentile")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; microseconds: median, 99th percentile"
+    )
     print(f"{'':26}  slots     step      p99    reset      p99    steps/s   MiB max")
     for count in arguments.slots:
         if arguments.alfworld:

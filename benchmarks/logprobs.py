@@ -97,7 +97,9 @@ def report(options: argparse.Namespace) -> int:
     common = ["--chunk", str(options.chunk), "--threads", str(options.threads)]
     logits, head = options.chunk * VOCABULARY * 4 / MIB, VOCABULARY * WIDTH * 4 / MIB
     worst = fresh("--one", "error", "--positions", "16", *common)["error"]
-    print(f"V={VOCABULARY} d={WIDTH} chunk={options.chunk}; one chunk of logits is {logits:.0f} MiB, the head {head:.0f} MiB")
+    print(
+        f"V={VOCABULARY} d={WIDTH} chunk={options.chunk}; one chunk of logits is {logits:.0f} MiB, the head {head:.0f} MiB"
+    )
     print(f"largest error against float64: {worst:.1e}")
     peaks = []
     for positions in options.positions:
@@ -109,8 +111,12 @@ def report(options: argparse.Namespace) -> int:
             f"n={positions}: memory plain {memory['plain']:.0f} MiB, chunked {memory['chunked']:.0f} MiB, ratio {memory['chunked'] / memory['plain']:.2f}; ",
             end="",
         )
-        print(f"time plain {seconds['plain']:.1f} s, chunked {seconds['chunked']:.1f} s, ratio {seconds['chunked'] / seconds['plain']:.2f}")
-    print(f"growth of the chunked peak from n={options.positions[0]} to n={options.positions[-1]}: {peaks[-1] - peaks[0]:.0f} MiB")
+        print(
+            f"time plain {seconds['plain']:.1f} s, chunked {seconds['chunked']:.1f} s, ratio {seconds['chunked'] / seconds['plain']:.2f}"
+        )
+    print(
+        f"growth of the chunked peak from n={options.positions[0]} to n={options.positions[-1]}: {peaks[-1] - peaks[0]:.0f} MiB"
+    )
     return int(options.check and (worst > 1e-5 or peaks[-1] - peaks[0] > logits))
 
 

@@ -15,12 +15,13 @@ import time
 
 import torch
 
-from spearrl.batching import Batch, micro_batches
+from spearrl.batching import Batch
 from spearrl.config import LearnerSection, TinySection
 from spearrl.learner import LocalLearner
+from spearrl.learner.partition import micro_batches
 from spearrl.losses import Objective
 from spearrl.models import build_tiny
-from tests.test_rows import make_rows
+from tests.batching.test_rows import make_rows
 
 
 def measure(packed: bool, rows: int, tokens: int) -> dict[str, float]:
@@ -53,10 +54,23 @@ def main() -> None:
         return print(json.dumps(measure(given.only == "packed", given.rows, given.tokens)))
     found = {}
     for kind in ("padded", "packed"):
-        command = [sys.executable, "-m", "benchmarks.packing", "--only", kind, f"--rows={given.rows}", f"--tokens={given.tokens}"]
-        found[kind] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.packing",
+            "--only",
+            kind,
+            f"--rows={given.rows}",
+            f"--tokens={given.tokens}",
+        ]
+        found[kind] = json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        )
         print(kind, {name: round(value, 3) for name, value in found[kind].items()})
-    print("packed / padded:", {name: round(found["packed"][name] / found["padded"][name], 3) for name in ("seconds", "peak_mib")})
+    print(
+        "packed / padded:",
+        {name: round(found["packed"][name] / found["padded"][name], 3) for name in ("seconds", "peak_mib")},
+    )
 
 
 if __name__ == "__main__":

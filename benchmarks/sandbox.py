@@ -39,7 +39,10 @@ def line(what: str, times: list[float]) -> str:
 
 def sustained(sandbox: Sandbox, runs: int, threads: int) -> float:
     """Runs a second, `threads` at a time."""
-    workers = [threading.Thread(target=lambda: [sandbox.run("print(1)") for _ in range(runs // threads)]) for _ in range(threads)]
+    workers = [
+        threading.Thread(target=lambda: [sandbox.run("print(1)") for _ in range(runs // threads)])
+        for _ in range(threads)
+    ]
     begun = time.perf_counter()
     for worker in workers:
         worker.start()
@@ -58,7 +61,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.realtime:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(10))
-    print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors, Python {platform.python_version()}, packages {' '.join(args.packages) or 'none'}")
+    print(
+        f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors, Python {platform.python_version()}, packages {' '.join(args.packages) or 'none'}"
+    )
     options = SandboxOptions(kind=args.kind, unsandboxed=args.kind == "none", packages=tuple(args.packages))
     begun = time.perf_counter()
     with open_sandbox(options) as sandbox:
@@ -70,8 +75,17 @@ def main() -> None:
         for threads in (1, args.threads):
             print(f"{f'print(1), {threads} at a time':<42} {sustained(sandbox, args.runs, threads):7.0f} runs a second")
     if args.kind == "bubblewrap":
-        command = [*jail_command(package_paths(options.packages)[0], options.tmp_mib), str(interpreter()), "-c", "print(1)"]
-        cold = timed(lambda: subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=True), max(5, args.runs // 10), 0.0)
+        command = [
+            *jail_command(package_paths(options.packages)[0], options.tmp_mib),
+            str(interpreter()),
+            "-c",
+            "print(1)",
+        ]
+        cold = timed(
+            lambda: subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=True),
+            max(5, args.runs // 10),
+            0.0,
+        )
         print(line("print(1), cold: bwrap python", cold))
         print(f"{'cold / warm':<42} {statistics.median(cold) / statistics.median(warm):.1f}")
 

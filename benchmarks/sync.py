@@ -35,9 +35,16 @@ def random_model(million: int, dtype: torch.dtype):
 
     width, layers, vocabulary = SHAPES[million]
     torch.manual_seed(0)
-    shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers, "vocab_size": vocabulary}
+    shape = {
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": layers,
+        "vocab_size": vocabulary,
+    }
     heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64, "head_dim": 64}
-    config = Qwen3Config(**shape, **heads, tie_word_embeddings=True, max_position_embeddings=512, initializer_range=0.7 / width**0.5)
+    config = Qwen3Config(
+        **shape, **heads, tie_word_embeddings=True, max_position_embeddings=512, initializer_range=0.7 / width**0.5
+    )
     return Qwen3ForCausalLM(config).eval().to(dtype)
 
 
@@ -58,18 +65,24 @@ def main() -> None:
         learner = LocalLearner(model, LearnerSection(precision="fp32"))
         sync = SyncSection(bucket_mib=given.bucket_mib)
         ids = probe_prompt(model.config.vocab_size, 0)
-        bridge = Bridge(learner, [engine.receiver], settings=sync, probe_ids=ids, run_folder=Path(folder), float32=exact)
+        bridge = Bridge(
+            learner, [engine.receiver], settings=sync, probe_ids=ids, run_folder=Path(folder), float32=exact
+        )
         try:
             measured = [measure(bridge, model, version) for version in range(1, given.syncs + 1)][1:]
         finally:
             bridge.close()
             engine.close()
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    print(f"{size:.1f} M parameters, {given.dtype}, {measured[0]['sync/bytes'] / 2**20:.0f} MiB in {measured[0]['sync/buckets']:.0f} bucket(s)")
+    print(
+        f"{size:.1f} M parameters, {given.dtype}, {measured[0]['sync/bytes'] / 2**20:.0f} MiB in {measured[0]['sync/buckets']:.0f} bucket(s)"
+    )
     for name in measured[0]:
         values = [line[name] for line in measured]
         if name.startswith("ms "):
-            print(f"  {name[3:]:8} median {statistics.median(values):7.1f} ms   best {min(values):7.1f}   worst {max(values):7.1f}")
+            print(
+                f"  {name[3:]:8} median {statistics.median(values):7.1f} ms   best {min(values):7.1f}   worst {max(values):7.1f}"
+            )
     print(
         f"  probe gap at most {max(line['sync/probe_gap'] for line in measured):.2g} nats, sent again {sum(line['sync/resent'] for line in measured):.0f} times"
     )
@@ -82,7 +95,12 @@ def measure(bridge: Bridge, model: torch.nn.Module, version: int) -> dict[str, f
             parameter.mul_(1 + 1e-3 * torch.randn_like(parameter))
     metrics = bridge.publish(version)
     laps = {f"ms {phase}": 1e3 * seconds for phase, seconds in bridge.laps.items()}
-    return {**metrics, **laps, "ms paused": 1e3 * metrics["sync/pause_seconds"], "ms in all": 1e3 * metrics["sync/seconds"]}
+    return {
+        **metrics,
+        **laps,
+        "ms paused": 1e3 * metrics["sync/pause_seconds"],
+        "ms in all": 1e3 * metrics["sync/seconds"],
+    }
 
 
 if __name__ == "__main__":

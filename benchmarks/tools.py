@@ -24,7 +24,9 @@ SHOWN = ("rollout/tool_calls", "rollout/success")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="model directory made by `spearrl sft --env math sft.noise=0.65`")
+    parser.add_argument(
+        "--model", required=True, help="model directory made by `spearrl sft --env math sft.noise=0.65`"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--output", default="runs/tools")
@@ -45,9 +47,33 @@ def run(args: argparse.Namespace, arm: str, seed: int) -> dict[str, list[float]]
     name = f"{'bonus' if not ARMS[arm] else 'none'}-s{seed}"
     folder = Path(args.output) / name
     if not (folder / "events.jsonl").exists() or len(_steps(folder)) < args.steps:
-        command = [sys.executable, "-m", "spearrl", "train", "--preset", "tiny-math", "--algo", "grpo+spear", "--model", args.model]
-        command += ["sft.enabled=false", f"run.seed={seed}", f"run.steps={args.steps}", f"run.name={name}", f"run.output_dir={args.output}", "run.threads=1"]
-        command += ["run.checkpoint_every=0", "run.tensorboard=false", "run.trajectories_every=0", *ARMS[arm], *args.overrides]
+        command = [
+            sys.executable,
+            "-m",
+            "spearrl",
+            "train",
+            "--preset",
+            "tiny-math",
+            "--algo",
+            "grpo+spear",
+            "--model",
+            args.model,
+        ]
+        command += [
+            "sft.enabled=false",
+            f"run.seed={seed}",
+            f"run.steps={args.steps}",
+            f"run.name={name}",
+            f"run.output_dir={args.output}",
+            "run.threads=1",
+        ]
+        command += [
+            "run.checkpoint_every=0",
+            "run.tensorboard=false",
+            "run.trajectories_every=0",
+            *ARMS[arm],
+            *args.overrides,
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     found = {key: [event[key] for event in _steps(folder)] for key in SHOWN}
     return {**found, "eval": [event["success"] for event in _events(folder) if event["event"] == "eval"]}
@@ -56,12 +82,23 @@ def run(args: argparse.Namespace, arm: str, seed: int) -> dict[str, list[float]]
 def table(curves: dict[tuple[str, int], dict[str, list[float]]], seeds: Sequence[int], steps: int) -> str:
     """Means over quarters of the training, per run and per arm."""
     quarters = [(steps * i // 4, steps * (i + 1) // 4) for i in range(4)]
-    lines = ["| | seed | " + " | ".join(f"calls, steps {a + 1}–{b}" for a, b in quarters) + " | success before | success after |", "|" + "---|" * 8]
+    lines = [
+        "| | seed | "
+        + " | ".join(f"calls, steps {a + 1}–{b}" for a, b in quarters)
+        + " | success before | success after |",
+        "|" + "---|" * 8,
+    ]
     for arm in ARMS:
         rows = []
         for seed in seeds:
             curve = curves[arm, seed]
-            rows.append([*(_mean(curve["rollout/tool_calls"][a:b]) for a, b in quarters), 100 * curve["eval"][0], 100 * curve["eval"][-1]])
+            rows.append(
+                [
+                    *(_mean(curve["rollout/tool_calls"][a:b]) for a, b in quarters),
+                    100 * curve["eval"][0],
+                    100 * curve["eval"][-1],
+                ]
+            )
             lines.append(f"| {arm} | {seed} | {_cells(rows[-1])} |")
         lines.append(f"| **{arm}** | mean | {_cells([_mean(column) for column in zip(*rows, strict=True)])} |")
     return "\n".join(lines)
@@ -73,20 +110,34 @@ def picture(curves: dict[str, list[list[float]]], label: str) -> str:
     top = max(value for lines in curves.values() for line in lines for value in line) * 1.05
 
     def points(line: Sequence[float]) -> str:
-        spot = [(LEFT + i * (WIDTH - LEFT - 12) / max(1, steps - 1), (HEIGHT - BOTTOM) * (1 - v / top) + 8) for i, v in enumerate(line)]
+        spot = [
+            (LEFT + i * (WIDTH - LEFT - 12) / max(1, steps - 1), (HEIGHT - BOTTOM) * (1 - v / top) + 8)
+            for i, v in enumerate(line)
+        ]
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in spot)
 
     style = "font-family:sans-serif;font-size:12px;fill:#444"
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + 12}" style="{style}">', '<rect width="100%" height="100%" fill="#fff"/>']
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + 12}" style="{style}">',
+        '<rect width="100%" height="100%" fill="#fff"/>',
+    ]
     for i in range(5):
         y = (HEIGHT - BOTTOM) * (1 - i / 4) + 8
-        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - 12}" stroke="#ddd"/><text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{top * i / 4:.2f}</text>')
+        parts.append(
+            f'<path d="M{LEFT} {y:.1f}H{WIDTH - 12}" stroke="#ddd"/><text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{top * i / 4:.2f}</text>'
+        )
     for (arm, lines), color in zip(curves.items(), COLORS, strict=True):
-        parts += [f'<polyline points="{points(line)}" fill="none" stroke="{color}" stroke-opacity="0.3"/>' for line in lines]
+        parts += [
+            f'<polyline points="{points(line)}" fill="none" stroke="{color}" stroke-opacity="0.3"/>' for line in lines
+        ]
         mean = [_mean(values) for values in zip(*lines, strict=False)]
         parts.append(f'<polyline points="{points(mean)}" fill="none" stroke="{color}" stroke-width="2.5"/>')
-        parts.append(f'<text x="{LEFT + 12 + 150 * COLORS.index(color)}" y="{HEIGHT + 4}" style="fill:{color}">{arm}</text>')
-    parts.append(f'<text x="{WIDTH - 12}" y="{HEIGHT + 4}" text-anchor="end">{label}, training steps 1–{steps}</text></svg>')
+        parts.append(
+            f'<text x="{LEFT + 12 + 150 * COLORS.index(color)}" y="{HEIGHT + 4}" style="fill:{color}">{arm}</text>'
+        )
+    parts.append(
+        f'<text x="{WIDTH - 12}" y="{HEIGHT + 4}" text-anchor="end">{label}, training steps 1–{steps}</text></svg>'
+    )
     return "\n".join(parts) + "\n"
 
 

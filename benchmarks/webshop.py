@@ -16,7 +16,9 @@ from spearrl.envs import make
 from spearrl.types import Action, Reply
 
 ORIGINAL_MS = 25.0  # the original's Flask, Jinja and BeautifulSoup, per step
-SHARED = Path(os.environ.get("SPEARRL_SHARED", Path(__file__).resolve().parents[1] / ".." / "shared")) / "data" / "webshop"
+SHARED = (
+    Path(os.environ.get("SPEARRL_SHARED", Path(__file__).resolve().parents[1] / ".." / "shared")) / "data" / "webshop"
+)
 
 
 def play(data: str | None, observation: str, episodes: int) -> None:
@@ -44,10 +46,15 @@ def play(data: str | None, observation: str, episodes: int) -> None:
         if number < 0:
             resets, steps, searches = [], [], []
     every = steps + searches
-    figures = "  ".join(f"{name} {summary(times)}" for name, times in (("step", every), ("search", searches), ("click", steps), ("reset", resets)))
+    figures = "  ".join(
+        f"{name} {summary(times)}"
+        for name, times in (("step", every), ("search", searches), ("click", steps), ("reset", resets))
+    )
     mean = statistics.fmean(every)
     name = "generated" if data is None else "data"
-    print(f"{name:9} {observation:9} load {loading:5.0f}  {figures}  mean step {mean:.3f} = original / {ORIGINAL_MS / mean:.0f}")
+    print(
+        f"{name:9} {observation:9} load {loading:5.0f}  {figures}  mean step {mean:.3f} = original / {ORIGINAL_MS / mean:.0f}"
+    )
 
 
 def summary(times: list[float]) -> str:
@@ -58,7 +65,11 @@ def summary(times: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--episodes", type=int, default=300)
-    parser.add_argument("--data", default=str(SHARED) if SHARED.exists() else None, help="folder of WebShop's data; none: only the generated catalogue")
+    parser.add_argument(
+        "--data",
+        default=str(SHARED) if SHARED.exists() else None,
+        help="folder of WebShop's data; none: only the generated catalogue",
+    )
     arguments = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; milliseconds, median/p99")
     for data in (None, arguments.data) if arguments.data else (None,):

@@ -14,7 +14,7 @@ _PUBLIC = {
     "RunConfig": "spearrl.config",
     "load_config": "spearrl.config",
     "Trainer": "spearrl.trainer",
-    "evaluate": "spearrl.assembly",
+    "evaluate": "spearrl.launch.assembly",
     "EvalResult": "spearrl.evaluation",
     "Environment": "spearrl.envs",
 }

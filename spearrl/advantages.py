@@ -61,16 +61,31 @@ def gigpo_advantages(
         statistics, singleton: of the episode part, as in `grpo_advantages`. A state seen once has step part 0.
     """
     episode = grpo_advantages(
-        episode_rewards.double(), group_ids, trajectory_ids=trajectory_ids, normalize_std=normalize_std, statistics=statistics, singleton=singleton, eps=eps
+        episode_rewards.double(),
+        group_ids,
+        trajectory_ids=trajectory_ids,
+        normalize_std=normalize_std,
+        statistics=statistics,
+        singleton=singleton,
+        eps=eps,
     )
     _check_sizes(episode_rewards, step_returns, anchor_ids)
     step = state_advantages(step_returns.double(), group_ids, anchor_ids, normalize_std=normalize_std, eps=eps)
     return (episode + step_weight * step).to(_dtype(episode_rewards))
 
 
-def state_advantages(step_returns: Tensor, group_ids: Tensor, anchor_ids: Tensor, *, normalize_std: bool = True, eps: float = 1e-6) -> Tensor:
+def state_advantages(
+    step_returns: Tensor, group_ids: Tensor, anchor_ids: Tensor, *, normalize_std: bool = True, eps: float = 1e-6
+) -> Tensor:
     """GiGPO's step part alone (arXiv:2505.10978 eq. 7): a turn's return against the group's other turns in the same state. All [N]; 0 for a lone one."""
-    return grpo_advantages(step_returns, _pair_ids(group_ids, anchor_ids), normalize_std=normalize_std, statistics="turn", singleton="zero", eps=eps)
+    return grpo_advantages(
+        step_returns,
+        _pair_ids(group_ids, anchor_ids),
+        normalize_std=normalize_std,
+        statistics="turn",
+        singleton="zero",
+        eps=eps,
+    )
 
 
 def discounted_returns(rewards: Tensor, trajectory_ids: Tensor, gamma: float) -> Tensor:
@@ -83,15 +98,24 @@ def discounted_returns(rewards: Tensor, trajectory_ids: Tensor, gamma: float) ->
 
 
 def rloo_advantages(
-    rewards: Tensor, group_ids: Tensor, *, trajectory_ids: Tensor | None = None, statistics: str = "trajectory", singleton: str = "zero"
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    trajectory_ids: Tensor | None = None,
+    statistics: str = "trajectory",
+    singleton: str = "zero",
 ) -> Tensor:
     """Reward minus the mean of the others: (r - mean) * n / (n - 1) (RLOO, arXiv:2402.14740). Arguments as in `grpo_advantages`; [N]."""
     stats = _group_stats(rewards, group_ids, trajectory_ids, statistics)
     others = (stats.count - 1).clamp(min=1)
-    return torch.where(stats.count > 1, stats.deviation * stats.count / others, _singleton(singleton, rewards)).to(_dtype(rewards))
+    return torch.where(stats.count > 1, stats.deviation * stats.count / others, _singleton(singleton, rewards)).to(
+        _dtype(rewards)
+    )
 
 
-def recalibrated_advantages(rewards: Tensor, baseline: float | Tensor, std: float | Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
+def recalibrated_advantages(
+    rewards: Tensor, baseline: float | Tensor, std: float | Tensor | None = None, *, eps: float = 1e-6
+) -> Tensor:
     """Replayed rewards against a recent baseline: (r - baseline) [/ (std + eps)] (SPEAR, arXiv:2509.22601). [N]; baseline and std are numbers or [N]."""
     advantages = rewards.double() - baseline
     if std is not None:
@@ -133,7 +157,9 @@ def reinforce_plus_plus(rewards: Tensor, action_mask: Tensor, *, gamma: float = 
         ContractError: unknown `gaps`.
     """
     if gaps not in ("skip", "reset"):
-        raise ContractError(f"gaps={gaps!r}; must be 'skip' or 'reset'", hint="'skip' credits every turn of a conversation")
+        raise ContractError(
+            f"gaps={gaps!r}; must be 'skip' or 'reset'", hint="'skip' credits every turn of a conversation"
+        )
     mask = action_mask.bool()
     stretch = mask.nonzero()[:, 0]
     if gaps == "reset":
@@ -192,7 +218,10 @@ class _GroupStats:
 
 def _group_stats(rewards: Tensor, group_ids: Tensor, trajectory_ids: Tensor | None, statistics: str) -> _GroupStats:
     if statistics not in ("trajectory", "turn", "balanced"):
-        raise ContractError(f"statistics={statistics!r}; must be 'trajectory', 'turn' or 'balanced'", hint="'trajectory' counts each trajectory once")
+        raise ContractError(
+            f"statistics={statistics!r}; must be 'trajectory', 'turn' or 'balanced'",
+            hint="'trajectory' counts each trajectory once",
+        )
     _check_sizes(rewards, group_ids, *(() if trajectory_ids is None else (trajectory_ids,)))
     values = rewards.double()
     groups, index = torch.unique(group_ids, return_inverse=True)
@@ -220,7 +249,10 @@ def _normalised(stats: _GroupStats, rewards: Tensor, *, normalize_std: bool, sin
 
 def _singleton(mode: str, rewards: Tensor) -> Tensor:
     if mode not in ("zero", "raw"):
-        raise ContractError(f"singleton={mode!r}; must be 'zero' or 'raw'", hint="'zero': a group of one says nothing about relative merit")
+        raise ContractError(
+            f"singleton={mode!r}; must be 'zero' or 'raw'",
+            hint="'zero': a group of one says nothing about relative merit",
+        )
     return rewards.double() if mode == "raw" else torch.zeros_like(rewards, dtype=torch.float64)
 
 

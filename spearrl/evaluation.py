@@ -42,10 +42,14 @@ class EvalResult:
     success: Rate
     reward: float
     turns: float
-    pass_at: dict[str, float] = field(default_factory=dict)  # k -> chance that one of k attempts wins, for k = 1, 2, 4, ... attempts
+    pass_at: dict[str, float] = field(
+        default_factory=dict
+    )  # k -> chance that one of k attempts wins, for k = 1, 2, 4, ... attempts
     strata: dict[str, Rate] = field(default_factory=dict)  # by the environment's `stratum` of a task
     measures: dict[str, float] = field(default_factory=dict)  # means of the environment's numeric measures
-    notes: dict[str, str] = field(default_factory=dict)  # the environment's textual measures, e.g. which noun tagger judged
+    notes: dict[str, str] = field(
+        default_factory=dict
+    )  # the environment's textual measures, e.g. which noun tagger judged
     statuses: dict[str, int] = field(default_factory=dict)
     errors: int = 0  # episodes lost to faults; not in any rate
 
@@ -71,7 +75,15 @@ def panel_id(tasks: Sequence[Task], config: RunConfig) -> str:
     settings, limits = config.eval, config.rollout
     options = json.dumps(config.env.model_dump(), sort_keys=True, default=str)
     lengths = (limits.max_reply_tokens, limits.max_response_tokens, limits.context_tokens)
-    parts = [options, str(lengths), settings.split, str(settings.attempts), repr(settings.temperature), repr(settings.top_p), str(settings.seed)]
+    parts = [
+        options,
+        str(lengths),
+        settings.split,
+        str(settings.attempts),
+        repr(settings.temperature),
+        repr(settings.top_p),
+        str(settings.seed),
+    ]
     parts += [t.id for t in tasks]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=6).hexdigest()
 
@@ -79,7 +91,9 @@ def panel_id(tasks: Sequence[Task], config: RunConfig) -> str:
 def run_panel(collector: Player, tasks: Sequence[Task], config: RunConfig) -> tuple[EvalResult, list[Group]]:
     """Play the panel. Seeds come from `eval.seed` and the task's place, so a panel is the same for every run and step."""
     settings = config.eval
-    groups = collector.collect(tasks, settings.attempts, run_seed=settings.seed, step=0, first_group_id=0, purpose="eval")
+    groups = collector.collect(
+        tasks, settings.attempts, run_seed=settings.seed, step=0, first_group_id=0, purpose="eval"
+    )
     return summarise(groups, settings, panel_id(tasks, config)), groups
 
 
@@ -145,7 +159,9 @@ def wilson(rate: float, count: int) -> tuple[float, float]:
 
 def numeric_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Mean of every numeric measure in the trajectories' info; an episode without the measure counts 0."""
-    keys = sorted({k for t in trajectories for k, v in t.info.items() if isinstance(v, (int, float)) and not isinstance(v, bool)})
+    keys = sorted(
+        {k for t in trajectories for k, v in t.info.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    )
     return {key: _mean([float(t.info.get(key, 0.0)) for t in trajectories]) for key in keys}
 
 

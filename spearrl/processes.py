@@ -25,7 +25,9 @@ class Child:
         output, errors: where these go; None: as those of this process.
     """
 
-    def __init__(self, module: str, environment: Mapping[str, str], *, output: int | IO[bytes], errors: int | None = None):
+    def __init__(
+        self, module: str, environment: Mapping[str, str], *, output: int | IO[bytes], errors: int | None = None
+    ):
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(

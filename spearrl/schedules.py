@@ -49,14 +49,22 @@ def adaptive_progress(kind: str, value: float, *, low: float, high: float) -> fl
     if kind not in ADAPTIVE:
         raise ContractError(f"adaptive schedule kind {kind!r} is not known", hint=f"use {', '.join(ADAPTIVE)}")
     if not low < high:
-        raise ContractError(f"the band of an adaptive schedule is low={low}, high={high}; low must be < high", hint="for example low = 0.2, high = 0.8")
+        raise ContractError(
+            f"the band of an adaptive schedule is low={low}, high={high}; low must be < high",
+            hint="for example low = 0.2, high = 0.8",
+        )
     if math.isnan(value):
-        raise ContractError(f"the {kind} that drives a schedule is NaN", hint="skip steps in which it could not be measured")
+        raise ContractError(
+            f"the {kind} that drives a schedule is NaN", hint="skip steps in which it could not be measured"
+        )
     done = min(max((value - low) / (high - low), 0.0), 1.0)
     return done if kind == "success" else 1 - done
 
 
 def _progress(step: float, total: float) -> float:
     if not total > 0:
-        raise ContractError(f"a schedule over total={total} steps; must be > 0", hint="for a weight that never changes use kind 'constant'")
+        raise ContractError(
+            f"a schedule over total={total} steps; must be > 0",
+            hint="for a weight that never changes use kind 'constant'",
+        )
     return min(max(step / total, 0.0), 1.0)

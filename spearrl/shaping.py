@@ -43,7 +43,10 @@ def repetitive(token_ids: Sequence[int], *, ngram: int = 20, times: int = 10) ->
         ContractError: ngram or times below 1.
     """
     if ngram < 1 or times < 1:
-        raise ContractError(f"repetitive(ngram={ngram}, times={times}); both must be >= 1", hint="the usual setting is ngram=20, times=10")
+        raise ContractError(
+            f"repetitive(ngram={ngram}, times={times}); both must be >= 1",
+            hint="the usual setting is ngram=20, times=10",
+        )
     if len(token_ids) < ngram + times - 1:
         return False
     if max(Counter(token_ids).values()) < times:  # a run repeats only if its first token does
@@ -70,7 +73,9 @@ def filter_groups_by_std(rewards: Tensor, group_ids: Tensor, trajectory_ids: Ten
     groups, group_of_turn = torch.unique(group_ids, return_inverse=True)
     trajectories, trajectory = torch.unique(trajectory_ids, return_inverse=True)
     position = torch.arange(len(values), device=values.device)
-    first = torch.full((len(groups),), len(values), device=values.device).scatter_reduce(0, group_of_turn, position, "amin")
+    first = torch.full((len(groups),), len(values), device=values.device).scatter_reduce(
+        0, group_of_turn, position, "amin"
+    )
     if keep >= 1 or len(groups) < 2:
         return groups[first.argsort()]
     member_of = torch.zeros_like(trajectories).scatter_(0, trajectory, group_of_turn)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from spearrl.checkpoint import newest_checkpoint
 from spearrl.config import RunConfig
 from spearrl.errors import ContractError
-from spearrl.metrics import Clock
-from spearrl.origin import Report, silent
 from spearrl.rollout import Engine
+from spearrl.run.checkpoint import newest_checkpoint
+from spearrl.run.metrics import Clock
+from spearrl.start.origin import Report, silent
 from spearrl.trainer import Trainer
 from spearrl.types import Group
 
@@ -85,16 +85,27 @@ class Cost:
 
     def summaries(self) -> dict[str, Summary]:
         """Of the steps "without replay", "with replay" and "all"; a kind without steps is left out."""
-        kinds = {"without replay": [s for s in self.steps if not s.replayed], "with replay": [s for s in self.steps if s.replayed], "all": self.steps}
+        kinds = {
+            "without replay": [s for s in self.steps if not s.replayed],
+            "with replay": [s for s in self.steps if s.replayed],
+            "all": self.steps,
+        }
         return {kind: summarise(steps) for kind, steps in kinds.items() if steps}
 
     def as_json(self) -> dict[str, Any]:
         """Plain values: every step and the summaries."""
         summaries = {kind: asdict(summary) for kind, summary in self.summaries().items()}
-        return {"algo": self.algo, "against": self.against, "summaries": summaries, "steps": [asdict(step) for step in self.steps]}
+        return {
+            "algo": self.algo,
+            "against": self.against,
+            "summaries": summaries,
+            "steps": [asdict(step) for step in self.steps],
+        }
 
 
-def cost(config: RunConfig, against: RunConfig, *, steps: int, folder: str | Path, report: Report | None = None) -> Cost:
+def cost(
+    config: RunConfig, against: RunConfig, *, steps: int, folder: str | Path, report: Report | None = None
+) -> Cost:
     """Measure what `config`'s algorithm costs over `against`'s.
 
     Both start from the same weights. Each step is played once, by the studied one; both learn from it, in turns first. FLOPs are counted
@@ -120,7 +131,10 @@ def cost(config: RunConfig, against: RunConfig, *, steps: int, folder: str | Pat
     finally:
         studied.close()
     tell("count", {"steps": len(recorded)})
-    counts = [_count(_warm(which, folder, f"count-{name}", start), recorded) for name, which in (("studied", config), ("against", against))]
+    counts = [
+        _count(_warm(which, folder, f"count-{name}", start), recorded)
+        for name, which in (("studied", config), ("against", against))
+    ]
     found = [_with_flops(step, *flops) for step, *flops in zip(measured, *counts, strict=True)]
     return Cost(config.algo.name, against.algo.name, found[WARM_UP:])
 
@@ -162,7 +176,9 @@ def count_flops(call: Callable[[], Any]) -> int:
     formulas = {
         aten.addmm_: lambda total, a, b, *_, **__: 2 * a[0] * a[1] * b[1],
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+            sdpa_backward_flop_count(grad, q, k, v)
+        ),
     }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         call()
@@ -190,11 +206,15 @@ def _measure(studied: Trainer, other: Trainer, steps: int, tell: Report) -> tupl
         seconds, cpu_seconds = _since(start)
         tokens = {name: value - before[name] for name, value in _counters(studied.parts.engine).items()}
         spent, rows = {}, 0.0
-        for trainer in (studied, other) if step % 2 else (other, studied):  # who goes second finds the episodes in the caches
+        for trainer in (
+            (studied, other) if step % 2 else (other, studied)
+        ):  # who goes second finds the episodes in the caches
             spent[trainer is studied], metrics = _learn(trainer, step, groups)
             rows = metrics.get("replay/rows", 0.0) if trainer is studied else rows
         flops = rollout_flops(studied.parts.model, **tokens)
-        measured.append(CostStep(step, int(rows), seconds, cpu_seconds, flops, studied=spent[True], against=spent[False]))
+        measured.append(
+            CostStep(step, int(rows), seconds, cpu_seconds, flops, studied=spent[True], against=spent[False])
+        )
         recorded.append(groups)
         tell("cost", {**asdict(measured[-1]), "steps": steps})
     return recorded, measured
@@ -243,13 +263,21 @@ def _since(start: tuple[float, float]) -> tuple[float, float]:
 def _check(config: RunConfig, against: RunConfig, steps: int) -> None:
     if steps < 1:
         raise ContractError(f"steps={steps}; must be >= 1", where="study cost", hint="measure 20 steps or more")
-    differing = [name for name in RunConfig.model_fields if name != "algo" and getattr(config, name) != getattr(against, name)]
+    differing = [
+        name for name in RunConfig.model_fields if name != "algo" and getattr(config, name) != getattr(against, name)
+    ]
     if differing:
-        raise ContractError(f"the two configs differ in {', '.join(differing)}", where="study cost", hint="make them from the same settings, but for algo")
+        raise ContractError(
+            f"the two configs differ in {', '.join(differing)}",
+            where="study cost",
+            hint="make them from the same settings, but for algo",
+        )
 
 
 def _named(config: RunConfig, folder: str | Path, name: str) -> RunConfig:
-    return config.model_copy(update={"run": config.run.model_copy(update={"output_dir": str(folder), "name": name, "tensorboard": False})})
+    return config.model_copy(
+        update={"run": config.run.model_copy(update={"output_dir": str(folder), "name": name, "tensorboard": False})}
+    )
 
 
 def _warm(config: RunConfig, folder: str | Path, name: str, start: Path) -> RunConfig:

@@ -9,22 +9,22 @@ from typing import Any
 
 from spearrl import algorithm
 from spearrl.algorithm import Memory, Shaped
-from spearrl.assembly import START, Parts, assemble, check_extras
+from spearrl.algorithm.curriculum import Curriculum
 from spearrl.batching import Batch, rows_from_groups
-from spearrl.checkpoint import clean, load_state, newest_checkpoint, save_checkpoint, save_state
 from spearrl.config import RunConfig, check, load_config
-from spearrl.curriculum import Curriculum
 from spearrl.envs import Environment
-from spearrl.episodes import Episodes
 from spearrl.errors import ConfigError
 from spearrl.evaluation import EvalResult, choose_panel, run_panel, some_tasks
-from spearrl.health import Health
-from spearrl.metrics import Clock, bonus_of, first_fault, sampler_gap, staleness, states_met
+from spearrl.launch.assembly import START, Parts, assemble, check_extras
+from spearrl.launch.build import make_environment
 from spearrl.models import prepare_torch
-from spearrl.origin import Origin, Report, silent, starting_model
-from spearrl.rollout.build import make_environment
+from spearrl.rollout.episodes import Episodes
 from spearrl.run import Run
+from spearrl.run.checkpoint import clean, load_state, newest_checkpoint, save_checkpoint, save_state
+from spearrl.run.health import Health
+from spearrl.run.metrics import Clock, bonus_of, first_fault, sampler_gap, staleness, states_met
 from spearrl.seeds import derive
+from spearrl.start.origin import Origin, Report, silent, starting_model
 from spearrl.types import Group
 
 REFERENCE = "reference"  # folder of a run directory: the model it began with, where divergences from it or adapters to it are trained
@@ -70,8 +70,14 @@ class Trainer:
             origin = Origin.of(self._kept() if config.learner.lora.rank else checkpoint)
         else:
             origin = starting_model(config, environment, device, self.run.path / START, self._log)
-        reference = self._reference(origin, resumed=resumed) if algorithm.needs_reference(config.algo) or config.learner.lora.rank else None
-        self.parts: Parts = assemble(config, origin, environment, device, reference=reference, run_folder=self.run.path, report=self._log)
+        reference = (
+            self._reference(origin, resumed=resumed)
+            if algorithm.needs_reference(config.algo) or config.learner.lora.rank
+            else None
+        )
+        self.parts: Parts = assemble(
+            config, origin, environment, device, reference=reference, run_folder=self.run.path, report=self._log
+        )
         self.episodes = Episodes(config, self.parts.collector, self.tasks)
         self.memory = Memory(config.algo.sil, config.run.seed)
         self.curriculum = Curriculum(config.algo.sil.gamma, config.algo.intrinsic.mu)
@@ -102,7 +108,11 @@ class Trainer:
             self.step += 1
             self._log("step", self.train_step(self.step))
             last = self.step == self.config.run.steps
-            if last or self.stop_requested or (self.config.run.checkpoint_every and self.step % self.config.run.checkpoint_every == 0):
+            if (
+                last
+                or self.stop_requested
+                or (self.config.run.checkpoint_every and self.step % self.config.run.checkpoint_every == 0)
+            ):
                 self.save()
             if self._evaluation_due() and not self.stop_requested:
                 result = self.evaluate()
@@ -140,17 +150,24 @@ class Trainer:
         size, limit = config.rollout.group_size, config.rollout.max_reply_tokens
         kept = algorithm.trainable(groups, size)
         if not any(t.turns for g in kept for t in g.trajectories):
-            self._log("warning", {"text": f"step {step}: no group has two sound siblings; nothing was trained{first_fault(groups)}"})
+            self._log(
+                "warning",
+                {"text": f"step {step}: no group has two sound siblings; nothing was trained{first_fault(groups)}"},
+            )
             return metrics
 
         self.parts.hand_over()
         seed = derive(config.run.seed, "shape", step)
-        shaped = algorithm.shape(rows_from_groups(kept), kept, algo, mu=mu, max_reply_tokens=limit, group_size=size, seed=seed)
+        shaped = algorithm.shape(
+            rows_from_groups(kept), kept, algo, mu=mu, max_reply_tokens=limit, group_size=size, seed=seed
+        )
         on_policy, credit = self._on_policy(shaped)
         clock.lap("prepare")
 
         replay = self.memory.due(step) if gamma > 0 else None
-        result = learner.update(on_policy, replay, gamma=gamma, objectives=self.objectives, seed=derive(config.run.seed, "update", step))
+        result = learner.update(
+            on_policy, replay, gamma=gamma, objectives=self.objectives, seed=derive(config.run.seed, "update", step)
+        )
         clock.lap("update")
 
         self.memory.remember(step, kept, shaped, credit, on_policy.old_logprobs)
@@ -158,12 +175,19 @@ class Trainer:
         self.policy_version += 1
         metrics |= self.parts.publish(self.policy_version)
         clock.lap("sync")
-        metrics |= {"replay/rows": float(len(replay.rows)) if replay is not None else 0.0, "policy/skipped": float(result.skipped)}
+        metrics |= {
+            "replay/rows": float(len(replay.rows)) if replay is not None else 0.0,
+            "policy/skipped": float(result.skipped),
+        }
         return {**metrics, **shaped.metrics, **sampler_gap(on_policy), **result.metrics, **self.memory.metrics()}
 
     def observe(self, metrics: dict[str, float]) -> None:
         """What a step was like: adaptive γ and μ of the next one follow it."""
-        self.curriculum.observe(success=metrics.get("rollout/success"), entropy=metrics.get("policy/entropy"), anchors=self.states_met or None)
+        self.curriculum.observe(
+            success=metrics.get("rollout/success"),
+            entropy=metrics.get("policy/entropy"),
+            anchors=self.states_met or None,
+        )
 
     def _on_policy(self, shaped: Shaped) -> tuple[Batch, algorithm.Credit]:
         """The step's batch: log-probabilities before the update, what the algorithm needs beside them, and advantages."""
@@ -171,8 +195,12 @@ class Trainer:
         old_logprobs = learner.logprobs(rows)
         ref_logprobs = learner.logprobs(rows, reference=True) if algorithm.needs_reference(algo) else None
         values = learner.values(rows.with_action_mask(rows.turn_index >= 0)) if algorithm.needs_critic(algo) else None
-        credit = algorithm.assign_credit(shaped, algo, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, values=values)
-        batch = Batch(rows, credit.tokens, old_logprobs, ref_logprobs, values, credit.returns, rows.pad(rows.rollout_logprobs))
+        credit = algorithm.assign_credit(
+            shaped, algo, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, values=values
+        )
+        batch = Batch(
+            rows, credit.tokens, old_logprobs, ref_logprobs, values, credit.returns, rows.pad(rows.rollout_logprobs)
+        )
         return batch, credit
 
     def evaluate(self) -> EvalResult:
@@ -180,11 +208,25 @@ class Trainer:
         start = time.monotonic()
         result, groups = run_panel(self.parts.evaluator, self.panel, self.config)
         self.run.trajectories(self.step, groups, name=f"eval-{self.config.eval.split}")
-        flat = {"success": result.success.rate, "low": result.success.low, "high": result.success.high, "reward": result.reward, **result.measures}
+        flat = {
+            "success": result.success.rate,
+            "low": result.success.low,
+            "high": result.success.high,
+            "reward": result.reward,
+            **result.measures,
+        }
         if self.config.algo.intrinsic.in_evaluation:
-            flat["reward_with_bonus"] = result.reward + self.curriculum.mu(max(1, self.step)) * bonus_of(groups, self.config.algo)
+            flat["reward_with_bonus"] = result.reward + self.curriculum.mu(max(1, self.step)) * bonus_of(
+                groups, self.config.algo
+            )
         flat |= {f"success {name}": rate.rate for name, rate in result.strata.items()}
-        told = {"turns": result.turns, "tasks": result.success.tasks, "errors": result.errors, **result.notes, "panel": result.panel}
+        told = {
+            "turns": result.turns,
+            "tasks": result.success.tasks,
+            "errors": result.errors,
+            **result.notes,
+            "panel": result.panel,
+        }
         self._log("eval", {**flat, **told, "seconds": time.monotonic() - start})
         return result
 
@@ -212,7 +254,11 @@ class Trainer:
         folder = self.run.path / REFERENCE
         if not folder.is_dir():
             hint = "start a new run, or leave algo.kl.loss_coef, algo.kl.reward_coef and learner.lora.rank at 0"
-            raise ConfigError("the run began without a KL divergence or adapters and kept no reference model", where=str(folder), hint=hint)
+            raise ConfigError(
+                "the run began without a KL divergence or adapters and kept no reference model",
+                where=str(folder),
+                hint=hint,
+            )
         return folder
 
     def _write(self, folder: Path) -> None:
@@ -231,7 +277,10 @@ class Trainer:
         self.episodes.load_state_dict(state["episodes"], step=self.step)
         self.parts.learner.load(checkpoint)
         self.parts.publish(self.policy_version)
-        self._log("resume", {"from": str(checkpoint), "replay_stored": len(self.memory.replay), "baselines": len(self.memory.baseline)})
+        self._log(
+            "resume",
+            {"from": str(checkpoint), "replay_stored": len(self.memory.replay), "baselines": len(self.memory.baseline)},
+        )
 
     def _stateful(self) -> dict[str, Any]:
         return {"memory": self.memory, "curriculum": self.curriculum, "health": self.health}

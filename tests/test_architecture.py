@@ -13,16 +13,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first: a module imports only from lower layers and from its own package.
 LAYERS = [
-    {"errors", "types", "seeds", "tables"},
-    {"keys", "plugins", "processes"},
-    {"losses", "advantages", "schedules", "tasks"},
-    {"config", "sandbox", "shaping", "batching", "vision"},
-    {"buffers", "models", "envs", "curriculum"},
-    {"rollout", "learner", "transcripts", "algorithm"},
-    {"sync", "evaluation", "checkpoint", "run", "launch"},
-    {"sft", "metrics", "health"},
-    {"origin", "plan", "report"},
-    {"assembly", "episodes"},
+    {"errors", "types", "seeds", "processes"},
+    {"losses", "advantages", "schedules", "shaping"},
+    {"config"},
+    {"sandbox", "batching", "sync"},
+    {"buffers", "models", "envs"},
+    {"rollout", "learner", "algorithm"},
+    {"evaluation"},
+    {"run", "start"},
+    {"launch"},
     {"trainer"},
     {"study"},
     {"cli"},
@@ -66,20 +65,30 @@ def test_imports_go_one_way(path: Path):
         pieces = name.split(".")
         if pieces[0] == "spearrl" and len(pieces) > 1 and pieces[1] not in (part, "__version__"):
             other = pieces[1]
-            assert layer_of(other) < layer_of(part), f"{part} (layer {layer_of(part)}) imports {other} (layer {layer_of(other)})"
+            assert layer_of(other) < layer_of(part), (
+                f"{part} (layer {layer_of(part)}) imports {other} (layer {layer_of(other)})"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_heavy_libraries_are_imported_inside_functions_of_their_module(path: Path):
     tree = ast.parse(path.read_text())
-    top = imports_of(ast.Module(body=[n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], type_ignores=[]))
+    top = imports_of(
+        ast.Module(body=[n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], type_ignores=[])
+    )
     for library, homes in HEAVY.items():
-        assert not any(name.split(".")[0] == library for name in top), f"{library} is imported at the top of {path.name}"
+        assert not any(name.split(".")[0] == library for name in top), (
+            f"{library} is imported at the top of {path.name}"
+        )
         if any(name.split(".")[0] == library for name in imports_of(tree)):
             assert part_of(path) in homes, f"{library} is imported outside {sorted(homes)}"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if part_of(p) in ("envs", "types", "errors", "seeds", "config")], ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path",
+    [p for p in FILES if part_of(p) in ("envs", "types", "errors", "seeds", "config")],
+    ids=lambda p: str(p.relative_to(PACKAGE)),
+)
 def test_environments_and_config_never_import_torch(path: Path):
     assert not any(name.split(".")[0] == "torch" for name in imports_of(ast.parse(path.read_text())))
 
@@ -94,14 +103,21 @@ def test_ceilings(path: Path):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= 60, f"{path.name}:{node.lineno} {node.name} has {length} lines"
             positional = [a.arg for a in [*node.args.posonlyargs, *node.args.args] if a.arg not in ("self", "cls")]
-            assert len(positional) <= 5, f"{path.name}:{node.lineno} {node.name} takes {len(positional)} positional arguments"
-            assert node.args.kwarg is None or node.name in ("__init__", "make"), f"{path.name}:{node.lineno} {node.name} passes **kwargs through"
+            assert len(positional) <= 5, (
+                f"{path.name}:{node.lineno} {node.name} takes {len(positional)} positional arguments"
+            )
+            assert node.args.kwarg is None or node.name in ("__init__", "make"), (
+                f"{path.name}:{node.lineno} {node.name} passes **kwargs through"
+            )
 
 
 def code_lines(text: str) -> int:
     documented: set[int] = set()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node, clean=False) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and ast.get_docstring(node, clean=False) is not None
+        ):
             documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     lines = [line.strip() for number, line in enumerate(text.splitlines(), 1) if number not in documented]
     return sum(bool(line) and not line.startswith("#") for line in lines)
@@ -113,7 +129,9 @@ def test_package_budget_and_forbidden_names():
         assert path.name not in ("utils.py", "helpers.py"), path
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ExceptHandler):
-                assert not (len(node.body) == 1 and isinstance(node.body[0], ast.Pass)), f"{path.name}:{node.lineno} swallows an exception"
+                assert not (len(node.body) == 1 and isinstance(node.body[0], ast.Pass)), (
+                    f"{path.name}:{node.lineno} swallows an exception"
+                )
             assert not isinstance(node, ast.Assert), f"{path.name}:{node.lineno} asserts: raise an error with a hint"
             if isinstance(node, ast.Name):
                 assert node.id not in ("padding_mask", "logp1"), f"{path.name}:{node.lineno} {node.id}"

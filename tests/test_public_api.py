@@ -11,7 +11,16 @@ import pytest
 
 @pytest.mark.parametrize(
     "module",
-    ["spearrl", "spearrl.config", "spearrl.batching", "spearrl.buffers", "spearrl.losses", "spearrl.learner", "spearrl.rollout", "spearrl.envs"],
+    [
+        "spearrl",
+        "spearrl.config",
+        "spearrl.batching",
+        "spearrl.buffers",
+        "spearrl.losses",
+        "spearrl.learner",
+        "spearrl.rollout",
+        "spearrl.envs",
+    ],
 )
 def test_public_names_resolve(module: str):
     package = importlib.import_module(module)
@@ -19,8 +28,12 @@ def test_public_names_resolve(module: str):
 
 
 def test_importing_the_package_loads_neither_torch_nor_transformers():
-    code = "import sys, spearrl, spearrl.envs; print([m for m in ('torch', 'transformers', 'vllm') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys, spearrl, spearrl.envs; print([m for m in ('torch', 'transformers', 'vllm') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_a_config_made_in_code_means_what_its_algorithm_says():

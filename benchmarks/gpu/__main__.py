@@ -34,7 +34,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="checks whose name begins so")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON too")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds a check may take")
-    parser.add_argument("--folder", metavar="DIR", help="keep the random models here (8 GB); default: a temporary folder")
+    parser.add_argument(
+        "--folder", metavar="DIR", help="keep the random models here (8 GB); default: a temporary folder"
+    )
     parser.add_argument("--child", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -43,7 +45,10 @@ def main() -> int:
 
     gpus = torch.cuda.device_count() if args.device == "cuda" else 0
     if args.device == "cuda" and not gpus:
-        print("torch sees no GPU: nothing was measured\n  fix: run it on a machine with one, or with --tiny --device cpu", file=sys.stderr)
+        print(
+            "torch sees no GPU: nothing was measured\n  fix: run it on a machine with one, or with --tiny --device cpu",
+            file=sys.stderr,
+        )
         return NO_GPU
     with tempfile.TemporaryDirectory() as folder:
         args.folder = args.folder or folder
@@ -59,7 +64,11 @@ def run_all(args: argparse.Namespace, gpus: int) -> tuple[list[dict[str, Any]], 
     """One row a check, and what the machine is."""
     from benchmarks.gpu.checks import CHECKS
 
-    chosen = {name: check for name, check in CHECKS.items() if not args.only or any(name.startswith(start) for start in args.only)}
+    chosen = {
+        name: check
+        for name, check in CHECKS.items()
+        if not args.only or any(name.startswith(start) for start in args.only)
+    }
     if not chosen:
         raise SystemExit(f"no check begins with {' or '.join(args.only)}\n  fix: use {', '.join(CHECKS)}")
     host = run_check(args, "machine")
@@ -70,19 +79,49 @@ def run_all(args: argparse.Namespace, gpus: int) -> tuple[list[dict[str, Any]], 
             rows.append({"check": name, "result": "not run", "seconds": 0.0, "error": needed})
         else:
             rows.append(run_check(args, name))
-        print("\n".join([line(rows[-1]), *(f"    {text}" for text in rows[-1].get("log", ()))]), file=sys.stderr, flush=True)
-    when = {"date": datetime.date.today().isoformat(), "processor": platform.processor() or platform.machine(), "cores": os.cpu_count() or 1}
-    return rows, {**when, "device": args.device, "shapes": "tiny" if args.tiny else "full", **host.get("figures", {}), "error": host.get("error", "")}
+        print(
+            "\n".join([line(rows[-1]), *(f"    {text}" for text in rows[-1].get("log", ()))]),
+            file=sys.stderr,
+            flush=True,
+        )
+    when = {
+        "date": datetime.date.today().isoformat(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count() or 1,
+    }
+    return rows, {
+        **when,
+        "device": args.device,
+        "shapes": "tiny" if args.tiny else "full",
+        **host.get("figures", {}),
+        "error": host.get("error", ""),
+    }
 
 
 def run_check(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """A check in a process group of its own, ended whole when it takes too long."""
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder) / "result.json", Path(folder) / "log"
-        command = [sys.executable, "-m", "benchmarks.gpu", "--device", args.device, "--folder", args.folder, "--child", name, str(result)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu",
+            "--device",
+            args.device,
+            "--folder",
+            args.folder,
+            "--child",
+            name,
+            str(result),
+        ]
         start = time.monotonic()
         with log.open("w") as output:
-            process = subprocess.Popen([*command, *(["--tiny"] if args.tiny else [])], stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                [*command, *(["--tiny"] if args.tiny else [])],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             try:
                 process.wait(args.timeout)
                 ended = f"exit code {process.returncode}"
@@ -93,7 +132,11 @@ def run_check(args: argparse.Namespace, name: str) -> dict[str, Any]:
         row = {"check": name, "result": "FAILED", "seconds": time.monotonic() - start}
         tail = log.read_text(errors="replace").splitlines()
         found = {**row, **(json.loads(result.read_text()) if result.exists() else {"error": ended})}
-        return found if found["result"] == "ok" else {**found, "log": [text for text in tail if "Error" in text][-TAIL:] or tail[-TAIL:]}
+        return (
+            found
+            if found["result"] == "ok"
+            else {**found, "log": [text for text in tail if "Error" in text][-TAIL:] or tail[-TAIL:]}
+        )
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -116,7 +159,10 @@ def child(args: argparse.Namespace) -> int:
         outcome = {"result": "ok", "figures": check(Bench(args.device, args.tiny, Path(args.folder)))}
     except Exception as error:  # whatever it is, it is this check's result
         last = traceback.extract_tb(error.__traceback__)[-1]
-        outcome = {"result": "FAILED", "error": f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"}
+        outcome = {
+            "result": "FAILED",
+            "error": f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})",
+        }
     Path(file).write_text(json.dumps(outcome))
     return 0
 
@@ -124,11 +170,16 @@ def child(args: argparse.Namespace) -> int:
 def table(rows: list[dict[str, Any]], host: dict[str, Any]) -> str:
     """Markdown, to be pasted into docs/performance.md."""
     about = ", ".join(f"{key} {value}" for key, value in host.items() if value != "")
-    return "\n".join([about, "", "| check | result | figures | seconds in all |", "|---|---|---|---|", *map(line, rows)])
+    return "\n".join(
+        [about, "", "| check | result | figures | seconds in all |", "|---|---|---|---|", *map(line, rows)]
+    )
 
 
 def line(row: dict[str, Any]) -> str:
-    figures = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.get("figures", {}).items())
+    figures = ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in row.get("figures", {}).items()
+    )
     return f"| {row['check']} | {row['result']} | {figures or row.get('error', '').replace(chr(10), ' / ')} | {row['seconds']:.0f} |"
 
 

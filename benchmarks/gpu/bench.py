@@ -24,8 +24,17 @@ from spearrl.rollout.vllm import VLLMEngine
 from spearrl.types import Action, Group, Task, Trajectory, Turn
 
 T = TypeVar("T")
-SHAPES: dict[str, dict[str, int]] = {  # Qwen2.5-0.5B and -1.5B; their config.json, less what has no influence on time or memory
-    "0.5b": {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936},
+SHAPES: dict[
+    str, dict[str, int]
+] = {  # Qwen2.5-0.5B and -1.5B; their config.json, less what has no influence on time or memory
+    "0.5b": {
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "vocab_size": 151936,
+    },
     "1.5b": {
         "hidden_size": 1536,
         "num_hidden_layers": 28,
@@ -34,7 +43,14 @@ SHAPES: dict[str, dict[str, int]] = {  # Qwen2.5-0.5B and -1.5B; their config.js
         "intermediate_size": 8960,
         "vocab_size": 151936,
     },
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 128, "vocab_size": 512},
+    "tiny": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 128,
+        "vocab_size": 512,
+    },
 }
 GIB = 1 << 30
 ENGINE_SHARE = 0.35  # of a GPU, so that a learner fits beside an engine
@@ -78,7 +94,9 @@ class Bench:
         path = self.folder / f"{shape}-{dtype}"
         if path.exists():
             return path
-        config = Qwen2Config(**SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=32768, dtype=getattr(torch, dtype))
+        config = Qwen2Config(
+            **SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=32768, dtype=getattr(torch, dtype)
+        )
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(config).to(getattr(torch, dtype))
         with tempfile.TemporaryDirectory(dir=self.folder) as building:
@@ -89,10 +107,17 @@ class Bench:
         return path
 
     def rollout(self) -> RolloutSection:
-        return RolloutSection(engine="vllm", context_tokens=self.prompt_tokens + self.reply_tokens + 8, slots=self.prompts * self.siblings, cache_mib=64)
+        return RolloutSection(
+            engine="vllm",
+            context_tokens=self.prompt_tokens + self.reply_tokens + 8,
+            slots=self.prompts * self.siblings,
+            cache_mib=64,
+        )
 
     @contextmanager
-    def engine(self, model: Path, *, environment: Mapping[str, str] | None = None, **options: Any) -> Iterator[VLLMEngine]:
+    def engine(
+        self, model: Path, *, environment: Mapping[str, str] | None = None, **options: Any
+    ) -> Iterator[VLLMEngine]:
         """A vLLM engine on the model, its processes with other variables than this one; beside a learner it gets a third of the GPU."""
         settings, before = VllmSection(memory_fraction=ENGINE_SHARE, eager=self.tiny), dict(os.environ)
         os.environ.update(environment or {})
@@ -136,9 +161,21 @@ def rows_of(requests: list[Request], replies: list[Completion]) -> Rows:
     groups: dict[int, Group] = {}
     for number, (request, reply) in enumerate(zip(requests, replies, strict=True)):
         group, sibling, _ = request.id
-        turn = Turn(request.token_ids, reply.token_ids, reply.logprobs, reply.finish_reason, "", "", None, Action(""), reward=float(number % 2))
+        turn = Turn(
+            request.token_ids,
+            reply.token_ids,
+            reply.logprobs,
+            reply.finish_reason,
+            "",
+            "",
+            None,
+            Action(""),
+            reward=float(number % 2),
+        )
         task = Task(str(group), "bench")
-        groups.setdefault(group, Group(group, task)).trajectories.append(Trajectory(task, group, sibling, number, [turn]))
+        groups.setdefault(group, Group(group, task)).trajectories.append(
+            Trajectory(task, group, sibling, number, [turn])
+        )
     return rows_from_groups(list(groups.values()))
 
 

@@ -8,7 +8,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.bench import ENGINE_SHARE, GIB, Bench, CheckFailed, batch_of, peak_gib, play, random_rows, rows_of, timed
+from benchmarks.gpu.bench import (
+    ENGINE_SHARE,
+    GIB,
+    Bench,
+    CheckFailed,
+    batch_of,
+    peak_gib,
+    play,
+    random_rows,
+    rows_of,
+    timed,
+)
 from spearrl.batching import Rows
 from spearrl.config import LearnerSection, SyncSection
 from spearrl.launch.devices import visible
@@ -43,7 +54,12 @@ def machine(bench: Bench) -> Figures:
             continue
     if bench.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        found |= {"gpu": properties.name, "gpus": torch.cuda.device_count(), "gib": round(properties.total_memory / GIB, 1), "cuda": str(torch.version.cuda)}
+        found |= {
+            "gpu": properties.name,
+            "gpus": torch.cuda.device_count(),
+            "gib": round(properties.total_memory / GIB, 1),
+            "cuda": str(torch.version.cuda),
+        }
     return found
 
 
@@ -58,7 +74,9 @@ def parity(precision: str) -> Callable[[Bench], Figures]:
         gap = gap_of(bench, model, rows, precision)
         mean, largest = float(gap.mean()), float(gap.max())
         if (largest if precision == "fp32" else mean) > PARITY[precision]:
-            raise CheckFailed(f"log-probabilities differ by {largest:.2g} at most, {mean:.2g} on average; expected {PARITY[precision]:g}")
+            raise CheckFailed(
+                f"log-probabilities differ by {largest:.2g} at most, {mean:.2g} on average; expected {PARITY[precision]:g}"
+            )
         return {"tokens": len(gap), "largest gap": largest, "mean gap": mean}
 
     return check
@@ -82,7 +100,12 @@ def throughput(size: str) -> Callable[[Bench], Figures]:
             play(engine, requests[: bench.siblings])
             replies, seconds = timed(lambda: play(engine, requests), bench.device)
         tokens = sum(len(reply.token_ids) for reply in replies)
-        return {"requests": len(requests), "tokens": tokens, "tokens/s": tokens / seconds, "cached prompt tokens": sum(r.cached_tokens for r in replies)}
+        return {
+            "requests": len(requests),
+            "tokens": tokens,
+            "tokens/s": tokens / seconds,
+            "cached prompt tokens": sum(r.cached_tokens for r in replies),
+        }
 
     return check
 
@@ -95,7 +118,9 @@ def transfer(transport: str) -> Callable[[Bench], Figures]:
         dtype = "float32" if bench.device == "cpu" else "bfloat16"
         model = bench.model(shape, dtype)
         where = {"CUDA_VISIBLE_DEVICES": visible([1])["CUDA_VISIBLE_DEVICES"]} if transport == "nccl" else {}
-        with bench.engine(model, environment=where, transfer_backend=None if transport == "shared_memory" else transport) as engine:
+        with bench.engine(
+            model, environment=where, transfer_backend=None if transport == "shared_memory" else transport
+        ) as engine:
             learner = bench.learner(model, "fp32" if dtype == "float32" else "bf16")
             bridge = bridge_to(bench, learner, engine, transport)
             best: dict[str, float] = {}
@@ -104,7 +129,12 @@ def transfer(transport: str) -> Callable[[Bench], Figures]:
                 found = bridge.publish(version)
                 best = min(best or found, found, key=lambda each: each["sync/seconds"])
             bridge.close()
-        return {"GiB": best["sync/bytes"] / GIB, "seconds": best["sync/seconds"], "probe gap": best["sync/probe_gap"], "sent again": best["sync/resent"]}
+        return {
+            "GiB": best["sync/bytes"] / GIB,
+            "seconds": best["sync/seconds"],
+            "probe gap": best["sync/probe_gap"],
+            "sent again": best["sync/resent"],
+        }
 
     return check
 
@@ -116,7 +146,13 @@ def bridge_to(bench: Bench, learner: Any, engine: VLLMEngine, transport: str) ->
     halves = bench.device == "cuda"
     dtype = torch.bfloat16 if halves else None
     return Bridge(
-        learner, [engine.receiver], settings=SyncSection(**settings), probe_ids=probe, run_folder=bench.folder / "run", dtype=dtype, float32=not halves
+        learner,
+        [engine.receiver],
+        settings=SyncSection(**settings),
+        probe_ids=probe,
+        run_folder=bench.folder / "run",
+        dtype=dtype,
+        float32=not halves,
     )
 
 
@@ -150,8 +186,17 @@ def sleep(bench: Bench) -> Figures:
     gap = float((learner.logprobs(rows) - rows.pad(rows.rollout_logprobs))[rows.padded_mask].abs().mean())
     held = ENGINE_SHARE * torch.cuda.get_device_properties(0).total_memory / GIB
     if asleep - awake < 0.6 * held or gap > PARITY["bf16"]:
-        raise CheckFailed(f"sleeping returned {asleep - awake:.1f} of about {held:.1f} GiB; mean gap after waking {gap:.2g}")
-    return {"free at start": start, "awake": awake, "asleep": asleep, "sleep s": slept, "wake and sync s": woke, "mean gap after": gap}
+        raise CheckFailed(
+            f"sleeping returned {asleep - awake:.1f} of about {held:.1f} GiB; mean gap after waking {gap:.2g}"
+        )
+    return {
+        "free at start": start,
+        "awake": awake,
+        "asleep": asleep,
+        "sleep s": slept,
+        "wake and sync s": woke,
+        "mean gap after": gap,
+    }
 
 
 def learner_local(size: str) -> Callable[[Bench], Figures]:
@@ -170,7 +215,9 @@ def learner_zero3(size: str) -> Callable[[Bench], Figures]:
     def check(bench: Bench) -> Figures:
         shape = bench.shape(size)
         ranks = torch.cuda.device_count() if bench.device == "cuda" else 2
-        settings = LearnerSection(backend="deepspeed", processes=ranks, zero_stage=3, gradient_checkpointing=not bench.tiny, lr=1e-4)
+        settings = LearnerSection(
+            backend="deepspeed", processes=ranks, zero_stage=3, gradient_checkpointing=not bench.tiny, lr=1e-4
+        )
         learner = DeepSpeedLearner(str(bench.model(shape, "float32")), settings, device=bench.device)
         try:
             return {"ranks": ranks, **step_figures(bench, learner, random_rows(bench, shape))}
@@ -187,12 +234,21 @@ def step_figures(bench: Bench, learner: Any, rows: Rows) -> Figures:
     batch = batch_of(rows, logprobs)
     learner.update(batch, None, gamma=0.0, objectives=objectives, seed=0)
     forward = min(forward, timed(lambda: learner.logprobs(rows), bench.device)[1])
-    results = [timed(lambda i=i: learner.update(batch, None, gamma=0.0, objectives=objectives, seed=i), bench.device) for i in range(1, UPDATES + 1)]
+    results = [
+        timed(lambda i=i: learner.update(batch, None, gamma=0.0, objectives=objectives, seed=i), bench.device)
+        for i in range(1, UPDATES + 1)
+    ]
     if any(result.skipped for result, _ in results):
         raise CheckFailed("an optimiser step was skipped for non-finite numbers")
     seconds = min(seconds for _, seconds in results)
     tokens = len(rows.token_ids)
-    return {"tokens": tokens, "logprobs s": forward, "update s": seconds, "tokens/s": tokens / seconds, "peak GiB (rank 0)": peak_gib(bench.device)}
+    return {
+        "tokens": tokens,
+        "logprobs s": forward,
+        "update s": seconds,
+        "tokens/s": tokens / seconds,
+        "peak GiB (rank 0)": peak_gib(bench.device),
+    }
 
 
 CHECKS = {

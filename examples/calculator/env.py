@@ -40,4 +40,6 @@ class Calculator(ToolEnvironment):
             return call("answer", {"value": self.draw.randint(6, 90)})
         if self.product is None:
             return call("multiply", {"a": self.a, "b": self.b})
-        return call("add", {"a": self.product, "b": self.c}) if self.sum is None else call("answer", {"value": self.sum})
+        return (
+            call("add", {"a": self.product, "b": self.c}) if self.sum is None else call("answer", {"value": self.sum})
+        )

@@ -27,7 +27,9 @@ class FrozenLake(Environment):
             import gymnasium
             from gymnasium.envs.toy_text.frozen_lake import generate_random_map
         except ImportError as error:
-            raise ConfigError("the package gymnasium is not installed", where="examples.gym_text", hint="pip install gymnasium") from error
+            raise ConfigError(
+                "the package gymnasium is not installed", where="examples.gym_text", hint="pip install gymnasium"
+            ) from error
         self._gymnasium, self._draw_map = gymnasium, generate_random_map
         self.max_turns = 3 * self.options.size
 
@@ -38,7 +40,9 @@ class FrozenLake(Environment):
 
     def reset(self, task, seed):
         self.map = self._draw_map(size=self.options.size, seed=task.data["map"])
-        self.lake = self._gymnasium.make("FrozenLake-v1", desc=self.map, is_slippery=self.options.slippery, disable_env_checker=True)
+        self.lake = self._gymnasium.make(
+            "FrozenLake-v1", desc=self.map, is_slippery=self.options.slippery, disable_env_checker=True
+        )
         self.square, _ = self.lake.reset(seed=seed % 2**31)
         self.over = False
         return self.show()
@@ -64,7 +68,12 @@ class FrozenLake(Environment):
                 return first or "up"
             for word, (down, right) in MOVES.items():
                 there = (row + down, column + right)
-                if there not in seen and 0 <= there[0] < size and 0 <= there[1] < size and self.map[there[0]][there[1]] != "H":
+                if (
+                    there not in seen
+                    and 0 <= there[0] < size
+                    and 0 <= there[1] < size
+                    and self.map[there[0]][there[1]] != "H"
+                ):
                     seen.add(there)
                     ways.append((there, first or word))
         return "up"
@@ -74,5 +83,8 @@ class FrozenLake(Environment):
 
     def show(self):
         row, column = divmod(int(self.square), len(self.map))
-        lines = [" ".join("A" if (y, x) == (row, column) else square for x, square in enumerate(line)) for y, line in enumerate(self.map)]
+        lines = [
+            " ".join("A" if (y, x) == (row, column) else square for x, square in enumerate(line))
+            for y, line in enumerate(self.map)
+        ]
         return Observation("\n".join(lines), anchor=self.anchor(), admissible=tuple(MOVES))

@@ -6,7 +6,7 @@ from spearrl.algorithm.credit import Credit, assign_credit, check_advantage, nee
 from spearrl.algorithm.dynamic import mixed, play_rounds
 from spearrl.algorithm.memory import Memory
 from spearrl.algorithm.objectives import objectives
-from spearrl.algorithm.shape import Shaped, episode_bonuses, shape, trainable
+from spearrl.algorithm.rewards import Shaped, episode_bonuses, shape, trainable
 
 __all__ = [
     "Credit",

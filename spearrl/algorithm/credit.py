@@ -16,12 +16,12 @@ from spearrl.advantages import (
     state_advantages,
     whiten,
 )
-from spearrl.algorithm.shape import Shaped
+from spearrl.algorithm.rewards import Shaped
 from spearrl.batching import Rows
 from spearrl.config import AlgoSection
+from spearrl.config.plugins import accepted, load_function
 from spearrl.errors import ContractError
 from spearrl.losses import kl_divergence
-from spearrl.plugins import accepted, load_function
 from spearrl.shaping import penalise_invalid
 from spearrl.types import Status
 
@@ -63,7 +63,12 @@ def check_advantage(algo: AlgoSection) -> None:
 
 
 def assign_credit(
-    shaped: Shaped, algo: AlgoSection, *, old_logprobs: torch.Tensor, ref_logprobs: torch.Tensor | None = None, values: torch.Tensor | None = None
+    shaped: Shaped,
+    algo: AlgoSection,
+    *,
+    old_logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
 ) -> Credit:
     """Advantages of the shaped rewards by algo.advantage.
 
@@ -84,11 +89,17 @@ def assign_credit(
     return Credit(rows.scatter(turns).float(), turns, step_part)
 
 
-def _turn_advantages(shaped: Shaped, rewards: torch.Tensor, algo: AlgoSection) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _turn_advantages(
+    shaped: Shaped, rewards: torch.Tensor, algo: AlgoSection
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[N] advantages, and GiGPO's weighted step part of them."""
     turns, settings = shaped.rows.turns, algo.groups
     statistics = "turn" if settings.statistics == "turn" else "balanced"
-    options: dict[str, Any] = {"trajectory_ids": turns.trajectory_ids, "statistics": statistics, "singleton": settings.singleton}
+    options: dict[str, Any] = {
+        "trajectory_ids": turns.trajectory_ids,
+        "statistics": statistics,
+        "singleton": settings.singleton,
+    }
     if algo.advantage == "rloo":
         return rloo_advantages(rewards, turns.group_ids, **options), None
     if algo.advantage == "reinforce++_baseline":
@@ -98,7 +109,9 @@ def _turn_advantages(shaped: Shaped, rewards: torch.Tensor, algo: AlgoSection) -
     episode = grpo_advantages(rewards, turns.group_ids, normalize_std=settings.normalize_std, **options)
     if algo.advantage == "grpo":
         return episode, None
-    step = algo.gigpo.step_weight * state_advantages(shaped.step_returns, turns.group_ids, turns.anchor_ids, normalize_std=settings.normalize_std)
+    step = algo.gigpo.step_weight * state_advantages(
+        shaped.step_returns, turns.group_ids, turns.anchor_ids, normalize_std=settings.normalize_std
+    )
     return episode + step, step
 
 
@@ -113,10 +126,20 @@ def _own(shaped: Shaped, rewards: torch.Tensor, algo: AlgoSection) -> torch.Tens
         "token_counts": _token_counts(shaped.rows),
     }
     names = accepted(algo.advantage, "algo.advantage", leading=("rewards", "group_ids"), required=(), offered=OFFERED)
-    found = load_function(algo.advantage, "algo.advantage")(rewards, turns.group_ids, **{name: offered[name] for name in names})
-    if not isinstance(found, torch.Tensor) or tuple(found.shape) != tuple(rewards.shape) or not bool(found.isfinite().all()):
+    found = load_function(algo.advantage, "algo.advantage")(
+        rewards, turns.group_ids, **{name: offered[name] for name in names}
+    )
+    if (
+        not isinstance(found, torch.Tensor)
+        or tuple(found.shape) != tuple(rewards.shape)
+        or not bool(found.isfinite().all())
+    ):
         shape = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-        raise ContractError(f"{algo.advantage} returned {shape}", where="algo.advantage", hint=f"return finite advantages, a tensor of shape {[len(rewards)]}")
+        raise ContractError(
+            f"{algo.advantage} returned {shape}",
+            where="algo.advantage",
+            hint=f"return finite advantages, a tensor of shape {[len(rewards)]}",
+        )
     return found.double()
 
 
@@ -131,7 +154,9 @@ def _token_credit(shaped: Shaped, algo: AlgoSection, kl: torch.Tensor, values: t
         tokens = torch.where(mask, tokens, 0.0)
     else:
         if values is None:
-            raise ContractError('advantage "gae" without values', where="assign_credit", hint="pass values=, [B, T] of the critic")
+            raise ContractError(
+                'advantage "gae" without values', where="assign_credit", hint="pass values=, [B, T] of the critic"
+            )
         state_values = layout.gather(values.double())
         last = layout.mask.sum(-1, keepdim=True) - 1
         cut = torch.zeros(len(layout.mask), dtype=torch.float64)

@@ -12,7 +12,9 @@ def mixed(group: Group) -> bool:
     return len({t.reward for t in group.valid}) > 1
 
 
-def play_rounds(play: Callable[[int], list[Group]], *, wanted: int, rounds: int) -> tuple[list[Group], dict[str, float]]:
+def play_rounds(
+    play: Callable[[int], list[Group]], *, wanted: int, rounds: int
+) -> tuple[list[Group], dict[str, float]]:
     """Groups of as many rounds as it takes until `wanted` of them are mixed; only these, but the last permitted round is kept whole.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from spearrl.algorithm.credit import Credit
-from spearrl.algorithm.shape import Shaped
+from spearrl.algorithm.rewards import Shaped
 from spearrl.batching import Batch
 from spearrl.buffers import Admission, BaselineBuffer, ReplayBuffer
 from spearrl.config.algo import SilSection
@@ -44,7 +44,9 @@ class Memory:
             return None
         return self.replay.drain(step, self.baseline, torch.Generator().manual_seed(derive(self.seed, "replay", step)))
 
-    def remember(self, step: int, groups: Sequence[Group], shaped: Shaped, credit: Credit, old_logprobs: torch.Tensor) -> None:
+    def remember(
+        self, step: int, groups: Sequence[Group], shaped: Shaped, credit: Credit, old_logprobs: torch.Tensor
+    ) -> None:
         """Store the step's admitted trajectories, with the log-probabilities of their own step, and the baselines of its groups."""
         if not self.settings.enabled:
             return
@@ -53,15 +55,30 @@ class Memory:
         turns = rows.turns_of(chosen)
         admitted = rows.select(chosen).mask_turns(~shaped.muted[turns])  # what a filter took out is not imitated either
         step_part = credit.step_part[turns] if self.settings.keep_step_part and credit.step_part is not None else None
-        self.replay.add(step, admitted, shaped.rewards[turns], credit.turns[turns], old_logprobs[chosen][:, : admitted.width], step_part=step_part)
+        self.replay.add(
+            step,
+            admitted,
+            shaped.rewards[turns],
+            credit.turns[turns],
+            old_logprobs[chosen][:, : admitted.width],
+            step_part=step_part,
+        )
         self.baseline.add(step, *baselines(shaped))
 
     def metrics(self) -> dict[str, float]:
         p50 = self.baseline.percentile(50) if len(self.baseline) else 0.0
-        return {"replay/stored": float(len(self.replay)), "replay/p50": p50, "replay/refused": float(self.admission.refused)}
+        return {
+            "replay/stored": float(len(self.replay)),
+            "replay/p50": p50,
+            "replay/refused": float(self.admission.refused),
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"replay": self.replay.state_dict(), "baseline": self.baseline.state_dict(), "admission": self.admission.state_dict()}
+        return {
+            "replay": self.replay.state_dict(),
+            "baseline": self.baseline.state_dict(),
+            "admission": self.admission.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.replay.load_state_dict(state["replay"])

@@ -1,13 +1,12 @@
-"""Trajectories → rows → mini-batches → micro-batches: the only place masks are built."""
+"""Trajectories → rows → batches → forward passes: the only place where masks are built and tokens shifted."""
 
 from __future__ import annotations
 
 from spearrl.batching.allowed import AllowedIds
 from spearrl.batching.anchors import anchor_id, canonical
-from spearrl.batching.balance import deal
 from spearrl.batching.batch import Batch, denominator
 from spearrl.batching.build import rows_from_groups
-from spearrl.batching.microbatch import ForwardInputs, forward_inputs, micro_batches, mini_batches
+from spearrl.batching.forward_inputs import ForwardInputs, forward_inputs
 from spearrl.batching.rows import Rows
 from spearrl.batching.turns import TurnTable
 
@@ -19,10 +18,7 @@ __all__ = [
     "TurnTable",
     "anchor_id",
     "canonical",
-    "deal",
     "denominator",
     "forward_inputs",
-    "micro_batches",
-    "mini_batches",
     "rows_from_groups",
 ]

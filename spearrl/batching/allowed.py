@@ -44,7 +44,11 @@ class AllowedIds:
         if not len(used):
             return None
         kept = torch.isin(self.owner, used)
-        return AllowedIds(torch.where(index < 0, -1, torch.searchsorted(used, index)), torch.searchsorted(used, self.owner[kept]), self.ids[kept])
+        return AllowedIds(
+            torch.where(index < 0, -1, torch.searchsorted(used, index)),
+            torch.searchsorted(used, self.owner[kept]),
+            self.ids[kept],
+        )
 
     @staticmethod
     def concat(tables: Sequence[AllowedIds | None], turns: Sequence[int]) -> AllowedIds | None:

@@ -51,7 +51,11 @@ def _flat(array: Any) -> Any:
     values = array.tolist()
     if not isinstance(values, list):
         return canonical(values)
-    flat = np.asarray(values, dtype=object).reshape(-1) if isinstance(array, np.ndarray) and array.dtype == object else array.reshape(-1)
+    flat = (
+        np.asarray(values, dtype=object).reshape(-1)
+        if isinstance(array, np.ndarray) and array.dtype == object
+        else array.reshape(-1)
+    )
     return tuple(canonical(value) for value in flat.tolist())
 
 

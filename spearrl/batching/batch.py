@@ -62,4 +62,7 @@ def denominator(action_mask: torch.Tensor, mode: str, horizon: float) -> float:
         return float(rows)
     if mode == "seq-mean-token-sum-norm":
         return float(rows * horizon)
-    raise ConfigError(f"aggregation={mode!r} is unknown", hint="token-mean, seq-mean-token-sum, seq-mean-token-mean or seq-mean-token-sum-norm")
+    raise ConfigError(
+        f"aggregation={mode!r} is unknown",
+        hint="token-mean, seq-mean-token-sum, seq-mean-token-mean or seq-mean-token-sum-norm",
+    )

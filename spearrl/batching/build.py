@@ -40,7 +40,9 @@ class _Builder:
     def __init__(self) -> None:
         self.tokens: dict[str, array[Any]] = {name: array(CODES[dtype]) for name, dtype in TOKENS.items()}
         self.row_fields = {name: array("q") for name in ROWS}
-        self.turns: dict[str, array[Any]] = {name: array(CODES[turn_dtype(name)]) for name in TurnTable.__dataclass_fields__}
+        self.turns: dict[str, array[Any]] = {
+            name: array(CODES[turn_dtype(name)]) for name in TurnTable.__dataclass_fields__
+        }
         self.offsets = array("q", [0])
         self.images: list[tuple[str, ...]] = []
         self.pictures: dict[str, torch.Tensor] = {}
@@ -65,7 +67,9 @@ class _Builder:
             self.images[-1] = digests
             running = turn.prompt_ids + turn.token_ids
         if ordinal > ROWS_PER_TRAJECTORY:
-            raise ContractError(f"{ordinal} rows; at most {ROWS_PER_TRAJECTORY} are numbered apart", where=f"trajectory {trajectory.id}")
+            raise ContractError(
+                f"{ordinal} rows; at most {ROWS_PER_TRAJECTORY} are numbered apart", where=f"trajectory {trajectory.id}"
+            )
 
     def _open(self, trajectory: Trajectory, ordinal: int) -> None:
         self.offsets.append(self.offsets[-1])
@@ -134,9 +138,21 @@ class _Builder:
         tokens = {name: _tensor(values, TOKENS[name]) for name, values in self.tokens.items()}
         turns = TurnTable(**{name: _tensor(values, turn_dtype(name)) for name, values in self.turns.items()})
         row_fields = {name: _tensor(values, torch.int64) for name, values in self.row_fields.items()}
-        allowed = AllowedIds(*(_tensor(values, torch.int64) for values in (self.allowed, *self._members()))) if self.sets else None
+        allowed = (
+            AllowedIds(*(_tensor(values, torch.int64) for values in (self.allowed, *self._members())))
+            if self.sets
+            else None
+        )
         offsets = _tensor(self.offsets, torch.int64)
-        return Rows(**tokens, **row_fields, offsets=offsets, turns=turns, images=tuple(self.images), allowed=allowed, pictures=self.pictures)
+        return Rows(
+            **tokens,
+            **row_fields,
+            offsets=offsets,
+            turns=turns,
+            images=tuple(self.images),
+            allowed=allowed,
+            pictures=self.pictures,
+        )
 
     def _members(self) -> tuple[array[Any], array[Any]]:
         """The sets' numbers, once for each id, and the ids."""
@@ -150,9 +166,13 @@ class _Builder:
 def _check(turn: Turn, trajectory: Trajectory, number: int) -> None:
     where = f"trajectory {trajectory.id}, turn {number}"
     if not turn.prompt_ids:
-        raise ContractError("an empty prompt", where=where, hint="the chat encoder must give every turn at least one prompt token")
+        raise ContractError(
+            "an empty prompt", where=where, hint="the chat encoder must give every turn at least one prompt token"
+        )
     if len(turn.logprobs) != len(turn.token_ids):
-        raise ContractError(f"{len(turn.logprobs)} log-probabilities for {len(turn.token_ids)} sampled tokens", where=where)
+        raise ContractError(
+            f"{len(turn.logprobs)} log-probabilities for {len(turn.token_ids)} sampled tokens", where=where
+        )
 
 
 def _fill(target: array[Any], runs: Iterable[tuple[int, int]]) -> None:

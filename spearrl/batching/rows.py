@@ -38,7 +38,9 @@ class Rows:
     """
 
     token_ids: torch.Tensor  # int64 [S]
-    action_mask: torch.Tensor  # bool [S], True where the token is in the loss: the policy chose it, and no filter took it out
+    action_mask: (
+        torch.Tensor
+    )  # bool [S], True where the token is in the loss: the policy chose it, and no filter took it out
     turn_index: torch.Tensor  # int64 [S], index into `turns`; -1 where the policy did not choose the token
     rollout_logprobs: torch.Tensor  # float32 [S], as the engine reported; 0 where the policy did not choose the token
     policy_version: torch.Tensor  # int64 [S], weights that sampled the token; -1 where the policy did not choose it
@@ -49,7 +51,9 @@ class Rows:
     turns: TurnTable
     images: tuple[tuple[str, ...], ...] = ()  # content hashes per row
     allowed: AllowedIds | None = None  # by turn; None: no reply was restricted
-    pictures: Mapping[str, torch.Tensor] = field(default_factory=dict)  # encoded pictures by content hash, uint8 [bytes]
+    pictures: Mapping[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # encoded pictures by content hash, uint8 [bytes]
 
     def __post_init__(self) -> None:
         count, size = len(self.offsets) - 1, len(self.token_ids)
@@ -59,7 +63,10 @@ class Rows:
         for name in ROWS:
             check_tensor(getattr(self, name), name, torch.int64, count)
         if count < 0 or int(self.offsets[0]) != 0 or int(self.offsets[-1]) != size or bool((self.lengths < 1).any()):
-            raise ContractError(f"offsets {self.offsets.tolist()[:8]} do not cut {size} tokens into rows of one token or more", where="Rows")
+            raise ContractError(
+                f"offsets {self.offsets.tolist()[:8]} do not cut {size} tokens into rows of one token or more",
+                where="Rows",
+            )
         if not self.images:
             self.images = ((),) * count
         if len(self.images) != count:
@@ -68,13 +75,19 @@ class Rows:
 
     def _check_turns(self) -> None:
         if bool(self.action_mask[self.offsets[:-1]].any()):
-            raise ContractError("a row begins with an action token", where="Rows", hint="a prompt must hold at least one token")
-        if len(self.turn_index) and not (int(self.turn_index.min()) >= -1 and int(self.turn_index.max()) < len(self.turns)):
+            raise ContractError(
+                "a row begins with an action token", where="Rows", hint="a prompt must hold at least one token"
+            )
+        if len(self.turn_index) and not (
+            int(self.turn_index.min()) >= -1 and int(self.turn_index.max()) < len(self.turns)
+        ):
             raise ContractError(f"turn_index is outside -1 .. {len(self.turns) - 1}", where="Rows")
         if len(self.turns) and not (int(self.turns.row.min()) >= 0 and int(self.turns.row.max()) < len(self)):
             raise ContractError(f"turns.row is outside the {len(self)} rows", where="Rows")
         if self.allowed is not None and len(self.allowed.index) != len(self.turns):
-            raise ContractError(f"allowed ids of {len(self.allowed.index)} turns; expected {len(self.turns)}", where="Rows")
+            raise ContractError(
+                f"allowed ids of {len(self.allowed.index)} turns; expected {len(self.turns)}", where="Rows"
+            )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -125,7 +138,11 @@ class Rows:
         check_tensor(turn_values, "turn_values", turn_values.dtype, len(self.turns))
         if not len(self.turns):
             return turn_values.new_zeros(len(self), self.width)
-        flat = torch.where(self.action_mask & (self.turn_index >= 0), turn_values[self.turn_index.clamp(min=0)], turn_values.new_zeros(()))
+        flat = torch.where(
+            self.action_mask & (self.turn_index >= 0),
+            turn_values[self.turn_index.clamp(min=0)],
+            turn_values.new_zeros(()),
+        )
         return self.pad(flat)
 
     def mask_turns(self, keep: torch.Tensor) -> Rows:
@@ -161,7 +178,9 @@ class Rows:
             raise ContractError("a row is selected twice", where="Rows.select")
         lengths = self.lengths[index]
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        tokens = torch.arange(int(offsets[-1])) + torch.repeat_interleave(self.offsets[:-1][index] - offsets[:-1], lengths)
+        tokens = torch.arange(int(offsets[-1])) + torch.repeat_interleave(
+            self.offsets[:-1][index] - offsets[:-1], lengths
+        )
         keep = place[self.turns.row] >= 0
         renumbered = torch.cat([keep.long().cumsum(0) - 1, torch.full((1,), -1)])  # index -1, no turn, stays -1
         flat = {name: getattr(self, name)[tokens] for name in TOKENS}
@@ -173,7 +192,9 @@ class Rows:
             turns=self.turns.select(keep, place[self.turns.row[keep]]),
             images=tuple(self.images[i] for i in index.tolist()),
             allowed=None if self.allowed is None else self.allowed.select(keep.nonzero().flatten()),
-            pictures={d: self.pictures[d] for i in index.tolist() for d in self.images[i] if d in self.pictures} if self.pictures else {},
+            pictures={d: self.pictures[d] for i in index.tolist() for d in self.images[i] if d in self.pictures}
+            if self.pictures
+            else {},
         )
 
     @staticmethod
@@ -184,7 +205,10 @@ class Rows:
         first_turn, first_row = _starts([len(p.turns) for p in parts]), _starts([len(p) for p in parts])
         first_token = _starts([len(p.token_ids) for p in parts])
         flat = {name: torch.cat([getattr(p, name) for p in parts]) for name in (*TOKENS, *ROWS)}
-        shifted = [torch.where(p.turn_index < 0, p.turn_index, p.turn_index + shift) for p, shift in zip(parts, first_turn, strict=True)]
+        shifted = [
+            torch.where(p.turn_index < 0, p.turn_index, p.turn_index + shift)
+            for p, shift in zip(parts, first_turn, strict=True)
+        ]
         flat["turn_index"] = torch.cat(shifted)
         ends = [p.offsets[1:] + shift for p, shift in zip(parts, first_token, strict=True)]
         return Rows(
@@ -201,7 +225,13 @@ class Rows:
         tensors = {name: getattr(self, name) for name in (*TOKENS, "offsets", *ROWS)}
         restricted = {} if self.allowed is None else {"allowed": self.allowed.tensors()}
         shown = {"pictures": dict(self.pictures)} if self.pictures else {}
-        return {**tensors, "turns": self.turns.tensors(), **restricted, **shown, "images": [list(images) for images in self.images]}
+        return {
+            **tensors,
+            "turns": self.turns.tensors(),
+            **restricted,
+            **shown,
+            "images": [list(images) for images in self.images],
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Rows:
@@ -212,7 +242,13 @@ class Rows:
         tensors = {name: state[name] for name in (*TOKENS, "offsets", *ROWS)}
         allowed = AllowedIds(**state["allowed"]) if "allowed" in state else None
         images = tuple(tuple(images) for images in state["images"])
-        return cls(**tensors, turns=TurnTable(**state["turns"]), images=images, allowed=allowed, pictures=state.get("pictures", {}))
+        return cls(
+            **tensors,
+            turns=TurnTable(**state["turns"]),
+            images=images,
+            allowed=allowed,
+            pictures=state.get("pictures", {}),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
@@ -234,8 +270,21 @@ class Rows:
             if metadata.get("format") != FORMAT:
                 raise ContractError(f"format {metadata.get('format')!r}; expected {FORMAT!r}", where=str(path))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-        parts = {part: {name.removeprefix(f"{part}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{part}.")} for part in NESTED}
-        return cls.from_state({**tensors, **{part: found for part, found in parts.items() if found}, "images": json.loads(metadata["images"])})
+        parts = {
+            part: {
+                name.removeprefix(f"{part}."): tensors.pop(name)
+                for name in list(tensors)
+                if name.startswith(f"{part}.")
+            }
+            for part in NESTED
+        }
+        return cls.from_state(
+            {
+                **tensors,
+                **{part: found for part, found in parts.items() if found},
+                "images": json.loads(metadata["images"]),
+            }
+        )
 
 
 def row_indices(rows: torch.Tensor | Sequence[int]) -> torch.Tensor:

@@ -41,11 +41,17 @@ class BaselineBuffer:
 
     def add(self, step: int, means: Sequence[float], stds: Sequence[float] | None = None) -> None:
         """Store one value per group of this step. Raises ContractError for non-finite values or another number of deviations."""
-        entry = _Entry(step, torch.tensor(list(means), dtype=torch.float64), torch.tensor(list(stds or ()), dtype=torch.float64))
+        entry = _Entry(
+            step, torch.tensor(list(means), dtype=torch.float64), torch.tensor(list(stds or ()), dtype=torch.float64)
+        )
         if stds is not None and len(entry.stds) != len(entry.means):
-            raise ContractError(f"{len(entry.stds)} deviations for {len(entry.means)} means", where=f"BaselineBuffer.add, step {step}")
+            raise ContractError(
+                f"{len(entry.stds)} deviations for {len(entry.means)} means", where=f"BaselineBuffer.add, step {step}"
+            )
         if not (bool(entry.means.isfinite().all()) and bool(entry.stds.isfinite().all())):
-            raise ContractError("a group's reward mean or deviation is not finite", where=f"BaselineBuffer.add, step {step}")
+            raise ContractError(
+                "a group's reward mean or deviation is not finite", where=f"BaselineBuffer.add, step {step}"
+            )
         while len(self) > self.capacity:
             self._entries.pop(0)
         if len(entry.means):

@@ -71,12 +71,24 @@ class ReplayBuffer:
         reward_scale: float = 1.0,
     ):
         if capacity < 1 or max_age < 0 or min_rows < 1 or not fill_factor > 0:
-            raise ConfigError(f"capacity={capacity}, max_age={max_age}, min_rows={min_rows}, fill_factor={fill_factor}; must be >= 1, >= 0, >= 1, > 0")
-        for name, value in (("recalibration", recalibration), ("age_reference", age_reference), ("subset", subset), ("unit", unit)):
+            raise ConfigError(
+                f"capacity={capacity}, max_age={max_age}, min_rows={min_rows}, fill_factor={fill_factor}; must be >= 1, >= 0, >= 1, > 0"
+            )
+        for name, value in (
+            ("recalibration", recalibration),
+            ("age_reference", age_reference),
+            ("subset", subset),
+            ("unit", unit),
+        ):
             if value not in CHOICES[name]:
                 raise ConfigError(f"{name}={value!r}; must be one of {', '.join(CHOICES[name])}")
         self.capacity, self.max_age, self.fill_factor, self.min_rows = capacity, max_age, fill_factor, min_rows
-        self.recalibration, self.decay, self.normalize_std, self.keep_zero = recalibration, decay, normalize_std, keep_zero
+        self.recalibration, self.decay, self.normalize_std, self.keep_zero = (
+            recalibration,
+            decay,
+            normalize_std,
+            keep_zero,
+        )
         self.age_reference, self.subset, self.unit, self.reward_scale = age_reference, subset, unit, reward_scale
         self._entries: list[_Entry] = []
         self._last_step = 0
@@ -110,13 +122,21 @@ class ReplayBuffer:
             ContractError: shapes that do not fit `rows`.
         """
         if tuple(rewards.shape) != (len(rows.turns),) or tuple(advantages.shape) != (len(rows.turns),):
-            raise ContractError(f"rewards {list(rewards.shape)}, advantages {list(advantages.shape)}; expected [{len(rows.turns)}]", where="ReplayBuffer.add")
+            raise ContractError(
+                f"rewards {list(rewards.shape)}, advantages {list(advantages.shape)}; expected [{len(rows.turns)}]",
+                where="ReplayBuffer.add",
+            )
         if tuple(old_logprobs.shape) != (len(rows), rows.width):
-            raise ContractError(f"old_logprobs {list(old_logprobs.shape)}; expected [{len(rows)}, {rows.width}]", where="ReplayBuffer.add")
+            raise ContractError(
+                f"old_logprobs {list(old_logprobs.shape)}; expected [{len(rows)}, {rows.width}]",
+                where="ReplayBuffer.add",
+            )
         self._forget(step)
         self._last_step = step
         ids, owner = self._units(rows)
-        good = self._unit_means(rows, advantages.double(), owner, len(ids)) > 0  # NaN, a unit without trained tokens, is not
+        good = (
+            self._unit_means(rows, advantages.double(), owner, len(ids)) > 0
+        )  # NaN, a unit without trained tokens, is not
         faulty = torch.tensor([Status.from_code(code).is_error for code in range(len(Status))])[rows.turns.status]
         good[owner[rows.turns.row[faulty]]] = False
         chosen = good[owner]
@@ -124,7 +144,9 @@ class ReplayBuffer:
             turns, kept = rows.turns_of(chosen), rows.select(chosen)
             flat = kept.unpad(old_logprobs[chosen][:, : kept.width]).detach().cpu()
             part = torch.zeros_like(rewards) if step_part is None else step_part
-            self._entries.append(_Entry(step, kept, rewards[turns].double(), advantages[turns].double(), flat, part[turns].double()))
+            self._entries.append(
+                _Entry(step, kept, rewards[turns].double(), advantages[turns].double(), flat, part[turns].double())
+            )
 
     def ready(self, baseline: BaselineBuffer, step: int | None = None) -> bool:
         """Whether a flush is due at `step` (None: the one after the last `add`): more than fill_factor x capacity usable units beat the P50
@@ -178,13 +200,23 @@ class ReplayBuffer:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and JSON values; `load_state_dict` restores them exactly."""
         tensors = ("rewards", "advantages", "old_logprobs", "step_part")
-        entries = [{"step": e.step, "rows": e.rows.state_dict(), **{name: getattr(e, name) for name in tensors}} for e in self._entries]
+        entries = [
+            {"step": e.step, "rows": e.rows.state_dict(), **{name: getattr(e, name) for name in tensors}}
+            for e in self._entries
+        ]
         return {"last_step": self._last_step, "entries": entries}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._last_step = int(state["last_step"])
         self._entries = [
-            _Entry(int(entry["step"]), Rows.from_state(entry["rows"]), entry["rewards"], entry["advantages"], entry["old_logprobs"], entry["step_part"])
+            _Entry(
+                int(entry["step"]),
+                Rows.from_state(entry["rows"]),
+                entry["rewards"],
+                entry["advantages"],
+                entry["old_logprobs"],
+                entry["step_part"],
+            )
             for entry in state["entries"]
         ]
 
@@ -227,7 +259,9 @@ class ReplayBuffer:
             ids, owner = self._units(entry.rows)
             level = float(self._unit_means(entry.rows, entry.rewards, owner, len(ids)).mean())
         deviation = baseline.percentile(50, of="std") if self.normalize_std else math.nan
-        if not deviation > SMALLEST_DEVIATION:  # NaN: none asked for or none known. 0: most groups were all equal, and dividing by it says nothing
+        if (
+            not deviation > SMALLEST_DEVIATION
+        ):  # NaN: none asked for or none known. 0: most groups were all equal, and dividing by it says nothing
             return recalibrated_advantages(entry.rewards, level) / self.reward_scale
         return recalibrated_advantages(entry.rewards, level, deviation)
 

@@ -16,12 +16,12 @@ from importlib import import_module
 from typing import NoReturn
 
 from spearrl import __version__
+from spearrl.config.tables import table
 from spearrl.errors import SpearError
-from spearrl.tables import table
 
 HELP = table(__file__, "help.toml")
 _USAGE: str = HELP.pop("usage")
-VERBS = {verb: (f"spearrl.cli.{verb.replace('-', '_')}_verb", words["summary"]) for verb, words in HELP.items()}
+VERBS = {verb: (f"spearrl.cli.{verb.replace('-', '_')}", words["summary"]) for verb, words in HELP.items()}
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 
@@ -41,9 +41,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-        wrong = [word.partition("=")[0] for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
+        wrong = (
+            [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+            if "unrecognized" in message
+            else []
+        )
         near = [match for word in wrong for match in difflib.get_close_matches(word, known, n=1)]
-        hint = f"\n  did you mean {' and '.join(near)}?" if near else f"\n  fix: use the arguments that {self.prog} --help lists"
+        hint = (
+            f"\n  did you mean {' and '.join(near)}?"
+            if near
+            else f"\n  fix: use the arguments that {self.prog} --help lists"
+        )
         self.exit(2, f"error: {self.prog}: {message}{hint}\n")
 
 

@@ -19,16 +19,30 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     from spearrl.config.grammar import BASES, MODULES
     from spearrl.config.presets import PRESETS
 
-    parser.add_argument("overrides", nargs="*", metavar="FILE | section.key=value", help="a config file (TOML) or run directory, and settings that win over it")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="FILE | section.key=value",
+        help="a config file (TOML) or run directory, and settings that win over it",
+    )
     parser.add_argument("--preset", metavar="NAME", help=f"start from these settings: {', '.join(PRESETS)}")
-    parser.add_argument("--env", metavar="NAME", help='environment: webshop, alfworld, math, sokoban, search, or "my_pkg.mod:Class" of your own')
-    parser.add_argument("--algo", metavar="NAME", help=f"base[+module...]: {', '.join(BASES)} + {', '.join(MODULES)}; e.g. grpo+spear")
+    parser.add_argument(
+        "--env",
+        metavar="NAME",
+        help='environment: webshop, alfworld, math, sokoban, search, or "my_pkg.mod:Class" of your own',
+    )
+    parser.add_argument(
+        "--algo", metavar="NAME", help=f"base[+module...]: {', '.join(BASES)} + {', '.join(MODULES)}; e.g. grpo+spear"
+    )
     parser.add_argument("--model", metavar="DIR", help='model directory, or "tiny": build one for this environment')
 
 
 def add_gpus(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--gpus", type=int, metavar="N", help="GPUs of the run over all machines; who gets what is worked out and printed (default: this machine's)"
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="GPUs of the run over all machines; who gets what is worked out and printed (default: this machine's)",
     )
 
 
@@ -49,7 +63,11 @@ def gpu_override(args: argparse.Namespace) -> list[str]:
         return []
     if count < 1 or any(word.startswith("placement.gpus=") for word in args.overrides):
         what = f"--gpus {count} is not a number of GPUs" if count < 1 else "--gpus and placement.gpus= are both given"
-        raise ConfigError(what, where="command line", hint="use --gpus 1 or more; run.device=cpu uses none" if count < 1 else "use one of them")
+        raise ConfigError(
+            what,
+            where="command line",
+            hint="use --gpus 1 or more; run.device=cpu uses none" if count < 1 else "use one of them",
+        )
     return [f"placement.gpus={count}"]
 
 
@@ -61,7 +79,12 @@ def check_environment(resolved: Resolved) -> None:
     section = resolved.config.env
     complaints = envs.option_errors(envs.load(section.name), section.options)
     sources = resolved.sources
-    raise_all([Problem(text, fix, sources.get(f"env.options.{key.partition('.')[0]}", ""), (key,)) for key, text, fix in complaints])
+    raise_all(
+        [
+            Problem(text, fix, sources.get(f"env.options.{key.partition('.')[0]}", ""), (key,))
+            for key, text, fix in complaints
+        ]
+    )
 
 
 def placed_from(args: argparse.Namespace, find: Callable[[], Machine]) -> tuple[Resolved, Placement]:
@@ -87,8 +110,20 @@ def resolved_from(args: argparse.Namespace, work_out: WorkOut | None = None) -> 
     files = [word for word in args.overrides if not _is_override(word)]
     if len(files) > 1:
         names = ", ".join(repr(name[:60]) for name in files)
-        raise ConfigError(f"{len(files)} config files were given ({names})", where="command line", hint="use one file; settings are section.key=value")
-    return resolve(files[0] if files else None, overrides, env=args.env, algo=args.algo, model=args.model, preset=args.preset, work_out=work_out)
+        raise ConfigError(
+            f"{len(files)} config files were given ({names})",
+            where="command line",
+            hint="use one file; settings are section.key=value",
+        )
+    return resolve(
+        files[0] if files else None,
+        overrides,
+        env=args.env,
+        algo=args.algo,
+        model=args.model,
+        preset=args.preset,
+        work_out=work_out,
+    )
 
 
 def announce(resolved: Resolved) -> None:

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from spearrl.tables import table
+from spearrl.config.tables import table
 
 COLUMNS: list[dict[str, Any]] = table(__file__, "progress.toml")["column"]
 HEADER_EVERY = 20
@@ -27,13 +27,17 @@ class Progress:
             handler(values)
 
     def _expert(self, v: dict[str, Any]) -> None:
-        _say(f"expert: {v['episodes']} episodes, {100 * v['success']:.1f}% succeed, {v['tokens']} tokens, {v['dropped']} too long")
+        _say(
+            f"expert: {v['episodes']} episodes, {100 * v['success']:.1f}% succeed, {v['tokens']} tokens, {v['dropped']} too long"
+        )
 
     def _conversations(self, v: dict[str, Any]) -> None:
         _say(f"{v['episodes']} conversations, {v['tokens']} tokens, {v['dropped']} too long")
 
     def _sft(self, v: dict[str, Any]) -> None:
-        _say(f"cold start {v['update']:>4}/{v['updates']}  loss {v['loss']:.3f}  {v['tokens_per_s'] / 1000:.1f}k tok/s  {v['seconds']:.0f}s")
+        _say(
+            f"cold start {v['update']:>4}/{v['updates']}  loss {v['loss']:.3f}  {v['tokens_per_s'] / 1000:.1f}k tok/s  {v['seconds']:.0f}s"
+        )
 
     def _eval(self, v: dict[str, Any]) -> None:
         extra = "".join(f"  {k} {100 * x:.1f}%" for k, x in v.items() if k.startswith("success "))
@@ -51,7 +55,9 @@ class Progress:
         _say(f"  ! {v['text']}")
 
     def _resume(self, v: dict[str, Any]) -> None:
-        _say(f"resumed from {v['from']}: weights, optimiser, {v['replay_stored']} stored rows, {v['baselines']} baselines, task order (derived from the seed)")
+        _say(
+            f"resumed from {v['from']}: weights, optimiser, {v['replay_stored']} stored rows, {v['baselines']} baselines, task order (derived from the seed)"
+        )
 
     def _step(self, v: dict[str, Any]) -> None:
         now = time.monotonic()

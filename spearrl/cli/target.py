@@ -24,8 +24,8 @@ def config_of(target: str, overrides: Sequence[str], *, model: str | None = None
 
 def model_of(given: str | Path, step: int | None = None) -> Path:
     """The model directory of a run (its newest checkpoint, or that of `step`), or the directory itself. Raises CheckpointError."""
-    from spearrl.checkpoint import newest_checkpoint
     from spearrl.errors import CheckpointError
+    from spearrl.run.checkpoint import newest_checkpoint
 
     folder = Path(given, "checkpoints")
     if not folder.is_dir():

@@ -26,11 +26,27 @@ if TYPE_CHECKING:
         VllmSection,
     )
 
-__all__ = ["AlgoSection", "EnvSection", "EvalSection", "LearnerSection", "LoraSection", "ModelSection", "PlacementSection"]
+__all__ = [
+    "AlgoSection",
+    "EnvSection",
+    "EvalSection",
+    "LearnerSection",
+    "LoraSection",
+    "ModelSection",
+    "PlacementSection",
+]
 __all__ += ["RolloutSection", "RunConfig", "RunSection", "SftSection", "SyncSection", "TinySection", "VllmSection"]
 __all__ += ["Resolved", "advice", "check", "diff", "load_config", "resolve", "to_toml"]
 
-_HOME = {"Resolved": "loading", "advice": "checks", "check": "checks", "diff": "dump", "load_config": "loading", "resolve": "loading", "to_toml": "dump"}
+_HOME = {
+    "Resolved": "loading",
+    "advice": "checks",
+    "check": "checks",
+    "diff": "dump",
+    "load_config": "loading",
+    "resolve": "loading",
+    "to_toml": "dump",
+}
 
 
 def __getattr__(name: str) -> Any:

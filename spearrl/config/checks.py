@@ -11,10 +11,15 @@ from spearrl.config.fidelity import AGE_CAP
 from spearrl.config.grammar import GrammarError, algo_settings
 from spearrl.config.problems import Problem, given, raise_all
 from spearrl.config.sections import RunConfig
+from spearrl.config.tables import table
 from spearrl.schedules import ADAPTIVE
-from spearrl.tables import table
 
-COMPARES_SIBLINGS = ("grpo", "gigpo", "rloo", "reinforce++_baseline")  # advantages that are 0 without another member of the group
+COMPARES_SIBLINGS = (
+    "grpo",
+    "gigpo",
+    "rloo",
+    "reinforce++_baseline",
+)  # advantages that are 0 without another member of the group
 _TEXTS = table(__file__, "checks.toml")
 
 
@@ -25,7 +30,20 @@ def check(config: RunConfig) -> None:
 
 def problems(config: RunConfig) -> list[Problem]:
     """Contradictions, each with the keys involved."""
-    parts = (_model, _rollout, _batches, _ahead, _engines, _learner, _name, _lone, _covariance, _credit, _bands, _replay)
+    parts = (
+        _model,
+        _rollout,
+        _batches,
+        _ahead,
+        _engines,
+        _learner,
+        _name,
+        _lone,
+        _covariance,
+        _credit,
+        _bands,
+        _replay,
+    )
     return [problem for part in parts for problem in part(config)]
 
 
@@ -40,28 +58,42 @@ def _told(config: RunConfig, cases: Mapping[str, Any], values: Mapping[str, Any]
     known = {**{section: getattr(config, section) for section in RunConfig.model_fields}, **(values or {})}
     for name in (name for name, holds in cases.items() if holds):
         text = _TEXTS[name]
-        yield Problem(text["message"].format_map(known), text["fix"].format_map(known), keys=tuple(key.format_map(known) for key in text["keys"]))
+        yield Problem(
+            text["message"].format_map(known),
+            text["fix"].format_map(known),
+            keys=tuple(key.format_map(known) for key in text["keys"]),
+        )
 
 
 def _model(config: RunConfig) -> Iterator[Problem]:
     tiny, built = config.model.tiny, config.model.path == "tiny"
     uneven, step = tiny.hidden_size % tiny.heads, 2 * tiny.heads
     values = {"wanted": max(1, -(-tiny.hidden_size // step)) * step, "size": tiny.hidden_size // tiny.heads}
-    yield from _told(config, {"heads": built and uneven, "odd heads": built and not uneven and values["size"] % 2}, values)
+    yield from _told(
+        config, {"heads": built and uneven, "odd heads": built and not uneven and values["size"] % 2}, values
+    )
 
 
 def _rollout(config: RunConfig) -> Iterator[Problem]:
     rollout = config.rollout
     reply = rollout.max_reply_tokens
-    cases = {"no room for a prompt": rollout.context_tokens <= reply, "episode shorter than a reply": 0 < rollout.max_response_tokens < reply}
+    cases = {
+        "no room for a prompt": rollout.context_tokens <= reply,
+        "episode shorter than a reply": 0 < rollout.max_response_tokens < reply,
+    }
     yield from _told(config, cases, {"tokens": 8 * reply})
 
 
 def _batches(config: RunConfig) -> Iterator[Problem]:
     groups, learner = _groups(config), config.learner
     episodes = groups * config.rollout.group_size
-    cases = {"no group kept": not groups, "more batches than episodes": groups and learner.mini_batch_rows == 0 and learner.mini_batches > episodes}
-    yield from _told(config, cases, {"least": 1 / config.rollout.groups_per_step, "episodes": episodes, "batches": min(2, episodes)})
+    cases = {
+        "no group kept": not groups,
+        "more batches than episodes": groups and learner.mini_batch_rows == 0 and learner.mini_batches > episodes,
+    }
+    yield from _told(
+        config, cases, {"least": 1 / config.rollout.groups_per_step, "episodes": episodes, "batches": min(2, episodes)}
+    )
 
 
 def _groups(config: RunConfig) -> int:
@@ -82,8 +114,13 @@ def _engines(config: RunConfig) -> Iterator[Problem]:
     for address in addresses:
         yield from _told(config, {"no address": not address.startswith(("http://", "https://"))}, {"address": address})
     servers, local = len(addresses), rollout.engine == "local"
-    fault = "some would get the weights more than once" if rollout.workers > servers else "some would have nothing to do"
-    cases = {"workers and servers": servers and max(1, rollout.workers) != servers, "servers of no engine": local and config.vllm.servers}
+    fault = (
+        "some would get the weights more than once" if rollout.workers > servers else "some would have nothing to do"
+    )
+    cases = {
+        "workers and servers": servers and max(1, rollout.workers) != servers,
+        "servers of no engine": local and config.vllm.servers,
+    }
     cases["transport of another engine"] = local and config.sync.transport in ("nccl", "ipc")
     yield from _told(config, cases, {"servers": servers, "fault": fault})
 
@@ -106,7 +143,10 @@ def _name(config: RunConfig) -> Iterator[Problem]:
 def _lone(config: RunConfig) -> Iterator[Problem]:
     """What a group of one cannot give."""
     algo = config.algo
-    cases = {"no siblings": algo.advantage in COMPARES_SIBLINGS and algo.groups.singleton == "zero", "no siblings and dynamic": algo.dynamic.enabled}
+    cases = {
+        "no siblings": algo.advantage in COMPARES_SIBLINGS and algo.groups.singleton == "zero",
+        "no siblings and dynamic": algo.dynamic.enabled,
+    }
     cases["no siblings and a filter"] = algo.filters.group_keep < 1
     yield from _told(config, cases if config.rollout.group_size == 1 else {})
 
@@ -114,7 +154,12 @@ def _lone(config: RunConfig) -> Iterator[Problem]:
 def _covariance(config: RunConfig) -> Iterator[Problem]:
     cov = config.algo.clip_cov
     for prefix, lower, upper in (("", cov.lower, cov.upper), ("replay_", cov.replay_lower, cov.replay_upper)):
-        values = {"low": f"algo.clip_cov.{prefix}lower", "high": f"algo.clip_cov.{prefix}upper", "lower": _shown(lower), "upper": _shown(upper)}
+        values = {
+            "low": f"algo.clip_cov.{prefix}lower",
+            "high": f"algo.clip_cov.{prefix}upper",
+            "lower": _shown(lower),
+            "upper": _shown(upper),
+        }
         empty = isinstance(lower, str) == isinstance(upper, str) and _level(lower) >= _level(upper)
         yield from _told(config, {"empty band of covariances": empty}, values)
     yield from _told(config, {"two rules of covariance": config.algo.loss == "kl_cov" and cov.enabled})
@@ -131,12 +176,18 @@ def _shown(threshold: float | str) -> str:
 def _credit(config: RunConfig) -> Iterator[Problem]:
     bonus, filters = config.algo.intrinsic, config.algo.filters
     cases = {"bonus above its cap": bonus.enabled and bonus.per_call > bonus.cap}
-    cases["subsample"] = filters.group_keep < 1 and filters.subsample != "none" and config.algo.advantage in ("gae", "reinforce++")
+    cases["subsample"] = (
+        filters.group_keep < 1 and filters.subsample != "none" and config.algo.advantage in ("gae", "reinforce++")
+    )
     yield from _told(config, cases, {"cap": 10 * bonus.per_call})
 
 
 def _schedules(algo: AlgoSection) -> tuple[Any, ...]:
-    return ("algo.sil.gamma", algo.sil.enabled, algo.sil.gamma), ("algo.intrinsic.mu", algo.intrinsic.enabled, algo.intrinsic.mu)
+    return ("algo.sil.gamma", algo.sil.enabled, algo.sil.gamma), (
+        "algo.intrinsic.mu",
+        algo.intrinsic.enabled,
+        algo.intrinsic.mu,
+    )
 
 
 def _bands(config: RunConfig) -> Iterator[Problem]:
@@ -182,13 +233,17 @@ def _long_schedules(config: RunConfig) -> Iterator[Problem]:
     steps = config.run.steps
     for name, enabled, schedule in _schedules(config.algo):
         long = enabled and schedule.kind in ("cosine", "linear") and schedule.steps > steps > 0
-        yield from _told(config, {"long schedule": long}, {"name": name, "schedule": schedule, "third": max(1, steps // 3)})
+        yield from _told(
+            config, {"long schedule": long}, {"name": name, "schedule": schedule, "third": max(1, steps // 3)}
+        )
 
 
 def _unused(config: RunConfig) -> Iterator[Problem]:
     """Settings of a part that the algorithm does not have."""
     algo = config.algo
-    critic = CriticSection(discount=algo.critic.discount) if algo.advantage == "reinforce++" else CriticSection()  # which uses the discount
+    critic = (
+        CriticSection(discount=algo.critic.discount) if algo.advantage == "reinforce++" else CriticSection()
+    )  # which uses the discount
     for name, changed, by, value, used in (
         ("algo.critic", algo.critic != critic, "algo.advantage", algo.advantage, ("gae", "ppo")),
         ("learner.critic_lr", config.learner.critic_lr is not None, "algo.advantage", algo.advantage, ("gae", "ppo")),
@@ -207,20 +262,32 @@ def _idle(config: RunConfig, sources: Mapping[str, str]) -> Iterator[Problem]:
         ("algo.policy.clip_low", "algo.loss", algo.loss, ("kl_cov",)),
         ("algo.policy.clip_high", "algo.loss", algo.loss, ("kl_cov",)),
         ("algo.clip_cov.log_ratio_clamp", "algo.loss", algo.loss, ("gspo", "cispo", "kl_cov")),
-        ("algo.groups.normalize_std", "algo.advantage", algo.advantage, ("rloo", "gae", "reinforce++", "reinforce++_baseline")),
+        (
+            "algo.groups.normalize_std",
+            "algo.advantage",
+            algo.advantage,
+            ("rloo", "gae", "reinforce++", "reinforce++_baseline"),
+        ),
     ):
         source = sources.get(name, "default")
-        for problem in _told(config, {"unused": value in without and given(source)}, {"name": name, "by": by, "value": value, "fix": ""}):
+        for problem in _told(
+            config, {"unused": value in without and given(source)}, {"name": name, "by": by, "value": value, "fix": ""}
+        ):
             yield replace(problem, where=source)
 
 
 def _unused_replay(config: RunConfig) -> Iterator[Problem]:
     sil = config.algo.sil
     scaled, decayed = sil.normalize_std or sil.recalibration == "decay", sil.recalibration == "decay"
-    cases = {"scaled twice": sil.enabled and scaled and sil.reward_scale != 1, "decay without decay": sil.enabled and not decayed and sil.decay != 1}
+    cases = {
+        "scaled twice": sil.enabled and scaled and sil.reward_scale != 1,
+        "decay without decay": sil.enabled and not decayed and sil.decay != 1,
+    }
     yield from _told(config, cases, {"by": "algo.sil.normalize_std" if sil.normalize_std else "algo.sil.recalibration"})
     for key, changed in (("token_weight", sil.token_weight != "none"), ("min_wins", sil.min_wins > 1)):
-        yield from _told(config, {"about replay": changed and not sil.enabled}, {"key": key, "value": getattr(sil, key)})
+        yield from _told(
+            config, {"about replay": changed and not sil.enabled}, {"key": key, "value": getattr(sil, key)}
+        )
 
 
 def _odd(config: RunConfig) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spearrl.config.grammar import Fields, words_of
-from spearrl.tables import UNSET, flat, table
+from spearrl.config.tables import UNSET, flat, table
 
 COLUMNS = ("default", "paper", "release_agent", "release_math")
 FILTERS = ("overlong", "void_turn", "repetitive", "unreadable")
@@ -38,7 +38,10 @@ _WORDS = {"as set": OPEN, "by name": BY_NAME, UNSET: None}
 ROWS = tuple(
     Row(
         row["switch"],
-        {key: tuple(_WORDS.get(value, value) for value in values) for key, values in flat(row.get("fields", {}), "algo.").items()},
+        {
+            key: tuple(_WORDS.get(value, value) for value in values)
+            for key, values in flat(row.get("fields", {}), "algo.").items()
+        },
         row.get("note", ""),
     )
     for row in table(__file__, "fidelity.toml")["row"]
@@ -62,7 +65,9 @@ def column(fidelity: str, name: str) -> Fields:
         raise ValueError(f"fidelity {fidelity!r} does not exist; use one of {', '.join(COLUMNS)}")
     place = COLUMNS.index(fidelity)
     base, words = words_of(name)
-    fields = {key: values[place] for row in ROWS for key, values in row.fields.items() if not isinstance(values[place], Unset)}
+    fields = {
+        key: values[place] for row in ROWS for key, values in row.fields.items() if not isinstance(values[place], Unset)
+    }
     if fidelity.startswith("release") and {"clip_cov", "spear"} & set(words):
         fields["algo.policy.dual_clip"] = None
     if fidelity == "release_agent" and "drbot" in words:

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from spearrl.config.algo import CALLABLE, QUANTILE
 from spearrl.config.sections import ENVIRONMENT, LIST, PLAIN_TEXT, RUN_NAME, VARIABLE, RunConfig, Section
-from spearrl.tables import table
+from spearrl.config.tables import table
 
 Key = tuple[str, ...]
 FREE = ("env", "options")  # below this key any name may stand; the environment knows which mean something
@@ -52,7 +52,12 @@ def _below(key: Key, section: type[Section]) -> Iterator[tuple[Key, type[Section
 @cache
 def leaves() -> dict[Key, FieldInfo]:
     """Every setting that is a value, by its key."""
-    return {(*parent, name): info for parent, model in sections().items() for name, info in model.model_fields.items() if (*parent, name) not in sections()}
+    return {
+        (*parent, name): info
+        for parent, model in sections().items()
+        for name, info in model.model_fields.items()
+        if (*parent, name) not in sections()
+    }
 
 
 def base_type(info: FieldInfo) -> Any:
@@ -83,7 +88,15 @@ def named(info: FieldInfo) -> tuple[str, ...]:
 def alternative(info: FieldInfo) -> str:
     """The form of text that a number's setting takes as well, in words; "" for other fields."""
     parts = [item for member in get_args(info.annotation) for item in getattr(member, "__metadata__", ())]
-    pattern = next((found for part in parts for item in getattr(part, "metadata", ()) if (found := getattr(item, "pattern", None))), None)
+    pattern = next(
+        (
+            found
+            for part in parts
+            for item in getattr(part, "metadata", ())
+            if (found := getattr(item, "pattern", None))
+        ),
+        None,
+    )
     return _PATTERNS[pattern] if pattern else ""
 
 
@@ -94,12 +107,16 @@ def default_of(info: FieldInfo) -> Any:
 def constraint(info: FieldInfo) -> str:
     """Kind and bounds in words. Example: "number > 0 and < 1"."""
     if choices(info):
-        words = "one of " + ", ".join(f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in choices(info))
+        words = "one of " + ", ".join(
+            f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in choices(info)
+        )
     else:
         pattern = next((item.pattern for item in info.metadata if getattr(item, "pattern", None)), None)
         words = _PATTERNS[pattern] if pattern else _KINDS[base_type(info)]
         words = ", ".join((*(f'"{name}"' for name in named(info)), f"or {words}")) if named(info) else words
-        bounds = [f"{sign} {getattr(item, name):g}" for item in info.metadata for name, sign in _BOUNDS if hasattr(item, name)]
+        bounds = [
+            f"{sign} {getattr(item, name):g}" for item in info.metadata for name, sign in _BOUNDS if hasattr(item, name)
+        ]
         words += f" {' and '.join(bounds)}" if bounds else ""
         words += f", or {alternative(info)}" if alternative(info) else ""
     return f'{words}, or "none"' if accepts_none(info) else words
@@ -123,7 +140,9 @@ def nearest(key: Key) -> str:
         found = elsewhere[:2]
     elif near:
         found = [dotted((*parent, *near))]
-    elif alias := [part for part in reversed(key[len(parent) :]) if part in ALIASES] or _similar(name) or _similar(wrong):
+    elif (
+        alias := [part for part in reversed(key[len(parent) :]) if part in ALIASES] or _similar(name) or _similar(wrong)
+    ):
         found = ALIASES[alias[0]]
     else:
         found = difflib.get_close_matches(dotted(key)[:160], known, n=1, cutoff=0.7) or [

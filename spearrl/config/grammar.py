@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from typing import Any, NamedTuple
 
-from spearrl.tables import flat, table
+from spearrl.config.tables import flat, table
 
 Fields = dict[str, object]
 
@@ -109,12 +109,18 @@ def _check_module(name: str, base: str, word: str) -> None:
         return
     if word in BASES:
         raise GrammarError(f"{name[:60]!r} has a second base, {word!r}", _one_base(base, word))
-    raise GrammarError(f"module {word[:60]!r} in {name[:60]!r} does not exist", _suggestion(word, "module", tuple(MODULES)))
+    raise GrammarError(
+        f"module {word[:60]!r} in {name[:60]!r} does not exist", _suggestion(word, "module", tuple(MODULES))
+    )
 
 
 def _suggestion(word: str, role: str, known: tuple[str, ...]) -> str:
     plain = word[:60].lower().replace("-", "_")
-    near = [_TABLE["other_names"][plain]] if _TABLE["other_names"].get(plain) in known else difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
+    near = (
+        [_TABLE["other_names"][plain]]
+        if _TABLE["other_names"].get(plain) in known
+        else difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
+    )
     listed = ", ".join(known)
     return f"did you mean {near[0]!r}? ({role}s: {listed})" if near else f"use one of: {listed}"
 

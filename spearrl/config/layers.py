@@ -43,7 +43,11 @@ class _Choice(NamedTuple):
 
 def merge(layers: Sequence[Sequence[Setting]], problems: list[Problem]) -> dict[Key, Setting]:
     """One setting per key. A wrong algorithm name becomes a problem and counts as not given."""
-    default = [Setting(key, default_of(leaves()[key]), "default") for key in (NAME,) if not any(s.key == key for layer in layers for s in layer)]
+    default = [
+        Setting(key, default_of(leaves()[key]), "default")
+        for key in (NAME,)
+        if not any(s.key == key for layer in layers for s in layer)
+    ]
     layers = [default, *(_without_wrong_names(layer, problems) for layer in layers)]
     fields = _implied(layers)
     settings: dict[Key, Setting] = {}
@@ -86,10 +90,14 @@ def _implied(layers: Sequence[Sequence[Setting]]) -> _Implied:
         values = column(fidelity.value, name.value)
         found.put[fidelity.level] += _settings(values, f"fidelity {fidelity.value}")
         if name.level > fidelity.level:
-            found.put[name.level] += _settings({key: value for key, value in values.items() if key in fields}, f"fidelity {fidelity.value}")
+            found.put[name.level] += _settings(
+                {key: value for key, value in values.items() if key in fields}, f"fidelity {fidelity.value}"
+            )
         home = _highest(layers, ENV, lambda value: isinstance(value, str), "")
         if home.value == "math":
-            found.put[max(home.level, fidelity.level)] += _settings(grading(fidelity.value), f"fidelity {fidelity.value}")
+            found.put[max(home.level, fidelity.level)] += _settings(
+                grading(fidelity.value), f"fidelity {fidelity.value}"
+            )
     before = str(default_of(leaves()[NAME]))
     for level, layer in enumerate(layers):
         named, read = _last(layer, NAME), _last(layer, FIDELITY)
@@ -102,7 +110,11 @@ def _implied(layers: Sequence[Sequence[Setting]]) -> _Implied:
 
 
 def _highest(layers: Sequence[Sequence[Setting]], key: Key, usable: Callable[[Any], bool], default: str) -> _Choice:
-    given = [_Choice(setting.value, level) for level, layer in enumerate(layers) if (setting := _last(layer, key)) is not None and usable(setting.value)]
+    given = [
+        _Choice(setting.value, level)
+        for level, layer in enumerate(layers)
+        if (setting := _last(layer, key)) is not None and usable(setting.value)
+    ]
     return given[-1] if given else _Choice(default, -1)
 
 
@@ -116,7 +128,9 @@ def _settings(fields: Fields, source: str) -> list[Setting]:
 
 def _equals(fields: Mapping[str, object], setting: Setting) -> bool:
     key = ".".join(setting.key)
-    return key in fields and setting.value == (NONE if fields[key] is None and setting.value is not None else fields[key])
+    return key in fields and setting.value == (
+        NONE if fields[key] is None and setting.value is not None else fields[key]
+    )
 
 
 def _overlap(a: Key, b: Key) -> bool:

@@ -17,7 +17,18 @@ from pydantic import ValidationError
 
 from spearrl.config import checks
 from spearrl.config.dump import NONE
-from spearrl.config.fields import FREE, Key, accepts_none, base_type, constraint, default_of, dotted, leaves, nearest, sections
+from spearrl.config.fields import (
+    FREE,
+    Key,
+    accepts_none,
+    base_type,
+    constraint,
+    default_of,
+    dotted,
+    leaves,
+    nearest,
+    sections,
+)
 from spearrl.config.layers import ENV, NAME, Setting, merge
 from spearrl.config.presets import DEFAULTS, PRESETS
 from spearrl.config.problems import Problem, given, raise_all
@@ -26,7 +37,9 @@ from spearrl.config.source import Source, read
 from spearrl.config.values import shorten, wrong_value
 
 COMMAND_LINE, PLACEMENT = "command line", "placement"
-WorkOut = Callable[[RunConfig, Collection[str]], Mapping[str, Any]]  # config, dotted keys that nobody set -> values for some of them
+WorkOut = Callable[
+    [RunConfig, Collection[str]], Mapping[str, Any]
+]  # config, dotted keys that nobody set -> values for some of them
 MAX_SETTINGS = 2000
 PRESET: Key = ("preset",)
 _MODEL: Key = ("model", "path")
@@ -85,7 +98,11 @@ def resolve(
     if isinstance(source, Problem):
         problems.append(source)
     typed = list(_typed((overrides,) if isinstance(overrides, str) else overrides, problems))
-    flags = [Setting(key, value, COMMAND_LINE) for key, value in ((PRESET, preset), (ENV, env), (NAME, algo), (_MODEL, model)) if value is not None]
+    flags = [
+        Setting(key, value, COMMAND_LINE)
+        for key, value in ((PRESET, preset), (ENV, env), (NAME, algo), (_MODEL, model))
+        if value is not None
+    ]
     problems += _contradictions(typed, flags)
     command = _known([*typed, *flags], problems)
     written = _known(_written(source, problems), problems) if isinstance(source, Source) else []
@@ -100,7 +117,9 @@ def resolve(
     if work_out is not None and not problems:
         free = {dotted(key) for key in leaves() if key not in settings}
         found = {tuple(key.split(".")): value for key, value in work_out(config, free).items()}
-        config, settings, refused = _build(settings | {key: Setting(key, value, PLACEMENT) for key, value in found.items()}, problems)
+        config, settings, refused = _build(
+            settings | {key: Setting(key, value, PLACEMENT) for key, value in found.items()}, problems
+        )
     if not isinstance(source, Problem):
         wrong = [p for p in checks.problems(config) if not refused.intersection(p.keys)]
         problems += [replace(p, where=_place_of(p, settings)) for p in wrong]
@@ -112,7 +131,12 @@ def resolve(
 def _with_correction(settings: dict[Key, Setting]) -> dict[Key, Setting]:
     """Generation that runs ahead of the learner needs importance weights (truncated ones: TIS): on unless a correction was chosen."""
     ahead, chosen = settings.get(_STALENESS), settings.get(_CORRECTION)
-    if ahead is None or not isinstance(ahead.value, int) or ahead.value < 1 or (chosen and not chosen.source.startswith(f"algo {settings[NAME].value}")):
+    if (
+        ahead is None
+        or not isinstance(ahead.value, int)
+        or ahead.value < 1
+        or (chosen and not chosen.source.startswith(f"algo {settings[NAME].value}"))
+    ):
         return settings
     mode = chosen.value if chosen and chosen.value != "none" else "tis"
     return settings | {_CORRECTION: Setting(_CORRECTION, mode, f"rollout.max_staleness={ahead.value}")}
@@ -122,7 +146,9 @@ def _written(source: Source, problems: list[Problem]) -> list[Setting]:
     """The settings of a file."""
     found = [Setting(key, value, source.at(key)) for key, value in _flatten((), source.tree)]
     if len(found) > MAX_SETTINGS:
-        problems.append(Problem(f"holds {len(found)} settings, which no config does", f"use at most {MAX_SETTINGS}", source.name))
+        problems.append(
+            Problem(f"holds {len(found)} settings, which no config does", f"use at most {MAX_SETTINGS}", source.name)
+        )
         return []
     return found
 
@@ -133,7 +159,9 @@ def _typed(overrides: Sequence[str], problems: list[Problem]) -> Iterator[Settin
         name, separator, raw = str(text).partition("=")
         key = tuple(part.strip() for part in name.split("."))
         if not separator or not all(key):
-            fix = "use section.key=value, e.g. run.seed=3" + ("; a config file stands alone, once" if name.endswith(".toml") else "")
+            fix = "use section.key=value, e.g. run.seed=3" + (
+                "; a config file stands alone, once" if name.endswith(".toml") else ""
+            )
             problems.append(Problem(f"{shorten(text)} is not a setting", fix, COMMAND_LINE))
             continue
         for found, value in _flatten(key, _value(key, raw)):
@@ -179,20 +207,39 @@ def _unknown(setting: Setting) -> Problem | None:
     if key == PRESET or (key in leaves() and key != FREE):
         return None
     if key[: len(FREE)] == FREE and key != FREE:
-        complaint = option_problem(value) if len(key) - len(FREE) <= MAX_OPTION_DEPTH else f"is nested deeper than {MAX_OPTION_DEPTH} levels"
-        return Problem(f"{name} {complaint}", "use text, numbers, true/false, lists and tables of them", where, (name,)) if complaint else None
+        complaint = (
+            option_problem(value)
+            if len(key) - len(FREE) <= MAX_OPTION_DEPTH
+            else f"is nested deeper than {MAX_OPTION_DEPTH} levels"
+        )
+        return (
+            Problem(f"{name} {complaint}", "use text, numbers, true/false, lists and tables of them", where, (name,))
+            if complaint
+            else None
+        )
     if key in sections() or key == FREE:
         example = f"{name}.key=value" if where == COMMAND_LINE else f"[{name}] on one line and its settings below"
         return Problem(f"{name} = {shorten(value)}: {name} is a section, not a value", f"use {example}", where, (name,))
     if leaf := next((key[:end] for end in range(1, len(key)) if key[:end] in leaves()), None):
-        return Problem(f"{name}: {dotted(leaf)} is a single value, not a section", f"use {dotted(leaf)}=… ({constraint(leaves()[leaf])})", where, (name,))
-    return Problem(f"{name} is not a {'section' if isinstance(value, dict) else 'setting'}", nearest(key), where, (name,))
+        return Problem(
+            f"{name}: {dotted(leaf)} is a single value, not a section",
+            f"use {dotted(leaf)}=… ({constraint(leaves()[leaf])})",
+            where,
+            (name,),
+        )
+    return Problem(
+        f"{name} is not a {'section' if isinstance(value, dict) else 'setting'}", nearest(key), where, (name,)
+    )
 
 
 def _contradictions(typed: Sequence[Setting], flags: Sequence[Setting]) -> list[Problem]:
     given = {s.key: s.value for s in typed}
     return [
-        Problem(f"{dotted(s.key)} is given twice, as {shorten(given[s.key])} and as {shorten(s.value)}", f"use either the flag or {dotted(s.key)}=…", s.source)
+        Problem(
+            f"{dotted(s.key)} is given twice, as {shorten(given[s.key])} and as {shorten(s.value)}",
+            f"use either the flag or {dotted(s.key)}=…",
+            s.source,
+        )
         for s in flags
         if s.key in given and given[s.key] != s.value
     ]
@@ -206,10 +253,16 @@ def _preset(chosen: Setting | None, problems: list[Problem]) -> list[Setting]:
     if not isinstance(name, str) or name not in PRESETS:
         near = difflib.get_close_matches(str(name)[:80], PRESETS, n=1, cutoff=0.5)
         fix = f"did you mean preset {near[0]!r}? " if near else "use one: "
-        problems.append(Problem(f"preset {shorten(name)} does not exist", f"{fix}({', '.join(PRESETS)})", chosen.source, ("preset",)))
+        problems.append(
+            Problem(
+                f"preset {shorten(name)} does not exist", f"{fix}({', '.join(PRESETS)})", chosen.source, ("preset",)
+            )
+        )
         return []
     where = f"preset {name}"
-    return [Setting(tuple(key.split(".")), value, where) for key, value in {**PRESETS[name], dotted(_RECORD): name}.items()]
+    return [
+        Setting(tuple(key.split(".")), value, where) for key, value in {**PRESETS[name], dotted(_RECORD): name}.items()
+    ]
 
 
 def _build(settings: dict[Key, Setting], problems: list[Problem]) -> tuple[RunConfig, dict[Key, Setting], set[str]]:

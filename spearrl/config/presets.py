@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spearrl.tables import flat, table
+from spearrl.config.tables import flat, table
 
 _TABLE = table(__file__, "presets.toml")
 _SOURCES: dict[str, dict[str, Any]] = {**_TABLE["part"], **_TABLE["preset"]}

@@ -15,7 +15,11 @@ from spearrl.config.sections import RunConfig
 def markdown() -> str:
     """The reference page."""
     introduction = Path(__file__).with_name("reference.md").read_text(encoding="utf-8").rstrip()
-    parts = [introduction, "## Presets", _table(("preset", "what it is"), [(f"`{n}`", presets.DESCRIPTIONS[n]) for n in presets.PRESETS])]
+    parts = [
+        introduction,
+        "## Presets",
+        _table(("preset", "what it is"), [(f"`{n}`", presets.DESCRIPTIONS[n]) for n in presets.PRESETS]),
+    ]
     parts += [*_grammar(), *_fidelity()]
     for key, model in sections().items():
         if not key:
@@ -38,12 +42,24 @@ def json_schema() -> dict[str, Any]:
 def _grammar() -> list[str]:
     rows = []
     for name, fields in (*grammar.BASES.items(), *grammar.MODULES.items()):
-        own = {key: value for key, value in fields.items() if name in grammar.MODULES or grammar.PLAIN.get(key, ...) != value}
-        rows.append((f"`{name}`", "base" if name in grammar.BASES else "module", grammar.DESCRIPTIONS[name], _assignments(own)))
+        own = {
+            key: value
+            for key, value in fields.items()
+            if name in grammar.MODULES or grammar.PLAIN.get(key, ...) != value
+        }
+        rows.append(
+            (f"`{name}`", "base" if name in grammar.BASES else "module", grammar.DESCRIPTIONS[name], _assignments(own))
+        )
     refused = {
-        " ".join((f"`{c.one}` with", " or ".join(f"`{other}`" for other in c.others))): c.reason.replace("{other}", "the other") for c in grammar.CONFLICTS
+        " ".join((f"`{c.one}` with", " or ".join(f"`{other}`" for other in c.others))): c.reason.replace(
+            "{other}", "the other"
+        )
+        for c in grammar.CONFLICTS
     }
-    words = "`base[+module...]`, for example `grpo+spear`; the order of modules does not matter. Every base also sets " + _assignments(grammar.PLAIN)
+    words = (
+        "`base[+module...]`, for example `grpo+spear`; the order of modules does not matter. Every base also sets "
+        + _assignments(grammar.PLAIN)
+    )
     words += ". A base with a clip range of its own keeps it under `drbot`. Clip ranges and aggregations that a base does not set are hyper-parameters."
     return [
         "## Algorithm names",
@@ -78,7 +94,10 @@ def _column_cell(row: fidelity.Row, place: int) -> str:
     values = [of_columns[place] for of_columns in row.fields.values()]
     if values and all(isinstance(value, fidelity.Unset) for value in values):
         values = values[:1]
-    return ", ".join(f"*{value}*" if isinstance(value, fidelity.Unset) else f"`{toml_value(value)}`" for value in values) or "–"
+    return (
+        ", ".join(f"*{value}*" if isinstance(value, fidelity.Unset) else f"`{toml_value(value)}`" for value in values)
+        or "–"
+    )
 
 
 def _section_text(key: Key) -> str:

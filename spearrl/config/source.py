@@ -36,7 +36,11 @@ def read(path: str | Path) -> Source | Problem:
             file = file / "config.toml"
             name = str(file)
         if not file.exists():
-            return Problem("the config file does not exist", "use the path of a TOML file or of a run directory, or --preset tiny", name)
+            return Problem(
+                "the config file does not exist",
+                "use the path of a TOML file or of a run directory, or --preset tiny",
+                name,
+            )
         if not file.is_file():
             return Problem("is not a regular file", "use the path of a TOML file", name)
         with file.open("rb") as handle:
@@ -44,7 +48,9 @@ def read(path: str | Path) -> Source | Problem:
     except (OSError, ValueError) as error:
         return Problem(f"cannot be read: {getattr(error, 'strerror', None) or error}", "use a readable TOML file", name)
     if len(raw) > MAX_BYTES:
-        return Problem(f"is larger than {MAX_BYTES >> 20} MiB, which no config is", "use a config file, not a data file", name)
+        return Problem(
+            f"is larger than {MAX_BYTES >> 20} MiB, which no config is", "use a config file, not a data file", name
+        )
     try:
         text = raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -56,7 +62,9 @@ def parse(text: str, name: str) -> Source | Problem:
     """The TOML text, or its first syntax error."""
     if found := _LONG_KEY.search(text):  # tomllib takes quadratic time on these
         line = text.count("\n", 0, found.start()) + 1
-        return Problem("a key of more than 64 parts is nested too deeply", "use plain tables such as [rollout]", f"{name}:{line}")
+        return Problem(
+            "a key of more than 64 parts is nested too deeply", "use plain tables such as [rollout]", f"{name}:{line}"
+        )
     try:
         return Source(name, tomllib.loads(text), _lines_of(text))
     except tomllib.TOMLDecodeError as error:
@@ -75,12 +83,20 @@ def _syntax_problem(text: str, name: str, message: str) -> Problem:
     where = f"{name}:{line}"
     what = _AT.sub("", message).removesuffix(" (at end of document)")
     if "overwrite" in what or "twice" in what or "Cannot declare" in what or "mutate" in what:
-        return Problem(f"{shown!r} sets a key or table that is set already", "give each key and each [table] once", where)
+        return Problem(
+            f"{shown!r} sets a key or table that is set already", "give each key and each [table] once", where
+        )
     if name.endswith((".yaml", ".yml", ".json")):
         return Problem("is not TOML", "use TOML: [rollout] on one line, group_size = 8 on the next", where)
     if "Invalid value" in what and "=" in shown:
-        return Problem(f"{shown!r} has no valid value", 'use "…" around text; true and false are lower case; numbers as 8, 0.2 or 1e-6', where)
-    return Problem(f"{shown!r} is not TOML: {what}", "fix the line: [section] for a table, key = value for a setting", where)
+        return Problem(
+            f"{shown!r} has no valid value",
+            'use "…" around text; true and false are lower case; numbers as 8, 0.2 or 1e-6',
+            where,
+        )
+    return Problem(
+        f"{shown!r} is not TOML: {what}", "fix the line: [section] for a table, key = value for a setting", where
+    )
 
 
 def _lines_of(text: str) -> dict[tuple[str, ...], int]:

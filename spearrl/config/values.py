@@ -17,7 +17,9 @@ _YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 def wrong_value(key: str, info: FieldInfo, value: Any, where: str) -> Problem:
     """The problem of a value that its setting refuses."""
-    return Problem(f"{key} = {shorten(value)} does not fit; expected {constraint(info)}", _fix(key, info, value), where, (key,))
+    return Problem(
+        f"{key} = {shorten(value)} does not fit; expected {constraint(info)}", _fix(key, info, value), where, (key,)
+    )
 
 
 def shorten(value: Any) -> str:
@@ -40,7 +42,11 @@ def _fix(key: str, info: FieldInfo, value: Any) -> str:
     if (names := named(info)) and isinstance(value, str):
         near = difflib.get_close_matches(value.lower()[:80].replace("-", "_"), names, n=1, cutoff=0.4)
         return f'did you mean {key}="{near[0]}"? ({key} is {constraint(info)})' if near else f"use {constraint(info)}"
-    if alternative(info) and isinstance(value, str) and (share := re.search(r"[a-z].*?(0?\.[0-9]{1,9})$", value.lower()[:80])):
+    if (
+        alternative(info)
+        and isinstance(value, str)
+        and (share := re.search(r"[a-z].*?(0?\.[0-9]{1,9})$", value.lower()[:80]))
+    ):
         return f'did you mean {key}="quantile:{float(share.group(1)):g}"? ({key} is a {constraint(info)})'
     if kind is bool and str(value).lower() in (*_YES, *_NO):
         return f"use {key}={'true' if str(value).lower() in _YES else 'false'}"

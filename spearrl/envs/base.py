@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from spearrl.config.plugins import imported
 from spearrl.errors import ConfigError
-from spearrl.plugins import imported
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task, Text
 
 BUILTIN = {
@@ -47,7 +47,9 @@ class Environment:
             self.options = self.Options(**options)
         except ValidationError as error:
             complaints = [_complaint(type(self), item) for item in error.errors()]
-            raise ConfigError("; ".join(text for _, text, _ in complaints), hint="; ".join(fix for _, _, fix in complaints)) from error
+            raise ConfigError(
+                "; ".join(text for _, text, _ in complaints), hint="; ".join(fix for _, _, fix in complaints)
+            ) from error
 
     def tasks(self, split: str) -> Sequence[Task]:
         """Tasks of a split: stable ids, the same order on every machine. Raises ConfigError for an unknown split."""
@@ -74,7 +76,9 @@ class Environment:
             return [Message("user", (Text(observation.text), *observation.images))]
         return [Message("user", observation.text)]
 
-    def window(self, history: Sequence[tuple[Observation, Action]], observation: Observation, task: Task) -> list[Message] | None:
+    def window(
+        self, history: Sequence[tuple[Observation, Action]], observation: Observation, task: Task
+    ) -> list[Message] | None:
         """Windowed style: the whole prompt of this turn. None: this environment does not offer it.
 
         `history` holds every earlier (observation, action) pair of the episode, oldest first.
@@ -123,7 +127,11 @@ def import_path(cls: type[Environment]) -> str:
     module, name = cls.__module__, cls.__qualname__
     if module == "__main__" or "." in name or getattr(sys.modules.get(module), name, None) is not cls:
         where = f"class {name} in module {module}"
-        raise ConfigError("another process cannot import this environment", where=where, hint="move the class to the top level of a module of its own")
+        raise ConfigError(
+            "another process cannot import this environment",
+            where=where,
+            hint="move the class to the top level of a module of its own",
+        )
     return f"{module}:{name}"
 
 

@@ -37,7 +37,10 @@ class Signature:
         parameters = _without_titles(self._model.model_json_schema(by_alias=True))
         parameters.setdefault("required", [])
         parameters.pop("additionalProperties", None)
-        return {"type": "function", "function": {"name": name, "description": self._description, "parameters": parameters}}
+        return {
+            "type": "function",
+            "function": {"name": name, "description": self._description, "parameters": parameters},
+        }
 
     def line(self, name: str) -> str:
         """As a programmer would write it: add(a: int, b: int = 0): Add two numbers."""
@@ -53,19 +56,29 @@ def read_signature(method: Callable[..., Any], where: str) -> Signature:
         ContractError: a parameter without a type hint, of a type that has no schema, or of a kind that cannot be passed by name.
     """
     if inspect.iscoroutinefunction(method):
-        raise ContractError("a tool is a plain function", where=where, hint='leave "async" out; execution="thread" keeps slow tools off the loop')
+        raise ContractError(
+            "a tool is a plain function",
+            where=where,
+            hint='leave "async" out; execution="thread" keeps slow tools off the loop',
+        )
     try:
         types = get_type_hints(method, include_extras=True)
     except (NameError, TypeError) as error:
-        raise ContractError(f"a type hint cannot be resolved: {error}", where=where, hint="import the type at the top of the module") from error
+        raise ContractError(
+            f"a type hint cannot be resolved: {error}", where=where, hint="import the type at the top of the module"
+        ) from error
     description, documented = _docstring(inspect.getdoc(method) or "")
     fields: dict[str, Any] = {}
     hints: dict[str, str] = {}
     for name, parameter in list(inspect.signature(method).parameters.items())[1:]:
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise ContractError(f"parameter {parameter} cannot be passed by name", where=where, hint="use plain parameters in a @tool")
+            raise ContractError(
+                f"parameter {parameter} cannot be passed by name", where=where, hint="use plain parameters in a @tool"
+            )
         if name not in types:
-            raise ContractError(f"parameter {name!r} has no type hint", where=where, hint=f"write {name}: int, or whatever it is")
+            raise ContractError(
+                f"parameter {name!r} has no type hint", where=where, hint=f"write {name}: int, or whatever it is"
+            )
         default = ... if parameter.default is parameter.empty else parameter.default
         fields[f"field_{len(fields)}"] = (types[name], Field(default, alias=name, description=documented.get(name)))
         hints[name] = str(parameter).replace("'", "") if isinstance(parameter.annotation, str) else str(parameter)
@@ -75,7 +88,9 @@ def read_signature(method: Callable[..., Any], where: str) -> Signature:
         model.model_json_schema()
     except (PydanticSchemaGenerationError, TypeError) as error:
         raise ContractError(
-            f"a parameter's type has no schema: {error}", where=where, hint="use int, float, str, bool, Literal, list, dict or a pydantic model"
+            f"a parameter's type has no schema: {error}",
+            where=where,
+            hint="use int, float, str, bool, Literal, list, dict or a pydantic model",
         ) from error
     return Signature(model, description, hints)
 
@@ -105,7 +120,11 @@ def _without_titles(value: Any) -> Any:
         return [_without_titles(item) for item in value]
     if not isinstance(value, dict):
         return value
-    return {key: _properties(item) if key == "properties" else _without_titles(item) for key, item in value.items() if key != "title"}
+    return {
+        key: _properties(item) if key == "properties" else _without_titles(item)
+        for key, item in value.items()
+        if key != "title"
+    }
 
 
 def _properties(value: Mapping[str, Any]) -> dict[str, Any]:

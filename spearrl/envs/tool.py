@@ -89,7 +89,9 @@ class ToolEnvironment(Environment):
         super().__init__(**options)
         if not isinstance(self.options, ToolEnvironment.Options):
             raise ContractError(
-                "Options does not inherit from ToolEnvironment.Options", where=type(self).__name__, hint="class Options(ToolEnvironment.Options)"
+                "Options does not inherit from ToolEnvironment.Options",
+                where=type(self).__name__,
+                hint="class Options(ToolEnvironment.Options)",
             )
         if "_signatures" not in vars(type(self)):
             type(self)._signatures = _signatures(type(self))
@@ -114,11 +116,15 @@ class ToolEnvironment(Environment):
             return Outcome(Observation("the episode is over"), 0.0, True, info={"success": False})
         calls, problem = read_calls(action.text)
         if calls is None:
-            return self._outcome([f"error: {problem}" if problem else self._guarded(lambda: self.answer_text(action.text))])
+            return self._outcome(
+                [f"error: {problem}" if problem else self._guarded(lambda: self.answer_text(action.text))]
+            )
         results: list[Any] = []
         for item in calls:
             results.append(self._guarded(lambda item=item: self._run(item)))  # type: ignore[misc]
-            if isinstance(results[-1], Done) or (isinstance(results[-1], Outcome) and (results[-1].terminated or results[-1].truncated)):
+            if isinstance(results[-1], Done) or (
+                isinstance(results[-1], Outcome) and (results[-1].terminated or results[-1].truncated)
+            ):
                 break
         return self._outcome(results)
 
@@ -150,7 +156,9 @@ class ToolEnvironment(Environment):
             return [Message(role, super().messages(observation, turn)[0].content)]
         if self.options.describe != "prompt":
             return super().messages(observation, turn)
-        return super().messages(Observation(f"{self.instructions()}\n\n{observation.text}", images=observation.images), turn)
+        return super().messages(
+            Observation(f"{self.instructions()}\n\n{observation.text}", images=observation.images), turn
+        )
 
     def instructions(self) -> str:
         """What the tools are and how to call them, in words."""
@@ -205,7 +213,10 @@ class ToolEnvironment(Environment):
             self._over = True
             info["success"] = last.reward > 0 if last.success is None else last.success
             return Outcome(Observation(self._cut(last.text)), float(last.reward), True, info=info)
-        shown = [result.text if isinstance(result, Observation | Done) else str(getattr(result, "observation", result)) for result in results]
+        shown = [
+            result.text if isinstance(result, Observation | Done) else str(getattr(result, "observation", result))
+            for result in results
+        ]
         text = "\n".join(self._cut(part) for part in shown)
         if isinstance(last, Observation):
             return Outcome(replace(last, text=text), 0.0, False, info=info)
@@ -219,10 +230,17 @@ class ToolEnvironment(Environment):
 
 def _signatures(cls: type[ToolEnvironment]) -> dict[str, Signature]:
     """The tools of a class, in the order they are written; those of base classes first."""
-    names = dict.fromkeys(name for base in reversed(cls.__mro__) for name, value in vars(base).items() if getattr(value, "_is_tool", False))
+    names = dict.fromkeys(
+        name
+        for base in reversed(cls.__mro__)
+        for name, value in vars(base).items()
+        if getattr(value, "_is_tool", False)
+    )
     found = {name: read_signature(getattr(cls, name), f"{cls.__name__}.{name}") for name in names}
     if not found and cls.answer_text is ToolEnvironment.answer_text:
-        raise ContractError("no method is marked @tool", where=cls.__name__, hint="put @tool above the methods that the model may call")
+        raise ContractError(
+            "no method is marked @tool", where=cls.__name__, hint="put @tool above the methods that the model may call"
+        )
     return found
 
 
@@ -278,7 +296,10 @@ def _short_arguments(text: str) -> dict[str, Any] | None:
 
 
 def _complaints(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'arguments'}: {item['msg']}" for item in error.errors(include_url=False, include_input=False)[:4])
+    return "; ".join(
+        f"{'.'.join(map(str, item['loc'])) or 'arguments'}: {item['msg']}"
+        for item in error.errors(include_url=False, include_input=False)[:4]
+    )
 
 
 def _as_text(value: Any) -> str:

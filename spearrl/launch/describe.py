@@ -8,12 +8,27 @@ from spearrl.launch.placement import Placement, gib, span
 
 def describe(placement: Placement) -> str:
     """Who gets what, what was worked out, and what a step trains on. A few lines of text."""
-    config, count = placement.config, len(set(placement.learner) | {gpu for group in placement.engines for gpu in group})
-    if not count and not placement.derived and not config.rollout.workers and config.learner.backend == "local" and config.rollout.engine == "local":
+    config, count = (
+        placement.config,
+        len(set(placement.learner) | {gpu for group in placement.engines for gpu in group}),
+    )
+    if (
+        not count
+        and not placement.derived
+        and not config.rollout.workers
+        and config.learner.backend == "local"
+        and config.rollout.engine == "local"
+    ):
         return arithmetic(config)
     if count:
         memory = f" ({gib(placement.gpu.memory)})" if placement.gpu.memory else ""
-        turns = "engines sleep while the learner works" if placement.sleeps else "one set of GPUs" if placement.colocated else "GPUs of their own"
+        turns = (
+            "engines sleep while the learner works"
+            if placement.sleeps
+            else "one set of GPUs"
+            if placement.colocated
+            else "GPUs of their own"
+        )
         head = f"placement: {count} x {placement.gpu.name}{memory}, {'colocated' if placement.colocated else 'disaggregated'}: {turns}"
     else:
         head = "placement: processors only"
@@ -37,12 +52,20 @@ def arithmetic(config: RunConfig) -> str:
         text += f" = {episodes} to {most} rows (a row a turn)" if most else " = a row a turn"
     if learner.mini_batch_rows:
         size = learner.mini_batch_rows
-        steps = f"optimiser steps of {size} rows" if not most else f"{_range(-(-episodes // size), -(-most // size))} of {size} rows"
+        steps = (
+            f"optimiser steps of {size} rows"
+            if not most
+            else f"{_range(-(-episodes // size), -(-most // size))} of {size} rows"
+        )
     else:
         size = -(-episodes // learner.mini_batches)
         steps = f"{_range(learner.mini_batches, learner.mini_batches)} of {size} rows{'' if config.env.style == 'chat' else ' or more'}"
     share = f", {size / ranks:g} a rank" if ranks > 1 else ""
-    replay = "; replayed rows take steps of their own" if config.algo.sil.enabled and config.algo.sil.update == "alternating" else ""
+    replay = (
+        "; replayed rows take steps of their own"
+        if config.algo.sil.enabled and config.algo.sil.update == "alternating"
+        else ""
+    )
     kept = ", fewer where groups are filtered" if config.algo.filters.group_keep < 1 else ""
     return f"{text}{kept}; {steps}{share}, in passes of up to {learner.micro_batch_tokens} tokens{replay}"
 
@@ -55,8 +78,16 @@ def _learner(placement: Placement) -> tuple[str, str, str]:
     learner = placement.config.learner
     ranks = learner.processes if learner.backend == "deepspeed" else 1
     what = f"DeepSpeed ZeRO-{learner.zero_stage}" if learner.backend == "deepspeed" else "local"
-    kept = f", about {gib(placement.resident)} of weights, gradients and optimiser state each" if placement.resident else ""
-    return f"{ranks} rank{'s' * (ranks > 1)}", span(placement.learner) if placement.learner else "processors", what + kept
+    kept = (
+        f", about {gib(placement.resident)} of weights, gradients and optimiser state each"
+        if placement.resident
+        else ""
+    )
+    return (
+        f"{ranks} rank{'s' * (ranks > 1)}",
+        span(placement.learner) if placement.learner else "processors",
+        what + kept,
+    )
 
 
 def _engines(placement: Placement) -> tuple[str, str, str]:

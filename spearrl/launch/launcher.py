@@ -21,7 +21,9 @@ def follow(environ: Mapping[str, str] = os.environ) -> int | None:
     """
     if not under_launcher(environ) or environ["RANK"] == "0":
         return None
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or torch tells every second that the next command has not come yet
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # or torch tells every second that the next command has not come yet
     from spearrl.learner import serve
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -42,7 +42,12 @@ class Placement:
     @property
     def sleeps(self) -> bool:
         """Engines give their memory back while the learner works."""
-        return self.colocated and bool(self.engines) and self.config.rollout.engine == "vllm" and self.config.rollout.max_staleness == 0
+        return (
+            self.colocated
+            and bool(self.engines)
+            and self.config.rollout.engine == "vllm"
+            and self.config.rollout.max_staleness == 0
+        )
 
     def rank_environment(self, rank: int) -> dict[str, str]:
         """Variables that show a learner rank its GPU; {} on processors."""
@@ -83,7 +88,12 @@ def place(config: RunConfig, machine: Machine, *, derive: Collection[str] = (), 
     derived |= {key: value for key, value in changed.items() if key in derive and value != _value(config, key)}
     gpu = machine.gpus[0]
     resident = resident_bytes(with_settings(config, derived), parameters)
-    if counts.mode == "colocated" and config.rollout.engine == "vllm" and counts.engines and "vllm.memory_fraction" in derive:
+    if (
+        counts.mode == "colocated"
+        and config.rollout.engine == "vllm"
+        and counts.engines
+        and "vllm.memory_fraction" in derive
+    ):
         derived |= _fraction(config, gpu, resident, notes)
     config = with_settings(config, derived)
     used = {*counts.learner, *(gpu for group in counts.engines for gpu in group)}
@@ -91,7 +101,9 @@ def place(config: RunConfig, machine: Machine, *, derive: Collection[str] = (), 
         notes.append(f"{span(idle)} {'has' if len(idle) == 1 else 'have'} nothing to do")
     notes += _fit(config, gpu, resident, parameters)
     colocated = counts.mode == "colocated"
-    return Placement(config, derived, gpu, per_machine, counts.learner, counts.engines, colocated, resident, tuple(notes))
+    return Placement(
+        config, derived, gpu, per_machine, counts.learner, counts.engines, colocated, resident, tuple(notes)
+    )
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
@@ -100,7 +112,9 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     for key, value in settings.items():
         section, _, name = key.partition(".")
         changes.setdefault(section, {})[name] = value
-    return config.model_copy(update={name: getattr(config, name).model_copy(update=values) for name, values in changes.items()})
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
+    )
 
 
 def resident_bytes(config: RunConfig, parameters: int, *, stage: int | None = None) -> int:
@@ -125,22 +139,32 @@ def _total(config: RunConfig, machine: Machine) -> int:
     wanted, here = config.placement.gpus, len(machine.gpus)
     if config.run.device == "cpu":
         if wanted:
-            raise ConfigError(f'placement.gpus={wanted}, but run.device="cpu"', hint='use run.device="auto", or leave --gpus out')
+            raise ConfigError(
+                f'placement.gpus={wanted}, but run.device="cpu"', hint='use run.device="auto", or leave --gpus out'
+            )
         return 0
     machines = max(1, machine.ranks // max(1, machine.local_ranks))
     if not wanted:  # a model built from scratch is too small to share out unless somebody asks
         return min(here, 1) if config.model.path == "tiny" and not machine.ranks else here * machines
     if here == 0:
-        raise ConfigError(f"placement.gpus={wanted}, but torch sees no GPU on this machine", hint="leave --gpus out, or install a CUDA build of torch")
+        raise ConfigError(
+            f"placement.gpus={wanted}, but torch sees no GPU on this machine",
+            hint="leave --gpus out, or install a CUDA build of torch",
+        )
     if wanted > here and wanted % here:
-        raise ConfigError(f"placement.gpus={wanted} is not whole machines of {here} GPUs, as this one has", hint=f"use --gpus {wanted // here * here}")
+        raise ConfigError(
+            f"placement.gpus={wanted} is not whole machines of {here} GPUs, as this one has",
+            hint=f"use --gpus {wanted // here * here}",
+        )
     if wanted > here and machine.present and machines == 1 and config.rollout.launcher != "ray":
         hint = f"use --gpus {here}; for {wanted // here} machines start Ray and torchrun as docs/scaling.md shows, with rollout.launcher=ray"
         raise ConfigError(f"placement.gpus={wanted}, but this machine has {here}", hint=hint)
     return wanted
 
 
-def _parts(config: RunConfig, machine: Machine, total: int, derive: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+def _parts(
+    config: RunConfig, machine: Machine, total: int, derive: Collection[str]
+) -> tuple[dict[str, Any], list[str]]:
     """Which engine, learner and launcher, where nobody chose; and what to tell."""
     found: dict[str, Any] = {}
     notes: list[str] = []
@@ -149,7 +173,9 @@ def _parts(config: RunConfig, machine: Machine, total: int, derive: Collection[s
         if "vllm" in machine.extras or config.vllm.servers:
             found["rollout.engine"] = "vllm"
         else:
-            notes.append("vllm is not installed: torch's own engine samples, many times slower (pip install 'spearrl[vllm]')")
+            notes.append(
+                "vllm is not installed: torch's own engine samples, many times slower (pip install 'spearrl[vllm]')"
+            )
     if len(config.vllm.addresses) > 1 and "rollout.workers" in derive:
         found["rollout.workers"] = len(config.vllm.addresses)  # a worker speaks to one server
     if (total > 1 or machine.ranks) and "learner.backend" in derive and config.learner.backend == "local":
@@ -160,16 +186,23 @@ def _parts(config: RunConfig, machine: Machine, total: int, derive: Collection[s
         raise ConfigError(f"a launcher started {machine.ranks} ranks, but learner.backend=local works alone", hint=hint)
     if "learner.backend" in found and "deepspeed" not in machine.extras:
         hint = "pip install 'spearrl[deepspeed]', or use --gpus 1"
-        raise ConfigError(f"{machine.ranks or total} learner processes need DeepSpeed, which is not installed", hint=hint)
+        raise ConfigError(
+            f"{machine.ranks or total} learner processes need DeepSpeed, which is not installed", hint=hint
+        )
     if machine.ranks and config.learner.processes != machine.ranks:
         if "learner.processes" not in derive:
             hint = f"use learner.processes={machine.ranks}, or leave it out"
-            raise ConfigError(f"learner.processes={config.learner.processes}, but a launcher started {machine.ranks} ranks", hint=hint)
+            raise ConfigError(
+                f"learner.processes={config.learner.processes}, but a launcher started {machine.ranks} ranks", hint=hint
+            )
         found["learner.processes"] = machine.ranks
     if total > len(machine.gpus) and not config.vllm.servers and config.rollout.launcher == "processes":
         if "rollout.launcher" not in derive or "ray" not in machine.extras:
             hint = "use rollout.launcher=ray (pip install 'spearrl[ray]'), with Ray running on every machine (docs/scaling.md)"
-            raise ConfigError(f"{total} GPUs are on {total // len(machine.gpus)} machines; rollout.launcher=processes starts workers on this one", hint=hint)
+            raise ConfigError(
+                f"{total} GPUs are on {total // len(machine.gpus)} machines; rollout.launcher=processes starts workers on this one",
+                hint=hint,
+            )
         found["rollout.launcher"] = "ray"
     return found, notes
 
@@ -188,7 +221,10 @@ def _deal(config: RunConfig, machine: Machine, total: int, derive: Collection[st
     if config.vllm.servers:
         return _Dealt(learner, (), rollout.workers, mode)
     if mode == "disaggregated" and chosen == 0:
-        raise ConfigError("rollout.workers=0 keeps the engine in the learner's process", hint="leave rollout.workers out, or use placement.mode=colocated")
+        raise ConfigError(
+            "rollout.workers=0 keeps the engine in the learner's process",
+            hint="leave rollout.workers out, or use placement.mode=colocated",
+        )
     free = [gpu for gpu in range(total) if mode == "colocated" or gpu not in learner]
     groups = _groups(free, width, per_machine)
     if mode == "colocated" and chosen is None and total % width:
@@ -210,10 +246,16 @@ def _mode(config: RunConfig, total: int, per_machine: int) -> str:
     if mode == "auto":
         mode = "disaggregated" if total > per_machine or (total > 1 and ahead) else "colocated"
     if mode == "disaggregated" and total == 1 and not config.vllm.servers:
-        raise ConfigError("placement.mode=disaggregated needs a GPU for the learner and one for an engine; there is 1", hint="use placement.mode=colocated")
+        raise ConfigError(
+            "placement.mode=disaggregated needs a GPU for the learner and one for an engine; there is 1",
+            hint="use placement.mode=colocated",
+        )
     if mode == "colocated" and total > per_machine and not config.vllm.servers:
         hint = "use placement.mode=disaggregated: NCCL crosses machines (docs/scaling.md)"
-        raise ConfigError(f"placement.mode=colocated on {total // per_machine} machines: a GPU's own transports reach engines of one machine only", hint=hint)
+        raise ConfigError(
+            f"placement.mode=colocated on {total // per_machine} machines: a GPU's own transports reach engines of one machine only",
+            hint=hint,
+        )
     return mode
 
 
@@ -230,7 +272,10 @@ def _rank_count(config: RunConfig, machine: Machine, total: int, derive: Collect
         return max(1, total - config.rollout.workers * width)
     fits = [ranks for ranks in range(1, total) if (total - ranks) % width == 0]
     if not fits:
-        raise ConfigError(f"{total} GPUs leave none for the learner beside an engine of vllm.tensor_parallel={width}", hint=f"use {_widths(total - 1)}")
+        raise ConfigError(
+            f"{total} GPUs leave none for the learner beside an engine of vllm.tensor_parallel={width}",
+            hint=f"use {_widths(total - 1)}",
+        )
     return max([ranks for ranks in fits if ranks <= total * LEARNER_SHARE] or fits[:1])
 
 
@@ -238,7 +283,10 @@ def _ranks(count: int, machine: Machine, per_machine: int) -> tuple[int, ...]:
     """The GPU of each rank. Raises ConfigError where a machine has too few, or nobody starts the ranks of another machine."""
     here = machine.local_ranks or per_machine
     if machine.ranks and here > per_machine:
-        raise ConfigError(f"a launcher started {here} ranks on a machine of {per_machine} GPUs", hint=f"use --nproc_per_node {per_machine} at most")
+        raise ConfigError(
+            f"a launcher started {here} ranks on a machine of {per_machine} GPUs",
+            hint=f"use --nproc_per_node {per_machine} at most",
+        )
     if machine.present and count > per_machine and not machine.ranks and machine.gpus:
         hint = f"use learner.processes={per_machine} at most, or torchrun --nnodes {-(-count // per_machine)} (docs/scaling.md)"
         raise ConfigError(f"learner.processes={count}, but this machine has {per_machine} GPUs", hint=hint)
@@ -261,10 +309,14 @@ def _widths(total: int) -> str:
 def _fraction(config: RunConfig, gpu: Gpu, resident: int, notes: list[str]) -> dict[str, float]:
     """vllm.memory_fraction beside what the learner keeps on the same GPU."""
     if not gpu.memory:
-        notes.append("vllm.memory_fraction is worked out where the run starts: the memory of these GPUs is unknown here")
+        notes.append(
+            "vllm.memory_fraction is worked out where the run starts: the memory of these GPUs is unknown here"
+        )
         return {}
     room = max(0, gpu.memory - resident - KEPT)
-    share = room / gpu.memory * (1.0 if config.rollout.max_staleness == 0 else 0.5)  # awake together: the rest is for activations
+    share = (
+        room / gpu.memory * (1.0 if config.rollout.max_staleness == 0 else 0.5)
+    )  # awake together: the rest is for activations
     return {"vllm.memory_fraction": round(max(STEP, min(config.vllm.memory_fraction, share // STEP * STEP)), 2)}
 
 
@@ -273,16 +325,24 @@ def _fit(config: RunConfig, gpu: Gpu, resident: int, parameters: int) -> list[st
     learner, weights = config.learner, 2 * parameters // _width(config)
     if not (gpu.memory and parameters):
         return []
-    if config.rollout.engine == "vllm" and not config.vllm.servers and weights > 0.8 * config.vllm.memory_fraction * gpu.memory:
+    if (
+        config.rollout.engine == "vllm"
+        and not config.vllm.servers
+        and weights > 0.8 * config.vllm.memory_fraction * gpu.memory
+    ):
         room = gib(round(config.vllm.memory_fraction * gpu.memory))
         fix = "use a larger vllm.tensor_parallel, or learner.offload=optimizer"
         return [f"an engine's weights are about {gib(weights)} of the {room} it may take of a GPU: {fix}"]
     if resident + KEPT > 0.9 * gpu.memory:
-        return [f"the learner keeps about {gib(resident)} of {gib(gpu.memory)} a GPU: more GPUs, or learner.offload=optimizer, leave room to work"]
+        return [
+            f"the learner keeps about {gib(resident)} of {gib(gpu.memory)} a GPU: more GPUs, or learner.offload=optimizer, leave room to work"
+        ]
     lower = next((s for s in (1, 2) if resident_bytes(config, parameters, stage=s) < 0.4 * gpu.memory), 3)
     if learner.backend == "deepspeed" and lower < learner.zero_stage and learner.processes > 1:
         bytes_then = resident_bytes(config, parameters, stage=lower)
-        return [f"learner.zero_stage={lower} would fit too ({gib(bytes_then)} a GPU) and sends less between GPUs; {learner.zero_stage} stays as set"]
+        return [
+            f"learner.zero_stage={lower} would fit too ({gib(bytes_then)} a GPU) and sends less between GPUs; {learner.zero_stage} stays as set"
+        ]
     return []
 
 

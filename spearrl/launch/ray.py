@@ -17,9 +17,9 @@ from typing import Any
 from spearrl.config import RunConfig
 from spearrl.errors import ConfigError
 from spearrl.processes import child_environment
-from spearrl.rollout.link import Launcher, Link, log_tail
-from spearrl.rollout.messages import Start
-from spearrl.rollout.worker import RolloutWorker, open_worker
+from spearrl.rollout.workers.link import Launcher, Link, log_tail
+from spearrl.rollout.workers.messages import Start
+from spearrl.rollout.workers.worker import RolloutWorker, open_worker
 
 RESOURCES_S = 30.0  # in which a cluster that is just being started may bring what is asked of it
 CONNECT_S = 10.0
@@ -96,7 +96,9 @@ class ActorLink:
         return f"{self._ending}{log_tail(self._log)}"
 
 
-def actors(config: RunConfig, model_dir: str, folder: Path, *, gpus: int = 0, environment: Mapping[str, str] | None = None) -> Launcher:
+def actors(
+    config: RunConfig, model_dir: str, folder: Path, *, gpus: int = 0, environment: Mapping[str, str] | None = None
+) -> Launcher:
     """Starts workers as actors, on the cluster at RAY_ADDRESS or on a local one.
 
     Args:
@@ -109,8 +111,14 @@ def actors(config: RunConfig, model_dir: str, folder: Path, *, gpus: int = 0, en
     """
     ray = _connect()
     needs = {"CPU": 1.0, **({"GPU": float(gpus)} if gpus else {})}
-    _await_resources(ray, {name: count * config.rollout.workers for name, count in needs.items()}, config.rollout.workers)
-    variables = {"PYTHONPATH": child_environment()["PYTHONPATH"], "OMP_NUM_THREADS": str(max(1, config.run.threads)), **(environment or {})}
+    _await_resources(
+        ray, {name: count * config.rollout.workers for name, count in needs.items()}, config.rollout.workers
+    )
+    variables = {
+        "PYTHONPATH": child_environment()["PYTHONPATH"],
+        "OMP_NUM_THREADS": str(max(1, config.run.threads)),
+        **(environment or {}),
+    }
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_concurrency=8)(WorkerActor)
     remote = remote.options(scheduling_strategy="SPREAD", runtime_env={"env_vars": variables})
 
@@ -133,10 +141,17 @@ def _connect() -> Any:
     try:
         if host:  # Ray itself tries for minutes, and then ends the process
             socket.create_connection((host, int(port)), CONNECT_S).close()
-        ray.init(address=address or "local", include_dashboard=False if address is None else None, log_to_driver=False, logging_level="warning")
+        ray.init(
+            address=address or "local",
+            include_dashboard=False if address is None else None,
+            log_to_driver=False,
+            logging_level="warning",
+        )
     except (OSError, RuntimeError, ValueError) as error:
         hint = "start one with `ray start --head` and set RAY_ADDRESS, or unset it for a cluster of this machine alone"
-        raise ConfigError(f"no Ray cluster answers at {address or 'local'}: {error}", where="RAY_ADDRESS", hint=hint) from error
+        raise ConfigError(
+            f"no Ray cluster answers at {address or 'local'}: {error}", where="RAY_ADDRESS", hint=hint
+        ) from error
     return ray
 
 
@@ -144,12 +159,18 @@ def _await_resources(ray: Any, needs: Mapping[str, float], workers: int) -> None
     """Raises ConfigError naming what the cluster lacks."""
     end = time.monotonic() + RESOURCES_S
     told = False
-    while missing := {name: (need, has) for name, need in needs.items() if (has := ray.cluster_resources().get(name, 0.0)) < need}:
+    while missing := {
+        name: (need, has) for name, need in needs.items() if (has := ray.cluster_resources().get(name, 0.0)) < need
+    }:
         text = ", ".join(f"{need:g} {name} (it has {has:g})" for name, (need, has) in missing.items())
         if time.monotonic() > end:
             nodes = sum(node["Alive"] for node in ray.nodes())
             hint = "add machines with `ray start --address=…`, or lower rollout.workers"
-            raise ConfigError(f"rollout.workers={workers} needs {text} of a Ray cluster of {nodes} machines", where="rollout.launcher", hint=hint)
+            raise ConfigError(
+                f"rollout.workers={workers} needs {text} of a Ray cluster of {nodes} machines",
+                where="rollout.launcher",
+                hint=hint,
+            )
         if not told:
             print(f"waiting for the Ray cluster to have {text}", file=sys.stderr)
             told = True

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.deepspeed import DeepSpeedLearner
+from spearrl.learner.deepspeed.ranks import serve_commands
+from spearrl.learner.deepspeed.shard import Worker
 from spearrl.learner.local import LocalLearner
 from spearrl.learner.protocol import Learner, UpdateResult
-from spearrl.learner.ranks import serve_commands
-from spearrl.learner.shard import Worker
 
 __all__ = ["DeepSpeedLearner", "Learner", "LocalLearner", "UpdateResult", "ValueHead", "serve"]
 

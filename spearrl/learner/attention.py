@@ -13,11 +13,15 @@ from torch.overrides import TorchFunctionMode
 class Float32Attention(TorchFunctionMode):
     """Inside this context, attention leaves autocast and computes in float32."""
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         if func is not scaled_dot_product_attention or not torch.is_autocast_enabled("cpu"):
             return func(*args, **(kwargs or {}))
         with torch.autocast("cpu", enabled=False):
-            return func(*(_wide(value) for value in args), **{name: _wide(value) for name, value in (kwargs or {}).items()})
+            return func(
+                *(_wide(value) for value in args), **{name: _wide(value) for name, value in (kwargs or {}).items()}
+            )
 
 
 def _wide(value: Any) -> Any:

@@ -40,7 +40,9 @@ class ValueHead(torch.nn.Module):
         from safetensors.torch import save_file
 
         (folder / FILE).parent.mkdir(exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}, folder / FILE)
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}, folder / FILE
+        )
 
     def load(self, folder: Path) -> None:
         """Exactly what `save` wrote. Raises CheckpointError where it is missing or of another width."""
@@ -50,5 +52,7 @@ class ValueHead(torch.nn.Module):
             self.load_state_dict(load_file(folder / FILE))
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
-                f"the critic cannot be restored: {error}", where=str(folder / FILE), hint="resume with the algorithm that saved it"
+                f"the critic cannot be restored: {error}",
+                where=str(folder / FILE),
+                hint="resume with the algorithm that saved it",
             ) from error

@@ -9,19 +9,29 @@ from typing import Any
 
 import torch
 
-from spearrl.batching import Rows, micro_batches
+from spearrl.batching import Rows
 from spearrl.config import LearnerSection
 from spearrl.errors import ContractError
 from spearrl.learner.critic import ValueHead
-from spearrl.learner.lora import FOLDER, adapter_config, adapter_sources, add_adapters, load_adapters, save_adapters, sources, without_adapters
+from spearrl.learner.lora import (
+    FOLDER,
+    adapter_config,
+    adapter_sources,
+    add_adapters,
+    load_adapters,
+    save_adapters,
+    sources,
+    without_adapters,
+)
 from spearrl.learner.minibatch import LossInputs, Share, Tally
 from spearrl.learner.optimizer import load_optimizer, make_optimizer, save_optimizer
 from spearrl.learner.packed import check_packing
+from spearrl.learner.partition import micro_batches
 from spearrl.learner.passes import Outputs, Passes
 from spearrl.learner.policy import Policy, check_head, use_bf16
 from spearrl.learner.updates import Updates
-from spearrl.learner.weights import load_weights
 from spearrl.models import save_weights
+from spearrl.models.weights import load_weights
 
 
 class LocalLearner(Updates):
@@ -62,9 +72,13 @@ class LocalLearner(Updates):
         self.policy = Policy(self.model, settings, temperature=temperature, bf16=bf16)
         self.reference = None
         if reference is not None:
-            self.reference = Policy(reference.to(device).eval().requires_grad_(False), settings, temperature=temperature, bf16=bf16)
+            self.reference = Policy(
+                reference.to(device).eval().requires_grad_(False), settings, temperature=temperature, bf16=bf16
+            )
         self.critic = None if critic is None else critic.to(device)
-        self.passes = Passes(self.policy, self.device, critic=self.critic, packed=settings.packing, sight=self.policy.sight)
+        self.passes = Passes(
+            self.policy, self.device, critic=self.critic, packed=settings.packing, sight=self.policy.sight
+        )
         check_head(self.policy, type(model).__name__, self.device)
         if settings.packing:
             check_packing(self.policy, type(model).__name__, self.device)
@@ -76,7 +90,9 @@ class LocalLearner(Updates):
             with without_adapters(self.model):
                 return self.passes.predict(rows, self._pieces(rows))
         if reference and self.reference is None:
-            raise ContractError("this learner has no reference model", where="Learner.logprobs", hint="build it with reference=")
+            raise ContractError(
+                "this learner has no reference model", where="Learner.logprobs", hint="build it with reference="
+            )
         return self.passes.predict(rows, self._pieces(rows), policy=self.reference if reference else None)
 
     def values(self, rows: Rows) -> torch.Tensor:
@@ -164,7 +180,10 @@ class LocalLearner(Updates):
         pieces = self._pieces(share.batch.rows)
         whole = share.whole_scope() if len(pieces) > 1 else []
         held = self._hold(share, pieces) if whole and not share.current else []
-        return share.total(self.passes.backward(share, pieces, tally, chosen=self._selections(share, whole, pieces, held), held=held), tally)
+        return share.total(
+            self.passes.backward(share, pieces, tally, chosen=self._selections(share, whole, pieces, held), held=held),
+            tally,
+        )
 
     def _hold(self, share: Share, pieces: list[torch.Tensor]) -> list[Outputs]:
         """The forward passes of a mini-batch that fits into one micro-batch's memory altogether: nothing is computed twice then. Else none."""
@@ -173,7 +192,9 @@ class LocalLearner(Updates):
             return []
         return [self.passes.forward(share.batch.rows.select(index)) for index in pieces]
 
-    def _selections(self, share: Share, objectives: list[int], pieces: list[torch.Tensor], held: list[Outputs]) -> dict[int, torch.Tensor]:
+    def _selections(
+        self, share: Share, objectives: list[int], pieces: list[torch.Tensor], held: list[Outputs]
+    ) -> dict[int, torch.Tensor]:
         """Tokens that covariance rules select, per objective, over the whole mini-batch on current log-probabilities."""
         if not objectives:
             return {}

@@ -59,8 +59,13 @@ class _TokenLogprobs(torch.autograd.Function):
     """d logp_t / d z = onehot(t) - p ; d H / d z = -p (log p + H), chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wanted: _Wanted) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs, entropies = hidden.new_empty(len(hidden), dtype=wanted.dtype), hidden.new_empty(len(hidden), dtype=wanted.dtype)
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wanted: _Wanted
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, entropies = (
+            hidden.new_empty(len(hidden), dtype=wanted.dtype),
+            hidden.new_empty(len(hidden), dtype=wanted.dtype),
+        )
         probabilities = None
         for part, p, log_p_target, entropy in _chunks(hidden, weight, bias, wanted):
             logprobs[part], entropies[part] = log_p_target, entropy
@@ -74,7 +79,9 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropies: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropies: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets, entropies, kept = ctx.saved_tensors
         if grad_logprobs is None and grad_entropies is None:
             return None, None, None, None
@@ -87,7 +94,9 @@ class _TokenLogprobs(torch.autograd.Function):
         for part, p in _probabilities(hidden, weight, bias, ctx.wanted, kept):
             upstream = None if grad_entropies is None else grad_entropies[part]
             out = p if kept is None else torch.empty_like(p)
-            grad_logits = _grad_logits(p, targets[part], grad_logprobs[part], entropies=entropies[part], grad_entropies=upstream, out=out)
+            grad_logits = _grad_logits(
+                p, targets[part], grad_logprobs[part], entropies=entropies[part], grad_entropies=upstream, out=out
+            )
             grad_logits.div_(ctx.wanted.temperature)
             with torch.autocast(hidden.device.type, enabled=False):
                 if grad_hidden is not None:
@@ -96,7 +105,9 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad_weight.addmm_(grad_logits.T, hidden[part].to(dtype))
                 if grad_bias is not None:
                     grad_bias.add_(grad_logits.sum(0))
-        narrow = (None if grad is None else grad.to(like.dtype) for grad, like in ((grad_weight, weight), (grad_bias, bias)))
+        narrow = (
+            None if grad is None else grad.to(like.dtype) for grad, like in ((grad_weight, weight), (grad_bias, bias))
+        )
         return grad_hidden, *narrow, None
 
 
@@ -118,7 +129,10 @@ def _chunks(
     dtype, temperature, wide = wanted.dtype, wanted.temperature, weight.to(wanted.dtype)
     shift = None if bias is None else bias.to(dtype).div(temperature)
     size = min(wanted.chunk, max(len(hidden), 1))
-    logits, exponentials = hidden.new_empty(size, len(weight), dtype=dtype), hidden.new_empty(size, len(weight), dtype=dtype)
+    logits, exponentials = (
+        hidden.new_empty(size, len(weight), dtype=dtype),
+        hidden.new_empty(size, len(weight), dtype=dtype),
+    )
     for begin in range(0, len(hidden), wanted.chunk):
         part = slice(begin, min(begin + wanted.chunk, len(hidden)))
         z, p = logits[: part.stop - begin], exponentials[: part.stop - begin]

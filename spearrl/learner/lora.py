@@ -18,8 +18,8 @@ import torch
 
 from spearrl.config import LoraSection
 from spearrl.errors import CheckpointError, ConfigError
-from spearrl.learner.weights import Stored, copy_weights, read_weights
-from spearrl.vision import sight_of
+from spearrl.models.vision import sight_of
+from spearrl.models.weights import Stored, copy_weights, read_weights
 
 FOLDER = "adapter"  # of a checkpoint, in peft's format
 NAME = "default"  # of the adapter inside peft
@@ -37,7 +37,10 @@ class Source:
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """What has to be whole in this process before `tensor` is asked for."""
-        return [self.parameter, *((self.adapter.lora_A[NAME].weight, self.adapter.lora_B[NAME].weight) if self.adapter is not None else ())]
+        return [
+            self.parameter,
+            *((self.adapter.lora_A[NAME].weight, self.adapter.lora_B[NAME].weight) if self.adapter is not None else ()),
+        ]
 
     def tensor(self) -> torch.Tensor:
         """The weight, with the adapters added in float32 or wider; nothing in the model changes."""
@@ -60,13 +63,25 @@ def add_adapters(model: Any, settings: LoraSection, seed: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         hint = "pip install 'spearrl[lora]', or set learner.lora.rank=0"
-        raise ConfigError(f"learner.lora.rank={settings.rank} needs peft, which cannot be imported: {error}", where="learner.lora", hint=hint) from error
+        raise ConfigError(
+            f"learner.lora.rank={settings.rank} needs peft, which cannot be imported: {error}",
+            where="learner.lora",
+            hint=hint,
+        ) from error
     targets = _targets(model, settings.targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
         spared = TOWER if sight_of(model) is not None else None
         inject_adapter_in_model(
-            LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, task_type="CAUSAL_LM", exclude_modules=spared), model, NAME
+            LoraConfig(
+                r=settings.rank,
+                lora_alpha=settings.alpha,
+                target_modules=targets,
+                task_type="CAUSAL_LM",
+                exclude_modules=spared,
+            ),
+            model,
+            NAME,
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
@@ -99,13 +114,21 @@ def sources(model: torch.nn.Module) -> list[Source]:
 
 def adapter_sources(model: torch.nn.Module) -> list[Source]:
     """Every weight of the adapters, under its name in peft's files."""
-    pairs = [(path, part, getattr(layer, part)[NAME].weight) for path, layer in _layers(model).items() for part in ("lora_A", "lora_B")]
+    pairs = [
+        (path, part, getattr(layer, part)[NAME].weight)
+        for path, layer in _layers(model).items()
+        for part in ("lora_A", "lora_B")
+    ]
     return [Source(f"base_model.model.{path}.{part}.weight", weight) for path, part, weight in pairs]
 
 
 def adapter_config(model: Any) -> dict[str, Any]:
     """What peft's adapter_config.json says of this model's adapters; its base is the directory the model was loaded from."""
-    settings = {**model.peft_config[NAME].to_dict(), "inference_mode": True, "base_model_name_or_path": model.name_or_path or None}
+    settings = {
+        **model.peft_config[NAME].to_dict(),
+        "inference_mode": True,
+        "base_model_name_or_path": model.name_or_path or None,
+    }
     return json.loads(json.dumps(settings, default=sorted))
 
 
@@ -114,7 +137,11 @@ def save_adapters(folder: Path, tensors: dict[str, torch.Tensor], settings: dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
@@ -124,7 +151,11 @@ def load_adapters(model: torch.nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: there are none, they belong to other settings, or the model is not their base.
     """
-    copy_weights({source.name: source.parameter for source in adapter_sources(model)}, read_weights(folder / FOLDER, "adapter_model*"), folder)
+    copy_weights(
+        {source.name: source.parameter for source in adapter_sources(model)},
+        read_weights(folder / FOLDER, "adapter_model*"),
+        folder,
+    )
     check_base(merged_ends(model), folder)
 
 
@@ -142,27 +173,41 @@ def check_base(merged: list[Source], folder: Path) -> None:
     """
     stored = Stored(folder, "model", "the merged weights")
     for source in merged:
-        found, wanted, weight = (t.detach().float().cpu() for t in (source.tensor(), stored.read(source.name), source.parameter))
+        found, wanted, weight = (
+            t.detach().float().cpu() for t in (source.tensor(), stored.read(source.name), source.parameter)
+        )
         beyond_rounding = (found - wanted).abs() - 2 * torch.finfo(source.parameter.dtype).eps * wanted.abs()
         if not float(beyond_rounding.max()) <= float((found - weight).abs().max()) / 4:
             hint = "begin with the model directory that the run began with"
-            raise CheckpointError(f"the adapters were trained on another model ({source.name} differs)", where=str(folder), hint=hint)
+            raise CheckpointError(
+                f"the adapters were trained on another model ({source.name} differs)", where=str(folder), hint=hint
+            )
 
 
 def _layers(model: torch.nn.Module) -> dict[str, Any]:
     """Layers that hold adapters, by path."""
-    return {path: module for path, module in model.named_modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer")
+    }
 
 
 def _targets(model: Any, wanted: str) -> list[str]:
     """Last names of the layers that get adapters. Raises ConfigError for one that is no linear layer, or the head."""
     head = model.get_output_embeddings()
-    found = {path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
+    found = {
+        path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+    }
     linear = {path.rpartition(".")[2] for path in found if not re.fullmatch(TOWER, path)}
     names = [name.strip() for name in wanted.split(",") if name.strip()] or sorted(linear)
     unknown = [name for name in names if name not in linear]
     if unknown or not names:
         listed = ", ".join(sorted(linear)) or "none"
         text = f"no linear layer of {type(model).__name__} is called {', '.join(unknown) or 'anything'}; there are {listed}"
-        raise ConfigError(text, where="learner.lora.targets", hint="name some of these (the head gets no adapter), or leave it empty for all of them")
+        raise ConfigError(
+            text,
+            where="learner.lora.targets",
+            hint="name some of these (the head gets no adapter), or leave it empty for all of them",
+        )
     return names

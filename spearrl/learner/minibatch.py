@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from spearrl.batching import Batch, denominator
-from spearrl.keys import counter_keys
+from spearrl.batching.keys import counter_keys
 from spearrl.losses import Objective
 from spearrl.seeds import derive
 
@@ -52,13 +52,17 @@ class Share:
 
     def denominators(self) -> list[float]:
         """Of the whole mini-batch, one per objective."""
-        return list(self.divisors) or [denominator(self.batch.action_mask, o.aggregation, o.horizon) for o, _ in self.objectives]
+        return list(self.divisors) or [
+            denominator(self.batch.action_mask, o.aggregation, o.horizon) for o, _ in self.objectives
+        ]
 
     def whole_scope(self) -> list[int]:
         """Objectives, by place, whose covariance rule chooses among the tokens of the whole mini-batch."""
         return [i for i, (objective, _) in enumerate(self.objectives) if objective.scope == "mini_batch"]
 
-    def selections(self, inputs: LossInputs, logprobs: torch.Tensor, objectives: Sequence[int]) -> dict[int, torch.Tensor]:
+    def selections(
+        self, inputs: LossInputs, logprobs: torch.Tensor, objectives: Sequence[int]
+    ) -> dict[int, torch.Tensor]:
         """bool [B, T] by place: what these objectives' rules choose at these current log-probabilities of the whole mini-batch."""
         found = {i: selected_tokens(self.objectives[i][0], inputs, logprobs, self.seed) for i in objectives}
         return {i: selection for i, selection in found.items() if selection is not None}

@@ -10,7 +10,7 @@ import torch
 
 from spearrl.config import LearnerSection
 from spearrl.errors import CheckpointError
-from spearrl.learner.weights import Stored, write_tensors
+from spearrl.models.weights import Stored, write_tensors
 from spearrl.schedules import schedule_value
 
 # A folder below the model directory: vLLM loads every safetensors file that lies beside the weights.
@@ -20,7 +20,11 @@ CRITIC_SCALE = 10.0  # a fresh head on a trained trunk
 
 
 def make_optimizer(
-    parameters: Iterable[tuple[str, torch.Tensor]], settings: LearnerSection, *, critic: torch.nn.Module | None = None, kind: str = "adamw"
+    parameters: Iterable[tuple[str, torch.Tensor]],
+    settings: LearnerSection,
+    *,
+    critic: torch.nn.Module | None = None,
+    kind: str = "adamw",
 ) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101) over what requires a gradient; vectors (norm weights, biases) are not decayed. A group has the rate times its "scale".
 
@@ -51,7 +55,9 @@ def learning_rate(step: int, settings: LearnerSection, total_steps: int | None, 
         return settings.lr * (step + 1) / (settings.warmup_steps + 1)
     if total_steps is None:
         return settings.lr
-    return settings.lr * schedule_value(decay, step - settings.warmup_steps, max(1, total_steps - settings.warmup_steps), rising=False)
+    return settings.lr * schedule_value(
+        decay, step - settings.warmup_steps, max(1, total_steps - settings.warmup_steps), rising=False
+    )
 
 
 def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], steps: int) -> None:
@@ -82,7 +88,9 @@ def load_counters(folder: Path) -> int:
     return int(counters["steps"])
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], *, known: Iterable[str] = ()) -> int:
+def load_optimizer(
+    folder: Path, optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], *, known: Iterable[str] = ()
+) -> int:
     """Restore what `save_optimizer` wrote; returns the step count.
 
     Args:
@@ -97,7 +105,11 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: dict[t
         states.setdefault(name, []).append(field)
     unknown = set(states) - set(names.values()) - set(known)
     if unknown:
-        raise CheckpointError(f"state of unknown parameters {sorted(unknown)[:3]}", where=str(folder), hint="load it with the model it was saved with")
+        raise CheckpointError(
+            f"state of unknown parameters {sorted(unknown)[:3]}",
+            where=str(folder),
+            hint="load it with the model it was saved with",
+        )
     optimizer.state.clear()
     for parameter, name in names.items():
         if name in states:
@@ -110,4 +122,6 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: dict[t
 def _check_shapes(state: dict[str, torch.Tensor], parameter: torch.Tensor, name: str, folder: Path) -> None:
     for field, value in state.items():
         if value.ndim and value.shape != parameter.shape:
-            raise CheckpointError(f"{name}/{field} is {list(value.shape)}; the parameter is {list(parameter.shape)}", where=str(folder))
+            raise CheckpointError(
+                f"{name}/{field} is {list(value.shape)}; the parameter is {list(parameter.shape)}", where=str(folder)
+            )

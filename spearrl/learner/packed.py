@@ -14,7 +14,10 @@ from spearrl.errors import ConfigError
 
 ATTENTION = "spearrl_rows"  # its name among transformers' attention functions
 PROBE = (7, 4, 9)  # tokens of the rows on which packed and padded passes are compared
-EXACT, ROUNDED = 1e-3, 0.03  # relative difference of their outputs in fp32 and bf16; rows that see each other are off by a tenth and more once trained
+EXACT, ROUNDED = (
+    1e-3,
+    0.03,
+)  # relative difference of their outputs in fp32 and bf16; rows that see each other are off by a tenth and more once trained
 HINT = "set learner.packing=false"
 
 
@@ -26,9 +29,19 @@ def packed_arguments(model: Any, lengths: tuple[int, ...], device: torch.device 
     positions = {"position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(device)}
     if model.config._attn_implementation == ATTENTION:
         # transformers takes a mask of four axes for a finished one and makes none; bounds on the host cost no wait in every layer.
-        return {**positions, "cu_seq_lens_q": bounds, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)}
+        return {
+            **positions,
+            "cu_seq_lens_q": bounds,
+            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+        }
     longest, bounds = max(lengths), bounds.to(device)
-    return {**positions, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return {
+        **positions,
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def attend_by_rows(model: Any) -> None:
@@ -64,12 +77,28 @@ def check_packing(policy: Any, name: str, device: torch.device) -> None:
     with torch.no_grad():
         wanted = policy(padded, places, target)[2].float()
         try:
-            found = policy(torch.cat(ids).unsqueeze(0), torch.arange(len(places), device=device), target, PROBE)[2].float()
-        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            raise ConfigError(f"{name} takes no packed rows: {type(error).__name__}: {error}", where="learner.packing", hint=HINT) from error
+            found = policy(torch.cat(ids).unsqueeze(0), torch.arange(len(places), device=device), target, PROBE)[
+                2
+            ].float()
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise ConfigError(
+                f"{name} takes no packed rows: {type(error).__name__}: {error}", where="learner.packing", hint=HINT
+            ) from error
     difference = float((found - wanted).norm() / wanted.norm())
     if not difference <= (EXACT if next(policy.parameters()).dtype.itemsize > 2 and not policy.bf16 else ROUNDED):
-        raise ConfigError(f"{name}: packed rows see each other (its outputs are off by {difference:.1%})", where="learner.packing", hint=HINT)
+        raise ConfigError(
+            f"{name}: packed rows see each other (its outputs are off by {difference:.1%})",
+            where="learner.packing",
+            hint=HINT,
+        )
 
 
 def _attend(inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[torch.Tensor, None]:

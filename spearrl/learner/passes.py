@@ -11,7 +11,7 @@ from spearrl.batching import Rows, forward_inputs
 from spearrl.errors import ContractError
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.minibatch import LossInputs, Share, Tally, selected_tokens
-from spearrl.vision import Sight
+from spearrl.models.vision import Sight
 
 EPISODE_KINDS = ("policy", "sil", "sft")  # prefixes under which the policy's entropy is reported
 
@@ -51,19 +51,29 @@ class Passes:
     def forward(self, rows: Rows, policy: Any = None) -> Outputs:
         """One pass over all rows at once; of `policy` instead of the trained one, where it is given. Raises ContractError for pictures of no use."""
         if self.sight is None and rows.pictures:
-            raise ContractError("rows with pictures", where="learner", hint="train a model that sees: one of the Qwen2-VL family")
+            raise ContractError(
+                "rows with pictures", where="learner", hint="train a model that sees: one of the Qwen2-VL family"
+            )
         inputs = forward_inputs(rows, packed=self.packed)
-        token_ids = inputs.token_ids if len(rows) else torch.zeros(1, 1, dtype=torch.int64)  # a pass for company: sharded weights are gathered by all
+        token_ids = (
+            inputs.token_ids if len(rows) else torch.zeros(1, 1, dtype=torch.int64)
+        )  # a pass for company: sharded weights are gathered by all
         given = (tensor.to(self.device) for tensor in (token_ids, inputs.source, inputs.target))
         allowed = tuple(tensor.to(self.device) for tensor in inputs.allowed)
         seen = () if self.sight is None else self.sight.seen(token_ids, rows.images, rows.pictures).to(self.device)
-        logprobs, entropy, hidden = (self.policy if policy is None else policy)(*given, inputs.lengths, allowed, seen=seen)
+        logprobs, entropy, hidden = (self.policy if policy is None else policy)(
+            *given, inputs.lengths, allowed, seen=seen
+        )
         numbers = [logprobs, entropy] if self.critic is None else [logprobs, entropy, self.critic(hidden)]
         place = inputs.place.to(self.device)
-        spread = [v.new_zeros(len(rows) * rows.width).index_copy(0, place, v).view(len(rows), rows.width) for v in numbers]
+        spread = [
+            v.new_zeros(len(rows) * rows.width).index_copy(0, place, v).view(len(rows), rows.width) for v in numbers
+        ]
         return Outputs(spread[0], spread[1], spread[2] if self.critic is not None else None)
 
-    def predict(self, rows: Rows, pieces: Sequence[torch.Tensor], *, values: bool = False, policy: Any = None) -> torch.Tensor:
+    def predict(
+        self, rows: Rows, pieces: Sequence[torch.Tensor], *, values: bool = False, policy: Any = None
+    ) -> torch.Tensor:
         """[B, T] log-probabilities (or values) of action tokens, 0 elsewhere, on the CPU; no gradient. `pieces`: row indices of each pass."""
         asked = self.policy if policy is None else policy
         asked.eval()
@@ -77,7 +87,13 @@ class Passes:
         return found
 
     def backward(
-        self, share: Share, pieces: Sequence[torch.Tensor], tally: Tally, *, chosen: Mapping[int, torch.Tensor], held: Sequence[Outputs] = ()
+        self,
+        share: Share,
+        pieces: Sequence[torch.Tensor],
+        tally: Tally,
+        *,
+        chosen: Mapping[int, torch.Tensor],
+        held: Sequence[Outputs] = (),
     ) -> list[float]:
         """Add the gradient of a share's objectives; returns the loss of each.
 
@@ -102,13 +118,21 @@ class Passes:
                     selection: torch.Tensor | None = chosen[i][index.to(self.device), : outputs.logprobs.shape[1]]
                 else:  # micro-batch scope, or this pass is the whole mini-batch
                     known = share.current and objective.scope == "mini_batch"
-                    selection = selected_tokens(objective, inputs, inputs.old_logprobs if known else outputs.logprobs.detach(), share.seed)
+                    selection = selected_tokens(
+                        objective, inputs, inputs.old_logprobs if known else outputs.logprobs.detach(), share.seed
+                    )
                 predictions = {"entropy": outputs.entropy, "values": outputs.values}
-                loss, metrics = objective.loss(inputs, outputs.logprobs, denominator=denominators[i], selection=selection, **predictions)
+                loss, metrics = objective.loss(
+                    inputs, outputs.logprobs, denominator=denominators[i], selection=selection, **predictions
+                )
                 loss = loss * share.part(objective, len(batch))
                 total = total + factor * loss
                 losses[i] += float(loss.detach())
-                tally.add(objective.prefix, {**metrics, "entropy": mean_entropy} if objective.prefix in EPISODE_KINDS else metrics, tokens)
+                tally.add(
+                    objective.prefix,
+                    {**metrics, "entropy": mean_entropy} if objective.prefix in EPISODE_KINDS else metrics,
+                    tokens,
+                )
             self.run_backward(total)
         return losses
 

@@ -13,7 +13,7 @@ from spearrl.errors import ConfigError
 from spearrl.learner.attention import Float32Attention
 from spearrl.learner.logprobs import token_logprobs
 from spearrl.learner.packed import HINT, attend_by_rows, packed_arguments
-from spearrl.vision import NEVER, sight_of
+from spearrl.models.vision import NEVER, sight_of
 
 
 class Policy(torch.nn.Module):
@@ -38,7 +38,12 @@ class Policy(torch.nn.Module):
             model.gradient_checkpointing_enable()
         if settings.packing:
             attend_by_rows(model)
-        self.scorer = _Scorer(model.get_output_embeddings(), temperature, settings.lm_head_chunk, self.sight.forbidden if self.sight else ())
+        self.scorer = _Scorer(
+            model.get_output_embeddings(),
+            temperature,
+            settings.lm_head_chunk,
+            self.sight.forbidden if self.sight else (),
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,7 +77,13 @@ class Policy(torch.nn.Module):
 
     def _probe(self, token_ids: torch.Tensor) -> Any:
         plain = self.model(input_ids=token_ids, use_cache=False).logits
-        return plain, self.model.get_output_embeddings()(self.model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state), None
+        return (
+            plain,
+            self.model.get_output_embeddings()(
+                self.model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
+            ),
+            None,
+        )
 
     @staticmethod
     def probe(policy: Any, token_ids: Sequence[int], device: torch.device) -> list[float]:
@@ -107,12 +118,20 @@ class _Scorer(torch.nn.Module):
             size = int(getattr(head.weight, "ds_shape", head.weight.shape)[0])
             del self.bias  # of which this family has none
             self.register_buffer(
-                "bias", torch.zeros(size, device=head.weight.device).index_fill(0, torch.tensor(forbidden).to(head.weight.device), NEVER), False
+                "bias",
+                torch.zeros(size, device=head.weight.device).index_fill(
+                    0, torch.tensor(forbidden).to(head.weight.device), NEVER
+                ),
+                False,
             )
         self.temperature, self.chunk = temperature, chunk
 
-    def forward(self, hidden: torch.Tensor, target: torch.Tensor, allowed: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        return token_logprobs(hidden, self.weight, target, bias=self.bias, temperature=self.temperature, chunk=self.chunk, allowed=allowed)
+    def forward(
+        self, hidden: torch.Tensor, target: torch.Tensor, allowed: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return token_logprobs(
+            hidden, self.weight, target, bias=self.bias, temperature=self.temperature, chunk=self.chunk, allowed=allowed
+        )
 
 
 def check_head(policy: Any, name: str, device: torch.device) -> None:
@@ -121,7 +140,11 @@ def check_head(policy: Any, name: str, device: torch.device) -> None:
     with torch.no_grad():
         expected, found, _ = policy(torch.arange(4, device=device).unsqueeze(0), None, None)
     if not torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
-        raise ConfigError(f"{name} changes its logits after the output layer (a cap or a scale)", where="model.path", hint="use a model with a plain head")
+        raise ConfigError(
+            f"{name} changes its logits after the output layer (a cap or a scale)",
+            where="model.path",
+            hint="use a model with a plain head",
+        )
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

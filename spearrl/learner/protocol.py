@@ -32,7 +32,9 @@ class Learner(Protocol):
         """[B, T] the critic's values of the states before action tokens, 0 elsewhere; no gradient."""
         ...
 
-    def update(self, on_policy: Batch, replay: Batch | None, *, gamma: float, objectives: Sequence[Objective], seed: int) -> UpdateResult:
+    def update(
+        self, on_policy: Batch, replay: Batch | None, *, gamma: float, objectives: Sequence[Objective], seed: int
+    ) -> UpdateResult:
         """Optimiser steps on a batch, and on replayed rows with weight γ."""
         ...
 

@@ -9,7 +9,7 @@ from spearrl.batching import Batch
 from spearrl.config import LearnerSection
 from spearrl.learner.minibatch import Share, Tally, split_objectives
 from spearrl.learner.optimizer import learning_rate
-from spearrl.learner.plan import plan
+from spearrl.learner.partition import plan
 from spearrl.learner.protocol import UpdateResult
 from spearrl.losses import Objective
 
@@ -25,7 +25,9 @@ class Updates:
     def __init__(self, settings: LearnerSection, *, total_steps: int | None, joint: bool, decay: str = "linear"):
         self.settings, self.total_steps, self.decay, self.joint, self.steps = settings, total_steps, decay, joint, 0
 
-    def update(self, on_policy: Batch, replay: Batch | None, *, gamma: float, objectives: Sequence[Objective], seed: int) -> UpdateResult:
+    def update(
+        self, on_policy: Batch, replay: Batch | None, *, gamma: float, objectives: Sequence[Objective], seed: int
+    ) -> UpdateResult:
         """Optimiser steps on the on-policy rows, then on the replayed ones with weight γ (or both in each step: `joint`).
 
         The gradient of a step does not depend on micro-batches, padding, the order of rows or the number of processes. A step whose loss
@@ -33,13 +35,21 @@ class Updates:
         """
         started, tally, skipped, before = time.monotonic(), Tally(), 0, self.steps
         on_objectives, replay_objectives = split_objectives(objectives, gamma)
-        for shares in plan((on_policy, on_objectives), (replay, replay_objectives), self.settings, joint=self.joint, seed=seed):
+        for shares in plan(
+            (on_policy, on_objectives), (replay, replay_objectives), self.settings, joint=self.joint, seed=seed
+        ):
             fresh = self.steps == before
             done = self._step([Share(s.batch, s.objectives, s.seed, s.current and fresh) for s in shares], tally)
             self.steps += done
             skipped += not done
-        tokens = len(on_policy.rows.token_ids) + (len(replay.rows.token_ids) if replay is not None and replay_objectives else 0)
-        metrics = {**tally.means(), "policy/updates": float(self.steps - before), "policy/lr": self._rate(max(0, self.steps - 1))}
+        tokens = len(on_policy.rows.token_ids) + (
+            len(replay.rows.token_ids) if replay is not None and replay_objectives else 0
+        )
+        metrics = {
+            **tally.means(),
+            "policy/updates": float(self.steps - before),
+            "policy/lr": self._rate(max(0, self.steps - 1)),
+        }
         seconds = time.monotonic() - started
         return UpdateResult({**metrics, "update/tokens": float(tokens), "update/seconds": seconds}, skipped)
 

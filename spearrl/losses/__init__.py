@@ -6,11 +6,10 @@ the full divisor of the mini-batch (None: of this call), so micro-batches add up
 
 from __future__ import annotations
 
-from spearrl.keys import counter_keys
 from spearrl.losses.aggregate import AGGREGATIONS, aggregate
 from spearrl.losses.covariance import clip_cov_loss, covariance_selection, kl_cov_loss, kl_cov_selection
 from spearrl.losses.objective import ClipCov, Correction, KlCov, Objective
-from spearrl.losses.policy import cispo_loss, clipped_policy_loss, clipped_tokens, gspo_loss
+from spearrl.losses.surrogates import cispo_loss, clipped_policy_loss, clipped_tokens, gspo_loss
 from spearrl.losses.terms import importance_weights, kl_divergence, value_loss
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
     "clip_cov_loss",
     "clipped_policy_loss",
     "clipped_tokens",
-    "counter_keys",
     "covariance_selection",
     "gspo_loss",
     "importance_weights",

@@ -12,7 +12,9 @@ from spearrl.errors import ContractError
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
-def aggregate(values: Tensor, mask: Tensor, mode: str, *, horizon: float | None = None, denominator: float | None = None) -> Tensor:
+def aggregate(
+    values: Tensor, mask: Tensor, mode: str, *, horizon: float | None = None, denominator: float | None = None
+) -> Tensor:
     """Sum of token values over a divisor, by mode (numerator / divisor when `denominator` is None, R rows):
 
     token-mean: sum / (tokens + 1e-8) · seq-mean-token-sum: sum / R · seq-mean-token-mean: sum of row means / R (a row without tokens adds 0)
@@ -41,7 +43,9 @@ def aggregate(values: Tensor, mask: Tensor, mode: str, *, horizon: float | None 
     if mode != "seq-mean-token-sum-norm":
         return numerator / max(len(mask), 1)
     if not horizon:
-        raise ContractError(f"aggregation {mode!r} with horizon={horizon}", hint="pass horizon=, the longest response in tokens")
+        raise ContractError(
+            f"aggregation {mode!r} with horizon={horizon}", hint="pass horizon=, the longest response in tokens"
+        )
     return numerator / horizon
 
 

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from spearrl.errors import ContractError
 from spearrl.losses.aggregate import reduced
-from spearrl.losses.policy import clipped_policy_loss, clipped_tokens
+from spearrl.losses.surrogates import clipped_policy_loss, clipped_tokens
 
-FLOAT32_LOG_LIMIT = 80.0  # KL-Cov's ratio is not clipped (the golden values hold that beyond ±20); this only keeps it finite in float32
+FLOAT32_LOG_LIMIT = (
+    80.0  # KL-Cov's ratio is not clipped (the golden values hold that beyond ±20); this only keeps it finite in float32
+)
 
 
 @torch.no_grad()
@@ -38,7 +40,10 @@ def covariance_selection(
         ContractError: both generator and keys are given; a bound that is no number and no quantile.
     """
     if generator is not None and keys is not None:
-        raise ContractError("covariance_selection got generator and keys", hint="pass keys for a draw that ignores row order, else a generator")
+        raise ContractError(
+            "covariance_selection got generator and keys",
+            hint="pass keys for a draw that ignores row order, else a generator",
+        )
     mask = action_mask.bool()
     covariance = _covariance(logprobs, advantages, mask)
     ordered = covariance[mask].sort().values if isinstance(lower, str) or isinstance(upper, str) else covariance
@@ -47,7 +52,11 @@ def covariance_selection(
         eligible &= ~exclude
     candidates = eligible.flatten().nonzero()[:, 0]
     quota = max(int(ratio * int(mask.sum())), 1)
-    drawn = torch.randperm(len(candidates), generator=generator).to(candidates.device) if keys is None else keys.flatten()[candidates].argsort(stable=True)
+    drawn = (
+        torch.randperm(len(candidates), generator=generator).to(candidates.device)
+        if keys is None
+        else keys.flatten()[candidates].argsort(stable=True)
+    )
     return _at(candidates[drawn[:quota]], mask)
 
 
@@ -74,7 +83,17 @@ def clip_cov_loss(
     Args (all [B, T]): as `clipped_policy_loss` and `covariance_selection`; dropped_fraction is the share of tokens drawn or in `drop`.
     """
     exclude = clipped_tokens(logprobs, old_logprobs, advantages, action_mask, clip_low=clip_low, clip_high=clip_high)
-    drawn = covariance_selection(logprobs, advantages, action_mask, ratio=ratio, lower=lower, upper=upper, exclude=exclude, generator=generator, keys=keys)
+    drawn = covariance_selection(
+        logprobs,
+        advantages,
+        action_mask,
+        ratio=ratio,
+        lower=lower,
+        upper=upper,
+        exclude=exclude,
+        generator=generator,
+        keys=keys,
+    )
     return clipped_policy_loss(
         logprobs,
         old_logprobs,
@@ -90,7 +109,9 @@ def clip_cov_loss(
 
 
 @torch.no_grad()
-def kl_cov_selection(logprobs: Tensor, advantages: Tensor, action_mask: Tensor, *, ratio: float, keys: Tensor | None = None) -> Tensor:
+def kl_cov_selection(
+    logprobs: Tensor, advantages: Tensor, action_mask: Tensor, *, ratio: float, keys: Tensor | None = None
+) -> Tensor:
     """bool [B, T]: the max(int(ratio * tokens), 1) tokens of highest covariance (arXiv:2505.22617). All arguments [B, T].
 
     Args:
@@ -98,7 +119,10 @@ def kl_cov_selection(logprobs: Tensor, advantages: Tensor, action_mask: Tensor, 
     """
     mask = action_mask.bool()
     live = mask.flatten().nonzero()[:, 0]
-    covariance, quota = _covariance(logprobs, advantages, mask).flatten(), min(max(int(ratio * len(live)), 1), len(live))
+    covariance, quota = (
+        _covariance(logprobs, advantages, mask).flatten(),
+        min(max(int(ratio * len(live)), 1), len(live)),
+    )
     if keys is None:
         return _at(live[covariance[live].topk(quota).indices], mask)
     live = live[keys.flatten()[live].argsort(stable=True)]
@@ -129,7 +153,9 @@ def kl_cov_loss(
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     if selected is None:
         selected = kl_cov_selection(logprobs, advantages, mask, ratio=ratio)
-    loss = -advantages * log_ratio.clamp(-FLOAT32_LOG_LIMIT, FLOAT32_LOG_LIMIT).exp() + torch.where(selected, kl_coef * log_ratio.abs(), 0.0)
+    loss = -advantages * log_ratio.clamp(-FLOAT32_LOG_LIMIT, FLOAT32_LOG_LIMIT).exp() + torch.where(
+        selected, kl_coef * log_ratio.abs(), 0.0
+    )
     metrics = {"penalised_fraction": selected, "approx_kl": -log_ratio, "abs_log_ratio": log_ratio.abs()}
     return reduced(loss, mask, metrics, drop=drop, aggregation=aggregation, horizon=horizon, denominator=denominator)
 

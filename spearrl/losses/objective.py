@@ -9,12 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from spearrl.config.plugins import accepted, load_function
 from spearrl.errors import ContractError
 from spearrl.losses.aggregate import AGGREGATIONS, aggregate, token_means
 from spearrl.losses.covariance import covariance_selection, kl_cov_loss, kl_cov_selection
-from spearrl.losses.policy import MAX_LOG_RATIO, cispo_loss, clipped_policy_loss, clipped_tokens, gspo_loss
+from spearrl.losses.surrogates import MAX_LOG_RATIO, cispo_loss, clipped_policy_loss, clipped_tokens, gspo_loss
 from spearrl.losses.terms import importance_weights, kl_divergence, value_loss
-from spearrl.plugins import accepted, load_function
 
 POLICY_KINDS = ("policy", "grpo", "gigpo", "ppo")  # the same surrogate; what differs is the advantage
 KINDS = (*POLICY_KINDS, "sil", "entropy", "kl", "value", "sft")
@@ -114,17 +114,24 @@ class Objective:
         if self.kind not in KINDS:
             raise ContractError(f"objective kind {self.kind!r} is not known", hint=f"use one of {', '.join(KINDS)}")
         if self.aggregation not in AGGREGATIONS:
-            raise ContractError(f"aggregation {self.aggregation!r} is not known", hint=f"use one of {', '.join(AGGREGATIONS)}")
+            raise ContractError(
+                f"aggregation {self.aggregation!r} is not known", hint=f"use one of {', '.join(AGGREGATIONS)}"
+            )
         if ":" in self.surrogate:
             _own(self.surrogate)
         elif self.surrogate not in SURROGATES:
-            raise ContractError(f"surrogate {self.surrogate!r} is not known", hint=f"use one of {', '.join(SURROGATES)}, or package.module:function")
+            raise ContractError(
+                f"surrogate {self.surrogate!r} is not known",
+                hint=f"use one of {', '.join(SURROGATES)}, or package.module:function",
+            )
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Objective:
         """The inverse of dataclasses.asdict."""
         values = dict(fields)
-        return cls(**values | {name: part(**values[name]) for name, part in _PARTS.items() if values.get(name) is not None})
+        return cls(
+            **values | {name: part(**values[name]) for name, part in _PARTS.items() if values.get(name) is not None}
+        )
 
     @property
     def on_replay(self) -> bool:
@@ -143,7 +150,14 @@ class Objective:
         rule: ClipCov | KlCov | None = self.kl_cov if self.surrogate == "kl_cov" else self.clip_cov
         return rule.scope if rule is not None and self.kind in (*POLICY_KINDS, "sil") else None
 
-    def selection(self, batch: LossBatch, logprobs: Tensor, *, generator: torch.Generator | None = None, keys: Tensor | None = None) -> Tensor | None:
+    def selection(
+        self,
+        batch: LossBatch,
+        logprobs: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor | None:
         """bool [B, T]: what covariance clipping drops of these rows (of the whole mini-batch, unless the scope is "micro_batch"), or what KL-Cov penalises;
         None where neither is on."""
         advantages = self._advantages(batch)
@@ -154,9 +168,18 @@ class Objective:
             return None
         exclude = None
         if self.surrogate == "clip":
-            exclude = clipped_tokens(logprobs, batch.old_logprobs, advantages, batch.action_mask, clip_low=self.clip_low, clip_high=self.clip_high)
+            exclude = clipped_tokens(
+                logprobs,
+                batch.old_logprobs,
+                advantages,
+                batch.action_mask,
+                clip_low=self.clip_low,
+                clip_high=self.clip_high,
+            )
         bounds: dict[str, Any] = {"ratio": rule.ratio, "lower": rule.lower, "upper": rule.upper}
-        return covariance_selection(logprobs, advantages, batch.action_mask, **bounds, exclude=exclude, generator=generator, keys=keys)
+        return covariance_selection(
+            logprobs, advantages, batch.action_mask, **bounds, exclude=exclude, generator=generator, keys=keys
+        )
 
     def loss(
         self,
@@ -180,13 +203,22 @@ class Objective:
         Raises:
             ContractError: something its kind needs is missing.
         """
-        divisor: dict[str, Any] = {"horizon": self.horizon, "denominator": None if self.divisor == "micro_batch" else denominator}
+        divisor: dict[str, Any] = {
+            "horizon": self.horizon,
+            "denominator": None if self.divisor == "micro_batch" else denominator,
+        }
         if self.kind in POLICY_KINDS or self.kind == "sil":
             return self._surrogate(batch, logprobs, divisor, selection)
         mask = batch.action_mask.bool()
         if self.kind == "value":
-            predicted, old, returns = self._needs(values, "values"), self._needs(batch.values, "batch.values"), self._needs(batch.returns, "batch.returns")
-            return value_loss(predicted, old, returns, mask, clip=self.value_clip, aggregation=self.aggregation, **divisor)
+            predicted, old, returns = (
+                self._needs(values, "values"),
+                self._needs(batch.values, "batch.values"),
+                self._needs(batch.returns, "batch.returns"),
+            )
+            return value_loss(
+                predicted, old, returns, mask, clip=self.value_clip, aggregation=self.aggregation, **divisor
+            )
         if self.kind == "kl":
             kl = kl_divergence(logprobs, self._needs(batch.ref_logprobs, "batch.ref_logprobs"), self.estimator)
             return aggregate(kl, mask, self.aggregation, **divisor), token_means(mask, {"divergence": kl})
@@ -194,21 +226,43 @@ class Objective:
             found = self._needs(entropy, "entropy")
             return -aggregate(found, mask, self.aggregation, **divisor), token_means(mask, {"entropy": found})
         weights, nll = torch.where(mask, batch.advantages, 0.0), torch.where(mask, -logprobs, 0.0)
-        return aggregate(weights * nll, mask, self.aggregation, **divisor), token_means(mask, {"nll": nll, "weight": weights})
+        return aggregate(weights * nll, mask, self.aggregation, **divisor), token_means(
+            mask, {"nll": nll, "weight": weights}
+        )
 
-    def _surrogate(self, batch: LossBatch, logprobs: Tensor, divisor: dict[str, Any], selection: Tensor | None) -> tuple[Tensor, dict[str, float]]:
+    def _surrogate(
+        self, batch: LossBatch, logprobs: Tensor, divisor: dict[str, Any], selection: Tensor | None
+    ) -> tuple[Tensor, dict[str, float]]:
         weights = self._weights(batch, logprobs.detach())
         advantages = self._advantages(batch) if weights is None else self._advantages(batch) * weights
-        options = {name: getattr(self, name) for name in ("aggregation", "clip_low", "clip_high", "dual_clip")} | divisor
+        options = {
+            name: getattr(self, name) for name in ("aggregation", "clip_low", "clip_high", "dual_clip")
+        } | divisor
         options |= {"drop": selection, "selected": selection, "ratio": self.kl_cov.ratio, "kl_coef": self.kl_cov.coef}
         options |= {"log_ratio_clamp": MAX_LOG_RATIO if self.clip_cov is None else self.clip_cov.log_ratio_clamp}
         options |= {"rollout_logprobs": batch.rollout_logprobs, "ref_logprobs": batch.ref_logprobs}
         function, names = _TABLE.get(self.surrogate) or _own(self.surrogate)
-        found = function(logprobs, batch.old_logprobs, advantages, batch.action_mask, **{name: options[name] for name in names})
-        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor) and found[0].ndim == 0 and isinstance(found[1], dict)):
-            raise ContractError(f"{self.surrogate} returned {type(found).__name__}", where="algo.loss", hint="return (scalar tensor, dict of floats)")
-        metrics = {name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in found[1].items()}
-        return found[0], metrics if weights is None else metrics | token_means(batch.action_mask, {"token_weight": weights})
+        found = function(
+            logprobs, batch.old_logprobs, advantages, batch.action_mask, **{name: options[name] for name in names}
+        )
+        if not (
+            isinstance(found, tuple)
+            and len(found) == 2
+            and isinstance(found[0], Tensor)
+            and found[0].ndim == 0
+            and isinstance(found[1], dict)
+        ):
+            raise ContractError(
+                f"{self.surrogate} returned {type(found).__name__}",
+                where="algo.loss",
+                hint="return (scalar tensor, dict of floats)",
+            )
+        metrics = {
+            name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in found[1].items()
+        }
+        return found[0], metrics if weights is None else metrics | token_means(
+            batch.action_mask, {"token_weight": weights}
+        )
 
     def _advantages(self, batch: LossBatch) -> Tensor:
         """Self-imitation learns from what beat the baseline only (SIL, arXiv:1806.05635 eq. 2; SPEAR, arXiv:2509.22601)."""
@@ -234,4 +288,6 @@ class Objective:
 
 def _own(path: str) -> tuple[Callable[..., Any], tuple[str, ...]]:
     """A user's loss, and the keyword arguments it takes. Raises ConfigError for another signature."""
-    return load_function(path, "algo.loss"), accepted(path, "algo.loss", leading=LEADING, required=REQUIRED, offered=OFFERED)
+    return load_function(path, "algo.loss"), accepted(
+        path, "algo.loss", leading=LEADING, required=REQUIRED, offered=OFFERED
+    )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spearrl.errors import ContractError
 from spearrl.losses.aggregate import reduced
-from spearrl.losses.policy import MAX_LOG_RATIO
+from spearrl.losses.surrogates import MAX_LOG_RATIO
 
 K3_LIMIT = 10.0
 
@@ -60,12 +60,27 @@ def value_loss(
     bounded = torch.maximum(torch.minimum(values, old_values + clip), old_values - clip)
     free, limited = (values - returns).square(), (bounded - returns).square()
     metrics = {"clip_fraction": limited > free, "error": (values - returns).abs()}
-    return reduced(torch.maximum(free, limited) / 2, mask, metrics, drop=drop, aggregation=aggregation, horizon=horizon, denominator=denominator)
+    return reduced(
+        torch.maximum(free, limited) / 2,
+        mask,
+        metrics,
+        drop=drop,
+        aggregation=aggregation,
+        horizon=horizon,
+        denominator=denominator,
+    )
 
 
 @torch.no_grad()
 def importance_weights(
-    old_logprobs: Tensor, rollout_logprobs: Tensor, action_mask: Tensor, *, mode: str, level: str = "token", cap: float = 2.0, floor: float = 0.5
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    action_mask: Tensor,
+    *,
+    mode: str,
+    level: str = "token",
+    cap: float = 2.0,
+    floor: float = 0.5,
 ) -> Tensor:
     """[B, T] factors of the advantages, w = exp(old_logprobs - rollout_logprobs) kept bounded; 0 outside the mask, no gradient.
 
@@ -79,11 +94,16 @@ def importance_weights(
         ContractError: unknown mode or level.
     """
     if mode not in ("tis", "mis") or level not in ("token", "sequence"):
-        raise ContractError(f"importance_weights(mode={mode!r}, level={level!r})", hint="mode 'tis' or 'mis', level 'token' or 'sequence'")
+        raise ContractError(
+            f"importance_weights(mode={mode!r}, level={level!r})",
+            hint="mode 'tis' or 'mis', level 'token' or 'sequence'",
+        )
     sound = action_mask.bool() & torch.isfinite(rollout_logprobs)
     log_ratio = torch.where(sound, old_logprobs - rollout_logprobs, 0.0)
     if level == "sequence":
         log_ratio = log_ratio.sum(-1, keepdim=True).expand_as(log_ratio)
     weights = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    bounded = weights.clamp(max=cap) if mode == "tis" else torch.where((weights >= floor) & (weights <= cap), weights, 0.0)
+    bounded = (
+        weights.clamp(max=cap) if mode == "tis" else torch.where((weights >= floor) & (weights <= cap), weights, 0.0)
+    )
     return torch.where(sound, bounded, 0.0)

@@ -1,10 +1,21 @@
 """Rollout: engines, the chat encoder and the collector."""
 
+from spearrl.models.chat import ChatEncoder
 from spearrl.rollout.ahead import Ahead
-from spearrl.rollout.chat import ChatEncoder
 from spearrl.rollout.collector import Collector, Player
-from spearrl.rollout.engine import Completion, Engine, Request, Sampling
 from spearrl.rollout.local import LocalEngine
+from spearrl.rollout.protocol import Completion, Engine, Request, Sampling
 from spearrl.rollout.scripted import ScriptedEngine
 
-__all__ = ["Ahead", "ChatEncoder", "Collector", "Completion", "Engine", "LocalEngine", "Player", "Request", "Sampling", "ScriptedEngine"]
+__all__ = [
+    "Ahead",
+    "ChatEncoder",
+    "Collector",
+    "Completion",
+    "Engine",
+    "LocalEngine",
+    "Player",
+    "Request",
+    "Sampling",
+    "ScriptedEngine",
+]

@@ -72,7 +72,9 @@ class Ahead:
         Raises:
             WorkerError: of a worker that cannot be replaced.
         """
-        room = self._count * (self._staleness + 1) - len(self._begun)  # a resumed run may run less far ahead than before
+        room = self._count * (self._staleness + 1) - len(
+            self._begun
+        )  # a resumed run may run less far ahead than before
         for number in self._waiting[:room]:
             self._begin(number, version)
         self._waiting = self._waiting[room:]
@@ -80,7 +82,11 @@ class Ahead:
             self._begin(self._next, version)
             self._next += 1
         while (chosen := self._chosen(version)) is None:
-            wait([f for b in self._begun.values() for f in b.episodes if not f.done()], timeout=TICK_S, return_when=FIRST_COMPLETED)
+            wait(
+                [f for b in self._begun.values() for f in b.episodes if not f.done()],
+                timeout=TICK_S,
+                return_when=FIRST_COMPLETED,
+            )
             self._tend()
         taken = {number: self._begun.pop(number) for number in chosen}
         for begun in taken.values():
@@ -94,7 +100,12 @@ class Ahead:
 
     def state_dict(self) -> dict[str, Any]:
         """Which groups were begun but not taken; their episodes are played again, with the same seeds."""
-        return {"count": self._count, "next": self._next, "first_id": self._first_id, "waiting": sorted([*self._waiting, *self._begun])}
+        return {
+            "count": self._count,
+            "next": self._next,
+            "first_id": self._first_id,
+            "waiting": sorted([*self._waiting, *self._begun]),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._next, self._first_id, self._waiting = state["next"], state["first_id"], list(state["waiting"])
@@ -120,4 +131,6 @@ class Ahead:
         step, place = number // self._count + 1, number % self._count
         task = self._tasks_of(step)[place]
         group = Group(self._first_id + number, task)
-        self._begun[number] = _Begun(group, version, [self._submit(task, group.id, sibling, (step, place)) for sibling in range(self._size)])
+        self._begun[number] = _Begun(
+            group, version, [self._submit(task, group.id, sibling, (step, place)) for sibling in range(self._size)]
+        )

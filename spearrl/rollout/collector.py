@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 from spearrl.envs import Environment
 from spearrl.envs.pool import Place, Pool, SlotLost, open_pool
 from spearrl.errors import ConfigError, ContractError, EngineError, EnvironmentFault, WorkerError
-from spearrl.rollout.chat import ChatEncoder
-from spearrl.rollout.engine import Engine, Request, Sampling
+from spearrl.models.chat import ChatEncoder
+from spearrl.rollout.protocol import Engine, Request, Sampling
 from spearrl.seeds import derive
 from spearrl.types import Group, Image, Message, Observation, Reply, Status, Task, Trajectory, Turn
 
@@ -29,9 +29,20 @@ T = TypeVar("T")
 class Player(Protocol):
     """Plays episodes: a Collector in this process, or a fleet of workers."""
 
-    measures: dict[str, float]  # of the last collect(): seconds, engine_seconds, env_seconds, tokens, env/…; of a fleet also rollout/…
+    measures: dict[
+        str, float
+    ]  # of the last collect(): seconds, engine_seconds, env_seconds, tokens, env/…; of a fleet also rollout/…
 
-    def collect(self, tasks: Sequence[Task], group_size: int, *, run_seed: int, step: int, first_group_id: int, purpose: str = "rollout") -> list[Group]: ...
+    def collect(
+        self,
+        tasks: Sequence[Task],
+        group_size: int,
+        *,
+        run_seed: int,
+        step: int,
+        first_group_id: int,
+        purpose: str = "rollout",
+    ) -> list[Group]: ...
 
     def submit(self, task: Task, group: int, sibling: int, *, seed: tuple[int | str, ...]) -> Future[Trajectory]: ...
 
@@ -92,15 +103,30 @@ class Collector:
     ):
         self.engine, self.encoder, self.environment = engine, encoder, environment
         self.style, self.max_turns = style, max_turns
-        self.max_reply_tokens, self.max_response_tokens, self.context_tokens = max_reply_tokens, max_response_tokens, context_tokens
+        self.max_reply_tokens, self.max_response_tokens, self.context_tokens = (
+            max_reply_tokens,
+            max_response_tokens,
+            context_tokens,
+        )
         self.temperature, self.top_p, self.reply_deadline_s = temperature, top_p, reply_deadline_s
         self._in_vain = 0
         self.measures: dict[str, float] = dict.fromkeys(MEASURED, 0.0)
-        self.held: dict[tuple[int | str, ...], int] = {}  # tokens (prompt and reply) of each episode under way, by sampling seed: ids may meet an evaluation's
+        self.held: dict[
+            tuple[int | str, ...], int
+        ] = {}  # tokens (prompt and reply) of each episode under way, by sampling seed: ids may meet an evaluation's
         self.pool = pool or open_pool(environment, style=style)
         self._shown_tools = False  # whether the template was seen to show function schemas
 
-    def collect(self, tasks: Sequence[Task], group_size: int, *, run_seed: int, step: int, first_group_id: int, purpose: str = "rollout") -> list[Group]:
+    def collect(
+        self,
+        tasks: Sequence[Task],
+        group_size: int,
+        *,
+        run_seed: int,
+        step: int,
+        first_group_id: int,
+        purpose: str = "rollout",
+    ) -> list[Group]:
         """Play each task `group_size` times. Every random draw derives from (run_seed, step, group, sibling, turn).
 
         Siblings share the environment's seed and differ in the sampling seed.
@@ -119,7 +145,10 @@ class Collector:
         self._check_engine([trajectory for group in groups for trajectory in group.trajectories])
         self.measures["seconds"] = time.monotonic() - start
         self.measures["engine_seconds"] = self.engine.counters.get("seconds", 0.0) - busy
-        self.measures |= {"env/restarts": float(budget.restarts - before[0]), "env/deadline": float(budget.deadlines - before[1])}
+        self.measures |= {
+            "env/restarts": float(budget.restarts - before[0]),
+            "env/deadline": float(budget.deadlines - before[1]),
+        }
         return groups
 
     def _check_engine(self, played: Sequence[Trajectory]) -> None:
@@ -128,11 +157,17 @@ class Collector:
         if failed and (not self.engine.health() or self._in_vain > 1):
             fault = (failed[0].error or "").strip().rpartition("\n")[2]
             hint = "its own output says why; resume the run from its last checkpoint (with rollout.workers=1 an engine that dies is replaced)"
-            raise EngineError(f"{len(failed)} of {len(played)} episodes ended in engine errors: {fault}", where="engine", hint=hint)
+            raise EngineError(
+                f"{len(failed)} of {len(played)} episodes ended in engine errors: {fault}", where="engine", hint=hint
+            )
 
     def submit(self, task: Task, group: int, sibling: int, *, seed: tuple[int | str, ...]) -> Future[Trajectory]:
         """Not offered: generation ahead of the learner needs workers."""
-        raise ConfigError("episodes cannot be played ahead in the trainer's own process", where="rollout.max_staleness", hint="set rollout.workers=1 or more")
+        raise ConfigError(
+            "episodes cannot be played ahead in the trainer's own process",
+            where="rollout.max_staleness",
+            hint="set rollout.workers=1 or more",
+        )
 
     def tend(self) -> None:
         """Nothing needs tending in one process."""
@@ -144,10 +179,14 @@ class Collector:
         """Close every environment slot, and end what steps them."""
         self.pool.close()
 
-    async def _collect(self, tasks: Sequence[Task], group_size: int, seed: tuple[int | str, ...], first_group_id: int) -> list[Group]:
+    async def _collect(
+        self, tasks: Sequence[Task], group_size: int, seed: tuple[int | str, ...], first_group_id: int
+    ) -> list[Group]:
         groups = [Group(first_group_id + place, task) for place, task in enumerate(tasks)]
         members = [(g, place, sibling) for place, g in enumerate(groups) for sibling in range(group_size)]
-        coroutines = [self.play(Trajectory(g.task, g.id, s, g.id * MAX_SIBLINGS + s), (*seed, place)) for g, place, s in members]
+        coroutines = [
+            self.play(Trajectory(g.task, g.id, s, g.id * MAX_SIBLINGS + s), (*seed, place)) for g, place, s in members
+        ]
         played = await asyncio.gather(*coroutines)
         for (group, _, _), trajectory in zip(members, played, strict=True):
             group.trajectories.append(trajectory)
@@ -198,7 +237,9 @@ class Collector:
 
     async def _episode(self, trajectory: Trajectory, place: Place, seed: tuple[int | str, ...]) -> None:
         shown = await self._timed(self.pool.start(place, trajectory.task, derive("env", *seed)))
-        episode = _Episode(trajectory, place, (*seed, trajectory.sibling), shown.observation, shown.messages, shown.tools)
+        episode = _Episode(
+            trajectory, place, (*seed, trajectory.sibling), shown.observation, shown.messages, shown.tools
+        )
         trajectory.status = Status.TURN_LIMIT
         for number in range(self.max_turns):
             ended = await self._turn(episode, number)
@@ -220,7 +261,11 @@ class Collector:
             return Status.CONTEXT_LIMIT
         if left < 1:
             return Status.OVERLONG
-        allowed = None if observation.allowed_ids is None else tuple(sorted({*observation.allowed_ids, *self.encoder.stop_ids}))
+        allowed = (
+            None
+            if observation.allowed_ids is None
+            else tuple(sorted({*observation.allowed_ids, *self.encoder.stop_ids}))
+        )
         sampling = Sampling(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -232,7 +277,9 @@ class Collector:
         request_id = (trajectory.group, trajectory.sibling, number)
         self.held[episode.sampling_seed] = len(prompt)
         images = self._images(episode)
-        completion = await self.engine.generate(Request(request_id, prompt, images, sampling, deadline_s=self.reply_deadline_s))
+        completion = await self.engine.generate(
+            Request(request_id, prompt, images, sampling, deadline_s=self.reply_deadline_s)
+        )
         self.held[episode.sampling_seed] += len(completion.token_ids)
         self.measures["sampled_tokens"] += len(completion.token_ids)
         self.measures["cached_tokens"] += completion.cached_tokens
@@ -242,7 +289,16 @@ class Collector:
         played = await self._timed(self.pool.act(episode.place, reply, number + 1 == self.max_turns))
         outcome = played.outcome
         episode.said += len(completion.token_ids)
-        turn = Turn(prompt, completion.token_ids, completion.logprobs, completion.finish_reason, text, observation.text, observation.anchor, played.action)
+        turn = Turn(
+            prompt,
+            completion.token_ids,
+            completion.logprobs,
+            completion.finish_reason,
+            text,
+            observation.text,
+            observation.anchor,
+            played.action,
+        )
         turn.min_version, turn.max_version, turn.images = completion.min_version, completion.max_version, images
         turn.allowed_ids = allowed
         trajectory.turns.append(turn)
@@ -271,7 +327,11 @@ class Collector:
 
     def _images(self, episode: _Episode) -> tuple[Image, ...]:
         """All pictures of the prompt, in order."""
-        return tuple(image for m in (episode.messages if self.style == "windowed" else episode.conversation) for image in m.images)
+        return tuple(
+            image
+            for m in (episode.messages if self.style == "windowed" else episode.conversation)
+            for image in m.images
+        )
 
     def _start(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> tuple[int, ...]:
         """A whole conversation's ids. A template that leaves the function schemas out would have the policy guess them."""
@@ -279,7 +339,9 @@ class Collector:
         if tools and not self._shown_tools:
             if prompt == self.encoder.start(messages):
                 hint = 'use env.options.describe="prompt" (a ToolEnvironment then says itself what its tools are), or a model whose template shows tools'
-                raise ConfigError("the chat template does not show the environment's tools", where="model.path", hint=hint)
+                raise ConfigError(
+                    "the chat template does not show the environment's tools", where="model.path", hint=hint
+                )
             self._shown_tools = True
         return prompt
 

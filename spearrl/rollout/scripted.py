@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from spearrl.errors import EngineError
-from spearrl.rollout.engine import Completion, Request
+from spearrl.rollout.protocol import Completion, Request
 
 
 class ScriptedEngine:

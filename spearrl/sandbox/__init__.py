@@ -13,7 +13,7 @@ from spearrl.sandbox.command import WAYS_OUT
 from spearrl.sandbox.fusion import FusionSandbox
 from spearrl.sandbox.jailed import JailedSandbox
 from spearrl.sandbox.options import Result, Sandbox, SandboxOptions, Session
-from spearrl.sandbox.probe import probe
+from spearrl.sandbox.selftest import probe
 
 __all__ = ["Result", "Sandbox", "SandboxOptions", "Session", "open_sandbox", "probe"]
 
@@ -28,11 +28,17 @@ def open_sandbox(options: SandboxOptions) -> Sandbox:
     if options.kind == "fusion":
         return _working(FusionSandbox(options))
     if sys.platform != "linux":
-        raise ConfigError(f"no sandbox on {sys.platform}: it is made of Linux namespaces", where="sandbox", hint="use sandbox.kind=fusion with a server")
+        raise ConfigError(
+            f"no sandbox on {sys.platform}: it is made of Linux namespaces",
+            where="sandbox",
+            hint="use sandbox.kind=fusion with a server",
+        )
     if options.kind == "none":
         if not options.unsandboxed:
             hint = f"sandbox.unsandboxed=true, if you trust it; else {WAYS_OUT}"
-            raise ConfigError("sandbox.kind=none runs code as you, with your files and your network", where="sandbox", hint=hint)
+            raise ConfigError(
+                "sandbox.kind=none runs code as you, with your files and your network", where="sandbox", hint=hint
+            )
         return _working(JailedSandbox(options))
     sandbox = JailedSandbox(options)
     broken = [check for check in probe(sandbox, options) if not check.held]
@@ -47,5 +53,9 @@ def _working(sandbox: Sandbox) -> Sandbox:
     result = sandbox.run("print(6 * 7)")
     if result.stdout.strip() != "42":
         sandbox.close()
-        raise ConfigError(f"the sandbox does not run code: {result.status}: {result.stderr.strip()[-500:]}", where="sandbox", hint=WAYS_OUT)
+        raise ConfigError(
+            f"the sandbox does not run code: {result.status}: {result.stderr.strip()[-500:]}",
+            where="sandbox",
+            hint=WAYS_OUT,
+        )
     return sandbox

@@ -69,7 +69,16 @@ def jail_command(packages: list[Path], tmp_mib: int) -> list[str]:
     if bwrap is None:
         raise ConfigError("bubblewrap (the program bwrap) is not installed", where="sandbox", hint=WAYS_OUT)
     base, bound = list(_interpreter_paths()), [*packages, PROGRAM]
-    inner = [bwrap, "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
+    inner = [
+        bwrap,
+        "--unshare-all",
+        "--unshare-user",
+        "--die-with-parent",
+        "--new-session",
+        "--cap-drop",
+        "ALL",
+        "--clearenv",
+    ]
     for name, value in ENVIRONMENT.items():
         inner += ["--setenv", name, value]
     inner += [*_system(), "--proc", "/proc", "--dev", "/dev"]
@@ -112,15 +121,30 @@ def _system() -> list[str]:
 
 def _sites_to_hide() -> list[Path]:
     """Folders of installed packages that would be seen with the interpreter: a snippet gets the packages it was given, not the user's."""
-    base = {Path(sysconfig.get_path(kind, vars={"base": sys.base_prefix, "platbase": sys.base_exec_prefix})) for kind in ("purelib", "platlib")}
+    base = {
+        Path(sysconfig.get_path(kind, vars={"base": sys.base_prefix, "platbase": sys.base_exec_prefix}))
+        for kind in ("purelib", "platlib")
+    }
     return sorted(path for path in base if path.is_dir())
 
 
 def _as_nobody() -> list[str]:
     setpriv = shutil.which("setpriv")
     if setpriv is None:
-        raise ConfigError("setpriv is not installed; as root, code is run as another user", where="sandbox", hint="apt-get install util-linux")
-    return [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--no-new-privs", "--pdeathsig", "KILL"]
+        raise ConfigError(
+            "setpriv is not installed; as root, code is run as another user",
+            where="sandbox",
+            hint="apt-get install util-linux",
+        )
+    return [
+        setpriv,
+        f"--reuid={NOBODY}",
+        f"--regid={NOBODY}",
+        "--clear-groups",
+        "--no-new-privs",
+        "--pdeathsig",
+        "KILL",
+    ]
 
 
 def _readable(bwrap: str, paths: list[Path]) -> list[str]:

@@ -50,9 +50,17 @@ class FusionSandbox(Sandbox):
     def __init__(self, options: SandboxOptions):
         if not options.url.startswith(("http://", "https://")):
             hint = "sandbox.url=http://HOST:8080, where `docker run -p 8080:8080 volcengine/sandbox-fusion:server-20250609` listens"
-            raise ConfigError(f"sandbox.url={options.url!r} is no address of a SandboxFusion server", where="sandbox.kind=fusion", hint=hint)
+            raise ConfigError(
+                f"sandbox.url={options.url!r} is no address of a SandboxFusion server",
+                where="sandbox.kind=fusion",
+                hint=hint,
+            )
         if options.session:
-            raise ConfigError("SandboxFusion keeps no variables between runs", where="sandbox.session=true", hint="sandbox.session=false, or kind=bubblewrap")
+            raise ConfigError(
+                "SandboxFusion keeps no variables between runs",
+                where="sandbox.session=true",
+                hint="sandbox.session=false, or kind=bubblewrap",
+            )
         self.options = options
         self.concurrency = options.concurrency or CONCURRENCY
         self._slots = threading.BoundedSemaphore(self.concurrency)
@@ -85,7 +93,11 @@ class FusionSandbox(Sandbox):
             return Result("unavailable", stderr=f"{self.options.url}: {trouble}", seconds=time.monotonic() - begun)
 
     def session(self) -> Session:
-        raise ConfigError("SandboxFusion keeps no variables between runs", where="sandbox.kind=fusion", hint="run(), or kind=bubblewrap")
+        raise ConfigError(
+            "SandboxFusion keeps no variables between runs",
+            where="sandbox.kind=fusion",
+            hint="run(), or kind=bubblewrap",
+        )
 
     def means(self) -> str:
         return f"SandboxFusion at {self.options.url}"
@@ -108,7 +120,10 @@ class FusionSandbox(Sandbox):
             answer = json.loads(text)
         except urllib.error.HTTPError as error:
             with error:
-                raise Trouble(f"HTTP {error.code}: {error.read(500).decode(errors='replace')}", again=error.code >= 500 or error.code == 429) from error
+                raise Trouble(
+                    f"HTTP {error.code}: {error.read(500).decode(errors='replace')}",
+                    again=error.code >= 500 or error.code == 429,
+                ) from error
         except (OSError, http.client.HTTPException) as error:
             raise Trouble(f"{type(error).__name__}: {error}") from error
         except ValueError as error:
@@ -128,4 +143,11 @@ class FusionSandbox(Sandbox):
             kept.add((text or "").encode("utf-8", "replace"))
         timeout = run.status == "TimeLimitExceeded"
         code = None if timeout else run.return_code
-        return Result(verdict(code, timeout, err.text()), out.text(), err.text(), code, run.execution_time or 0.0, bool(out.cut or err.cut))
+        return Result(
+            verdict(code, timeout, err.text()),
+            out.text(),
+            err.text(),
+            code,
+            run.execution_time or 0.0,
+            bool(out.cut or err.cut),
+        )

@@ -188,7 +188,9 @@ def _end(pid: int) -> int:
 class Watch:
     """One run of the child, watched: output is kept up to the cap, and at the deadline the child is killed with all it started."""
 
-    def __init__(self, pid: int, link: socket.socket, outputs: list[int], channel: socket.socket, settings: dict[str, Any]):
+    def __init__(
+        self, pid: int, link: socket.socket, outputs: list[int], channel: socket.socket, settings: dict[str, Any]
+    ):
         self.pid, self.link, self.channel = pid, link, channel
         self.kept = {fd: Kept(settings["output_chars"]) for fd in outputs}
 
@@ -272,7 +274,9 @@ def serve(link: socket.socket, outputs: tuple[int, int], folder: str, settings: 
     link = socket.socket(fileno=3)
     os.closerange(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0] if settings["isolate"] else 4096)
     _give_up(settings)
-    sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8", errors="replace", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
+    sys.stdout, sys.stderr = (
+        open(fd, "w", encoding="utf-8", errors="replace", buffering=1, closefd=False) for fd in (1, 2)
+    )  # noqa: SIM115
     sys.argv = ["snippet.py"]
     main = sys.modules["__main__"] = ModuleType("__main__")
     _same_draws()
@@ -385,7 +389,10 @@ def libc() -> Any:
 
 
 def _mount(kind: str, target: str, options: str) -> None:
-    _checked(libc().mount(kind.encode(), target.encode(), kind.encode(), NO_SUID | NO_DEVICES, options.encode()), f"mount {kind} on {target}")
+    _checked(
+        libc().mount(kind.encode(), target.encode(), kind.encode(), NO_SUID | NO_DEVICES, options.encode()),
+        f"mount {kind} on {target}",
+    )
 
 
 def _checked(result: int, what: str) -> None:

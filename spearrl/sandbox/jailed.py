@@ -17,7 +17,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spearrl.errors import ConfigError, SpearError, WorkerError
-from spearrl.sandbox.command import ENVIRONMENT, NOBODY, PROGRAM, WAYS_OUT, interpreter, jail_command, package_paths, seen_at
+from spearrl.sandbox.command import (
+    ENVIRONMENT,
+    NOBODY,
+    PROGRAM,
+    WAYS_OUT,
+    interpreter,
+    jail_command,
+    package_paths,
+    seen_at,
+)
 from spearrl.sandbox.inside import Gone, receive, send
 from spearrl.sandbox.options import Result, Sandbox, SandboxOptions, Session, refusal, verdict
 from spearrl.sandbox.seccomp import program
@@ -55,7 +64,13 @@ class Jail:
         words = [*command, str(python), "-sPB", "-X", "utf8", str(program_file)]
         with theirs:
             self._process = subprocess.Popen(
-                words, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=self._log, env=ENVIRONMENT, cwd="/", start_new_session=True
+                words,
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=self._log,
+                env=ENVIRONMENT,
+                cwd="/",
+                start_new_session=True,
             )
         self._control.settimeout(START_S)
         self.hello: dict[str, Any] = {}
@@ -110,7 +125,9 @@ class Run:
         except (Gone, OSError, ValueError):
             return Result("killed", stderr=LOST), True
         status = verdict(report["code"], report["timeout"], report["stderr"])
-        return Result(status, report["stdout"], report["stderr"], report["code"], report["seconds"], report["cut"]), report["ended"] or last
+        return Result(
+            status, report["stdout"], report["stderr"], report["code"], report["seconds"], report["cut"]
+        ), report["ended"] or last
 
     def close(self) -> None:
         self.channel.close()
@@ -155,7 +172,11 @@ class JailedSandbox(Sandbox):
         if self.hello["missing"]:
             self.close()
             hint = "reinstall it where other users can read it, or leave it out of packages"
-            raise ConfigError(f"not importable in the sandbox: {'; '.join(self.hello['missing'])}", where="sandbox.packages", hint=hint)
+            raise ConfigError(
+                f"not importable in the sandbox: {'; '.join(self.hello['missing'])}",
+                where="sandbox.packages",
+                hint=hint,
+            )
         for _ in range(self._count):
             self._refill()
 
@@ -165,12 +186,17 @@ class JailedSandbox(Sandbox):
     def session(self) -> Session:
         return JailedSession(self)
 
-    def play(self, run: Run | None, code: str, stdin: str, timeout_s: float | None, *, last: bool = True) -> tuple[Result, Run | None]:
+    def play(
+        self, run: Run | None, code: str, stdin: str, timeout_s: float | None, *, last: bool = True
+    ) -> tuple[Result, Run | None]:
         """(result, the child where it can go on). Without a child a waiting one is taken."""
         if refused := refusal(code):
             return refused, run
         if os.getpid() != self._process:  # the keeper's thread is not in a fork, and the sockets are the parent's
-            return Result("unavailable", stderr="this sandbox belongs to the process that this one was forked from; open another one after the fork"), None
+            return Result(
+                "unavailable",
+                stderr="this sandbox belongs to the process that this one was forked from; open another one after the fork",
+            ), None
         seconds = timeout_s or self.options.timeout_s
         with self._slots:
             try:
@@ -186,8 +212,16 @@ class JailedSandbox(Sandbox):
     def means(self) -> str:
         if self.options.kind == "none":
             return "none: code runs as this user, with limits of memory, file size and time"
-        shared = f"a jail a run, because {self.hello['fault']}" if self.hello["fault"] else "namespaces of its own for every run"
-        filtered = "a system-call filter" if self._settings["filter"] else f"no system-call filter, as {platform.machine()} is not known"
+        shared = (
+            f"a jail a run, because {self.hello['fault']}"
+            if self.hello["fault"]
+            else "namespaces of its own for every run"
+        )
+        filtered = (
+            "a system-call filter"
+            if self._settings["filter"]
+            else f"no system-call filter, as {platform.machine()} is not known"
+        )
         user = f"user {NOBODY}" if os.geteuid() == 0 else "this user"
         return f"bubblewrap as {user}: {shared}, {filtered}, at most {self.options.processes} processes (RLIMIT_NPROC), no network"
 
@@ -224,7 +258,11 @@ class JailedSandbox(Sandbox):
             if run.jail.alive:
                 return run
             run.close()
-        raise WorkerError("the sandbox goes down again and again", where="sandbox", hint="look for what kills bwrap: the kernel's log names it")
+        raise WorkerError(
+            "the sandbox goes down again and again",
+            where="sandbox",
+            hint="look for what kills bwrap: the kernel's log names it",
+        )
 
     def _open(self) -> Run:
         """In the keeper's thread: a new child, from a new jail where the old one is down."""
@@ -237,7 +275,11 @@ class JailedSandbox(Sandbox):
                 return Run(jail.channel(), jail, owned)
             except OSError:
                 jail.close()
-        raise WorkerError("the sandbox goes down as soon as it is up", where="sandbox", hint="spearrl doctor says what is wrong with isolation")
+        raise WorkerError(
+            "the sandbox goes down as soon as it is up",
+            where="sandbox",
+            hint="spearrl doctor says what is wrong with isolation",
+        )
 
     def _shared(self) -> Jail:
         if self._jail is None or not self._jail.alive:

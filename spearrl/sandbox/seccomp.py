@@ -6,9 +6,12 @@ import errno
 import platform
 import struct
 
-from spearrl.tables import table
+from spearrl.config.tables import table
 
-MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}  # column of the table, AUDIT_ARCH_*, number of clone
+MACHINES = {
+    "x86_64": (0, 0xC000003E, 56),
+    "aarch64": (1, 0xC00000B7, 220),
+}  # column of the table, AUDIT_ARCH_*, number of clone
 CLONE3 = 435
 NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS, CGROUP, UTS, IPC, USER, PID, NET
 X32 = 0x40000000  # x86_64's second table of system calls
@@ -28,9 +31,22 @@ def program(machine: str | None = None) -> bytes:
     column, arch, clone = known
     denied = [numbers[column] for numbers in table(__file__, "seccomp.toml").values() if numbers[column] >= 0]
     refuse = DENY | errno.EPERM
-    code = [(LOAD, 0, 0, ARCH), (EQUAL, 1, 0, arch), (RETURN, 0, 0, KILL), (LOAD, 0, 0, NUMBER), (ABOVE, 0, 1, X32), (RETURN, 0, 0, refuse)]
+    code = [
+        (LOAD, 0, 0, ARCH),
+        (EQUAL, 1, 0, arch),
+        (RETURN, 0, 0, KILL),
+        (LOAD, 0, 0, NUMBER),
+        (ABOVE, 0, 1, X32),
+        (RETURN, 0, 0, refuse),
+    ]
     code += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, DENY | errno.ENOSYS)]
     for number in denied:
         code += [(EQUAL, 0, 1, number), (RETURN, 0, 0, refuse)]
-    code += [(EQUAL, 0, 3, clone), (LOAD, 0, 0, FIRST_ARGUMENT), (ANY_BIT, 0, 1, NEW_NAMESPACES), (RETURN, 0, 0, refuse), (RETURN, 0, 0, ALLOW)]
+    code += [
+        (EQUAL, 0, 3, clone),
+        (LOAD, 0, 0, FIRST_ARGUMENT),
+        (ANY_BIT, 0, 1, NEW_NAMESPACES),
+        (RETURN, 0, 0, refuse),
+        (RETURN, 0, 0, ALLOW),
+    ]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)

@@ -20,12 +20,12 @@ import torch
 
 from spearrl.config import SyncSection
 from spearrl.errors import ConfigError, EngineError
-from spearrl.rollout.engine import Engine, Receiver
-from spearrl.rollout.weights import digest, read_bucket, write_bucket
+from spearrl.rollout.protocol import Engine, Receiver
 from spearrl.sync.buckets import PORTIONS, bucket_folder, buckets
-from spearrl.sync.crowd import Asked, Crowd
+from spearrl.sync.digests import digest, read_bucket, write_bucket
 from spearrl.sync.native import Native
 from spearrl.sync.probe import BF16, FP32, Probe
+from spearrl.sync.receivers import Asked, Crowd
 
 MIB = 1 << 20
 KEPT_ADAPTERS = 8  # folders: requests in flight read theirs again when vLLM evicted it
@@ -148,7 +148,11 @@ class Bridge:
             while crowd.live and (complaints := self._attempt(crowd, version)):
                 if resent:
                     text = "; ".join(complaints)
-                    raise EngineError(f"weights of version {version} did not arrive, sent twice: {text}", where="weight sync", hint="see docs/sync.md")
+                    raise EngineError(
+                        f"weights of version {version} did not arrive, sent twice: {text}",
+                        where="weight sync",
+                        hint="see docs/sync.md",
+                    )
                 resent += 1
                 self._report(f"weights of version {version} are sent again: {'; '.join(complaints)}")
             self._resume(crowd)
@@ -160,8 +164,16 @@ class Bridge:
             raise
         if crowd.lost:
             self._report(f"{', '.join(crowd.lost)} went down in the sync of version {version} and is left out")
-        metrics = {"seconds": time.perf_counter() - started, "pause_seconds": self._pause_s, "probe_gap": self.probe.gap, **self._sent}
-        return {f"sync/{name}": float(value) for name, value in {**metrics, "resent": resent, "lost": len(crowd.lost)}.items()}
+        metrics = {
+            "seconds": time.perf_counter() - started,
+            "pause_seconds": self._pause_s,
+            "probe_gap": self.probe.gap,
+            **self._sent,
+        }
+        return {
+            f"sync/{name}": float(value)
+            for name, value in {**metrics, "resent": resent, "lost": len(crowd.lost)}.items()
+        }
 
     def _attempt(self, crowd: Crowd, version: int) -> list[str]:
         """Send everything and check it; what is wrong."""
@@ -184,7 +196,9 @@ class Bridge:
         answers = crowd.ask("the probe", lambda receiver: receiver.probe(self.probe.token_ids, timeout))
         self._lap("probe")
         found = {receiver.name: logprobs for receiver, logprobs in answers}
-        complaints = [problem for name, logprobs in found.items() if (problem := self.probe.problem(name, logprobs, learner))]
+        complaints = [
+            problem for name, logprobs in found.items() if (problem := self.probe.problem(name, logprobs, learner))
+        ]
         if not complaints:
             self.probe.passed(found, learner)
         return complaints
@@ -262,14 +276,18 @@ class Bridge:
     def _send_adapter(self, crowd: Crowd) -> list[str]:
         """Only the adapters, as a folder in peft's format."""
         if self.adapters is None:
-            raise ConfigError("the learner trains no adapters", where="sync.transport", hint='set sync.transport="auto"')
+            raise ConfigError(
+                "the learner trains no adapters", where="sync.transport", hint='set sync.transport="auto"'
+            )
         self._adapters_sent += 1
         folder = self.folder / f"adapter-{self._adapters_sent}"
         self.adapters(folder)
         tensors = read_bucket(folder / "adapter_model.safetensors")
         sent = {name: digest(tensor) for name, tensor in tensors.items()}
         self._opened(crowd)
-        answers = crowd.ask("the adapter", lambda receiver: receiver.take({"adapter": str(folder)}, self.settings.timeout_s))
+        answers = crowd.ask(
+            "the adapter", lambda receiver: receiver.take({"adapter": str(folder)}, self.settings.timeout_s)
+        )
         shutil.rmtree(self.folder / f"adapter-{self._adapters_sent - KEPT_ADAPTERS}", ignore_errors=True)
         self._sent["bytes"] += sum(tensor.nbytes for tensor in tensors.values())
         self._sent["buckets"] += 1
@@ -303,16 +321,28 @@ class Bridge:
 
     def _transport(self, receivers: list[Receiver]) -> str:
         """The configured transport, or the best that every receiver takes."""
-        offered = [name for name in receivers[0].transports if all(name in receiver.transports for receiver in receivers)]
+        offered = [
+            name for name in receivers[0].transports if all(name in receiver.transports for receiver in receivers)
+        ]
         wanted = self.settings.transport
         if wanted == "auto":
-            ranks = torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
-            possible = [name for name in offered if (name != "adapter" or self.adapters) and (name != "ipc" or ranks == 1)]
+            ranks = (
+                torch.distributed.get_world_size()
+                if torch.distributed.is_available() and torch.distributed.is_initialized()
+                else 1
+            )
+            possible = [
+                name for name in offered if (name != "adapter" or self.adapters) and (name != "ipc" or ranks == 1)
+            ]
         else:
             possible = [name for name in offered if name == wanted]
         if not possible:
             listed = "; ".join(f"{receiver.name}: {', '.join(receiver.transports) or 'none'}" for receiver in receivers)
-            raise ConfigError(f'no transport "{wanted}" that all engines take ({listed})', where="sync.transport", hint='set sync.transport="auto"')
+            raise ConfigError(
+                f'no transport "{wanted}" that all engines take ({listed})',
+                where="sync.transport",
+                hint='set sync.transport="auto"',
+            )
         return possible[0]
 
 
@@ -323,7 +353,11 @@ def _take(bucket: dict[str, Any], timeout_s: float, receiver: Receiver) -> dict[
 def _changed(receiver: Receiver, sent: dict[str, int], received: dict[str, int]) -> list[str]:
     """Tensors whose bytes are not what was sent."""
     wrong = [name for name in sent.keys() | received.keys() if sent.get(name) != received.get(name)]
-    return [f"{receiver.name} received {len(wrong)} tensors otherwise than they were sent, {min(wrong)} among them"] if wrong else []
+    return (
+        [f"{receiver.name} received {len(wrong)} tensors otherwise than they were sent, {min(wrong)} among them"]
+        if wrong
+        else []
+    )
 
 
 def _unlike(answers: list[tuple[Receiver, list[int]]]) -> list[str]:

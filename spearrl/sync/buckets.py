@@ -14,7 +14,9 @@ SHARED_MEMORY = Path("/dev/shm")
 PORTIONS = 2  # buckets in sync.bucket_mib: one is written while another is read
 
 
-def buckets(parameters: Iterable[tuple[str, torch.Tensor]], limit: int, dtype: torch.dtype | None = None) -> Generator[dict[str, torch.Tensor], None, None]:
+def buckets(
+    parameters: Iterable[tuple[str, torch.Tensor]], limit: int, dtype: torch.dtype | None = None
+) -> Generator[dict[str, torch.Tensor], None, None]:
     """Parameters in groups of at most `limit` bytes (a larger tensor goes alone), in their order; floating ones as `dtype`."""
     bucket: dict[str, torch.Tensor] = {}
     size = 0
@@ -44,7 +46,9 @@ def bucket_folder(run_folder: Path, limit: int) -> Path:
     Its name is the run's, so that what a killed run left behind is removed when the run goes on.
     """
     name = "spearrl-" + hashlib.blake2b(str(run_folder.resolve()).encode(), digest_size=8).hexdigest()
-    roomy = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK) and shutil.disk_usage(SHARED_MEMORY).free >= limit
+    roomy = (
+        SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK) and shutil.disk_usage(SHARED_MEMORY).free >= limit
+    )
     for base in (SHARED_MEMORY, run_folder):
         shutil.rmtree(base / name, ignore_errors=True)
     folder = (SHARED_MEMORY if roomy else run_folder) / name

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 from spearrl.errors import ConfigError, EngineError
-from spearrl.rollout.engine import Receiver
-from spearrl.rollout.weights import digest
+from spearrl.rollout.protocol import Receiver
 from spearrl.sync.buckets import buckets, cast
-from spearrl.sync.crowd import GRACE_S, Crowd
+from spearrl.sync.digests import digest
+from spearrl.sync.receivers import GRACE_S, Crowd
 
 
 class Meta(NamedTuple):
@@ -45,7 +45,10 @@ class LearnerSource:
 
     def metadata(self) -> list[Meta]:
         if not self._meta:  # names and shapes never change
-            self._meta = [Meta(name, cast(tensor, self.dtype).dtype, tuple(tensor.shape)) for name, tensor in self.learner.full_parameters()]
+            self._meta = [
+                Meta(name, cast(tensor, self.dtype).dtype, tuple(tensor.shape))
+                for name, tensor in self.learner.full_parameters()
+            ]
         return self._meta
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -78,7 +81,10 @@ class Client:
         for receiver in self.crowd.live:
             offsets[receiver.name] = {} if place is None else {"rank_offset": place}
             place = None if place is None else place + receiver.shards
-        self._ask("the meeting with the trainer", lambda r: r.begin({**self.plan, "init": {**init_info, **offsets[r.name]}}, self.crowd.timeout_s))
+        self._ask(
+            "the meeting with the trainer",
+            lambda r: r.begin({**self.plan, "init": {**init_info, **offsets[r.name]}}, self.crowd.timeout_s),
+        )
 
     def start_weight_update(self) -> None:
         self._ask("begin", lambda r: r.begin(self.plan, self.crowd.timeout_s))
@@ -107,7 +113,9 @@ class Client:
 class Native:
     """The sending half for one set of receivers."""
 
-    def __init__(self, kind: str, learner: Any, *, limit: int, dtype: torch.dtype | None, device: torch.device | None = None):
+    def __init__(
+        self, kind: str, learner: Any, *, limit: int, dtype: torch.dtype | None, device: torch.device | None = None
+    ):
         device = device or torch.device("cuda", torch.cuda.current_device())
         self.kind, self.limit = kind, limit
         self.source = LearnerSource(learner, limit, dtype, device)
@@ -133,7 +141,9 @@ class Native:
             if client.failure is not None:
                 raise client.failure from error
             names = ", ".join(receiver.name for receiver in crowd.live)
-            raise EngineError(f"the {self.kind} transfer to {names} did not end within {3 * crowd.timeout_s:g} s", where="weight sync") from error
+            raise EngineError(
+                f"the {self.kind} transfer to {names} did not end within {3 * crowd.timeout_s:g} s", where="weight sync"
+            ) from error
         return client.received, self.source.digests
 
     def reclaim(self) -> None:
@@ -167,7 +177,9 @@ def open_trainer(kind: str, source: LearnerSource, client: Client, *, limit: int
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     except ImportError as error:
         hint = 'install vllm 0.29 or newer, or set sync.transport="shared_memory"'
-        raise ConfigError(f"this vllm has no trainer side of its weight transfer: {error}", where="sync.transport", hint=hint) from error
+        raise ConfigError(
+            f"this vllm has no trainer side of its weight transfer: {error}", where="sync.transport", hint=hint
+        ) from error
     wire: dict[str, Any] = {"packed": True, "packed_buffer_size_bytes": limit, "rank": 0}
     if kind == "nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo

@@ -13,14 +13,16 @@ from spearrl.models import save_model
 from spearrl.rollout import ChatEncoder
 from spearrl.rollout.vllm import VLLMEngine
 from spearrl.sync import Bridge, probe_prompt
-from tests.sights import own_logprobs, sighted
-from tests.test_vision import played
+from tests.models.test_vision import played
+from tests.support.vision_models import own_logprobs, sighted
 
 
 def compare(model, engine, encoder, seeds) -> None:
     """Conversations of four turns, with up to four pictures and with none."""
     for request, completion in (turn for chat in played(engine, encoder, *seeds) for turn in chat.played):
-        wanted = own_logprobs(model, [*request.token_ids, *completion.token_ids], request.images)[-len(completion.token_ids) :]
+        wanted = own_logprobs(model, [*request.token_ids, *completion.token_ids], request.images)[
+            -len(completion.token_ids) :
+        ]
         torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, atol=2e-4, rtol=0)
         assert not set(completion.token_ids) & set(model.sight.forbidden)
 
@@ -28,12 +30,21 @@ def compare(model, engine, encoder, seeds) -> None:
 def main(folder: Path) -> None:
     model, tokenizer = sighted()
     save_model(model, tokenizer, folder / "model")
-    engine = VLLMEngine(folder / "model", VllmSection(), RolloutSection(context_tokens=400, cache_mib=64, slots=8), threads=1)
+    engine = VLLMEngine(
+        folder / "model", VllmSection(), RolloutSection(context_tokens=400, cache_mib=64, slots=8), threads=1
+    )
     try:
         encoder = ChatEncoder(tokenizer)
         compare(model, engine, encoder, range(6))
         learner = LocalLearner(model, LearnerSection(precision="fp32"))
-        bridge = Bridge(learner, [engine.receiver], settings=SyncSection(), probe_ids=probe_prompt(len(tokenizer), 0), run_folder=folder, float32=True)
+        bridge = Bridge(
+            learner,
+            [engine.receiver],
+            settings=SyncSection(),
+            probe_ids=probe_prompt(len(tokenizer), 0),
+            run_folder=folder,
+            float32=True,
+        )
         torch.manual_seed(1)
         with torch.no_grad():
             for parameter in model.parameters():

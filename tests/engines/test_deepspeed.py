@@ -1,4 +1,4 @@
-"""The DeepSpeed learner on 1 and 2 processes against the local one, which the gradient tests of tests/test_learner.py hold to plain autograd."""
+"""The DeepSpeed learner on 1 and 2 processes against the local one, which the gradient tests of tests/learner/test_learner.py hold to plain autograd."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from spearrl.batching import Batch
 from spearrl.config.sections import LearnerSection
 from spearrl.errors import CheckpointError, ContractError
 from spearrl.learner import DeepSpeedLearner, LocalLearner, ValueHead
+from spearrl.learner.deepspeed.ranks import Ranks
+from spearrl.learner.deepspeed.shard import Worker
 from spearrl.learner.optimizer import make_optimizer
-from spearrl.learner.ranks import Ranks
-from spearrl.learner.shard import Worker
 from spearrl.losses import ClipCov, Correction, Objective
 from spearrl.models import load_model, save_weights
-from tests.test_allowed import restricted
-from tests.test_learner import RUNS, full_batch, make_rows, one_thread, tiny  # noqa: F401
+from tests.batching.test_allowed import restricted
+from tests.learner.test_learner import RUNS, full_batch, make_rows, one_thread, tiny  # noqa: F401
 
 SHAPE = {"aggregation": "seq-mean-token-sum", "horizon": 20}
 RULE = ClipCov(0.2, -60.0, 60.0)
@@ -60,7 +60,14 @@ def saved(model: torch.nn.Module, path: Path) -> Path:
 
 
 def settings(stage: int = 3, **changes) -> LearnerSection:
-    plain = {"lr": 1e-3, "precision": "fp32", "mini_batches": 1, "lm_head_chunk": 8, "grad_clip": 1e9, "micro_batch_tokens": 20}
+    plain = {
+        "lr": 1e-3,
+        "precision": "fp32",
+        "mini_batches": 1,
+        "lm_head_chunk": 8,
+        "grad_clip": 1e9,
+        "micro_batch_tokens": 20,
+    }
     return LearnerSection(**{**plain, "backend": "deepspeed", "zero_stage": stage, "timeout_s": LIMIT_S, **changes})
 
 
@@ -70,12 +77,25 @@ def head() -> ValueHead:
     return critic
 
 
-def both(ranks: Ranks, folder: Path, options: LearnerSection, *, kind: str = "sgd", reference: Path | None = None, critic: ValueHead | None = None, **more):
+def both(
+    ranks: Ranks,
+    folder: Path,
+    options: LearnerSection,
+    *,
+    kind: str = "sgd",
+    reference: Path | None = None,
+    critic: ValueHead | None = None,
+    **more,
+):
     """A local learner and a DeepSpeed one that begin alike."""
     starting = None if reference is None else load_model(str(reference))
-    local = LocalLearner(load_model(str(folder)), options, reference=starting, critic=copy.deepcopy(critic), temperature=0.7, **more)
+    local = LocalLearner(
+        load_model(str(folder)), options, reference=starting, critic=copy.deepcopy(critic), temperature=0.7, **more
+    )
     local.optimizer = make_optimizer(local.model.named_parameters(), options, critic=local.critic, kind=kind)
-    other = DeepSpeedLearner(folder, options, reference=reference, critic=critic, temperature=0.7, _optimizer=kind, _ranks=ranks, **more)
+    other = DeepSpeedLearner(
+        folder, options, reference=reference, critic=critic, temperature=0.7, _optimizer=kind, _ranks=ranks, **more
+    )
     return local, other
 
 
@@ -88,7 +108,9 @@ def gap(one, two) -> float:
 
 
 def batches(learner: LocalLearner) -> tuple[Batch, Batch]:
-    return full_batch(make_rows(RUNS), learner), full_batch(make_rows(RUNS[:4], first_trajectory=100, seed=5), learner, seed=4)
+    return full_batch(make_rows(RUNS), learner), full_batch(
+        make_rows(RUNS[:4], first_trajectory=100, seed=5), learner, seed=4
+    )
 
 
 @pytest.mark.parametrize(("stage", "joint"), [(0, False), (1, True), (2, False), (3, False), (3, True)])
@@ -106,7 +128,9 @@ def test_gradients_are_those_of_the_local_learner(ranks, folder, reference, stag
     else:
         assert float((found - wanted).norm()) <= 1e-5 * float(wanted.norm())
     assert float(wanted.norm()) > 0.1
-    critics = [torch.cat([p.detach().flatten() for p in critic.parameters()]) for critic in (local.critic, other.shard.critic)]
+    critics = [
+        torch.cat([p.detach().flatten() for p in critic.parameters()]) for critic in (local.critic, other.shard.critic)
+    ]
     torch.testing.assert_close(critics[0], critics[1], rtol=1e-4, atol=1e-5)
 
 
@@ -117,19 +141,29 @@ def test_the_gradient_of_each_objective(ranks, folder, reference, stage, kind):
     on_policy, _ = batches(local)
     before = weights(local)
     for learner in (local, other):
-        learner.update(on_policy, None, gamma=0.0, objectives=[Objective(kind, clip_cov=RULE if kind == "policy" else None, weight=0.5)], seed=1)
+        learner.update(
+            on_policy,
+            None,
+            gamma=0.0,
+            objectives=[Objective(kind, clip_cov=RULE if kind == "policy" else None, weight=0.5)],
+            seed=1,
+        )
     found, wanted = weights(other) - before, weights(local) - before
     assert float((found - wanted).norm()) <= 1e-5 * float(wanted.norm()) and float(wanted.norm()) > 1e-2
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_five_steps_end_at_the_same_weights(ranks, folder, reference, stage):
-    local, other = both(ranks, folder, settings(stage, lr=0.1, grad_clip=0.3, mini_batches=2), reference=reference, critic=head())
+    local, other = both(
+        ranks, folder, settings(stage, lr=0.1, grad_clip=0.3, mini_batches=2), reference=reference, critic=head()
+    )
     on_policy, replay = batches(local)
     seen = []
     for learner in (local, other):
         for number in range(2):
-            result = learner.update(on_policy, replay if number else None, gamma=0.3, objectives=EVERYTHING, seed=number)
+            result = learner.update(
+                on_policy, replay if number else None, gamma=0.3, objectives=EVERYTHING, seed=number
+            )
         assert learner.steps >= 5
         seen.append(result.metrics)
     assert gap(local, other) <= 1e-5
@@ -153,13 +187,22 @@ def test_predictions_are_those_of_the_local_learner(ranks, folder, reference):
         plain.values(rows)
 
 
-@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"packing": True}, {"offload": "optimizer"}, {"offload": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"gradient_checkpointing": True}, {"packing": True}, {"offload": "optimizer"}, {"offload": "all"}],
+    ids=str,
+)
 def test_what_saves_memory_changes_nothing(ranks, folder, changes):
     local, other = both(ranks, folder, settings(3, lr=0.1, grad_clip=0.3, **changes))
     on_policy, replay = batches_without_critic(local)
     for learner in (local, other):
         for number in range(2):
-            assert learner.update(on_policy, replay, gamma=0.3, objectives=[PLAIN[0], Objective("sil")], seed=number).skipped == 0
+            assert (
+                learner.update(
+                    on_policy, replay, gamma=0.3, objectives=[PLAIN[0], Objective("sil")], seed=number
+                ).skipped
+                == 0
+            )
     assert gap(local, other) <= 1e-5 and gap(local, LocalLearner(load_model(str(folder)), settings())) > 1e-3
 
 
@@ -213,7 +256,9 @@ def test_a_number_that_is_not_finite_skips_the_step_everywhere(ranks, folder, st
     assert gap(local, other) <= 1e-5
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+)
 def test_resume_is_exact(ranks, folder, tmp_path, stage, precision):
     options = settings(stage, precision=precision, mini_batches=2, warmup_steps=5, grad_clip=1.0)
     learner = DeepSpeedLearner(folder, options, critic=head(), _ranks=ranks)
@@ -279,7 +324,9 @@ def test_an_export_is_a_model_directory(ranks, tmp_path, stage, tied, monkeypatc
     model = load_model(str(tmp_path / "out"))
     assert model.config.tie_word_embeddings is tied
     ids = [5, 9, 2, 6, 5, 3]
-    assert LocalLearner(model, settings(precision="fp32")).probe(ids) == pytest.approx(learner.probe(ids), abs=0.05 if learner.shard.native else 1e-5)
+    assert LocalLearner(model, settings(precision="fp32")).probe(ids) == pytest.approx(
+        learner.probe(ids), abs=0.05 if learner.shard.native else 1e-5
+    )
     names = [name for name, _ in learner.full_parameters()]
     assert len(names) == len(set(names)) and ("lm_head.weight" in names) is not tied
 
@@ -297,7 +344,10 @@ def test_bf16_trains(ranks, folder, stage):
     learner = DeepSpeedLearner(folder, settings(stage, precision="bf16", lr=3e-3), _ranks=ranks)
     batch, _ = batches_without_critic(learner)
     batch = Batch(batch.rows, torch.where(batch.action_mask, 1.0, 0.0), batch.old_logprobs)
-    losses = [learner.update(batch, None, gamma=0.0, objectives=[Objective("sft")], seed=s).metrics["sft/loss"] for s in range(12)]
+    losses = [
+        learner.update(batch, None, gamma=0.0, objectives=[Objective("sft")], seed=s).metrics["sft/loss"]
+        for s in range(12)
+    ]
     assert losses[-1] < 0.8 * losses[0]
     assert next(iter(learner.full_parameters()))[1].dtype == (torch.float32 if stage == 0 else torch.bfloat16)
 

@@ -18,20 +18,24 @@ from spearrl.errors import ConfigError, WorkerError
 from spearrl.learner import DeepSpeedLearner
 from spearrl.losses import Objective
 from tests.engines.test_deepspeed import batches_without_critic, saved, settings
-from tests.gates import wait_gone
-from tests.test_learner import tiny
+from tests.learner.test_learner import tiny
+from tests.support.gates import wait_gone
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG_S, SHORT_S = 240.0, 20.0  # learner.timeout_s
 
 
-def loss_that_fails_on_rank_1(logprobs, old_logprobs, advantages, action_mask, *, aggregation, horizon, denominator, drop):
+def loss_that_fails_on_rank_1(
+    logprobs, old_logprobs, advantages, action_mask, *, aggregation, horizon, denominator, drop
+):
     if os.environ.get("RANK") == "1":
         raise ValueError("no such luck")
     return -(logprobs * advantages).sum() / denominator, {}
 
 
-def loss_that_wants_determinism(logprobs, old_logprobs, advantages, action_mask, *, aggregation, horizon, denominator, drop):
+def loss_that_wants_determinism(
+    logprobs, old_logprobs, advantages, action_mask, *, aggregation, horizon, denominator, drop
+):
     if not torch.are_deterministic_algorithms_enabled():
         raise ValueError("rank " + os.environ.get("RANK", "0"))
     return -(logprobs * advantages).sum() / denominator, {}
@@ -74,7 +78,9 @@ def test_what_torch_is_asked_for_holds_on_every_rank(folder):
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         learner = DeepSpeedLearner(folder, settings(3, processes=2, timeout_s=LONG_S))
-        update(learner, Objective("policy", surrogate="tests.engines.test_deepspeed_faults:loss_that_wants_determinism"))
+        update(
+            learner, Objective("policy", surrogate="tests.engines.test_deepspeed_faults:loss_that_wants_determinism")
+        )
         learner.close()
     finally:
         torch.use_deterministic_algorithms(False)
@@ -111,7 +117,9 @@ def test_weights_are_not_made_up(tmp_path, change):
 
     path, name = saved(tiny(), tmp_path), "model.layers.1.mlp.up_proj.weight"
     stored = load_file(path / "model.safetensors")
-    stored = {key: tensor for key, tensor in stored.items() if key != name} | ({name: torch.zeros(3, 3)} if change == "misshapen" else {})
+    stored = {key: tensor for key, tensor in stored.items() if key != name} | (
+        {name: torch.zeros(3, 3)} if change == "misshapen" else {}
+    )
     save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="up_proj"):
         DeepSpeedLearner(path, settings(3))
@@ -127,7 +135,14 @@ print(learner.ranks.children[1].pid, flush=True)
 time.sleep(600)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     pid = _first_number(trainer)
     trainer.kill()
     trainer.wait()
@@ -138,13 +153,21 @@ def test_a_trainer_that_waits_on_its_gpu_for_a_dead_rank_ends_and_says_so():
     """No error reaches a process that waits for a collective on a GPU; here it sleeps instead."""
     code = """
 import os, time
-from spearrl.learner.ranks import Ranks
+from spearrl.learner.deepspeed.ranks import Ranks
 ranks = Ranks(lambda name, common, part: time.sleep(600), 2, device="cpu", timeout_s=300)
 os.kill(ranks.children[1].pid, 9)
 ranks.call("step")
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == WorkerError.exit_code
     assert "learner rank 1: the process was killed by signal 9 during 'step'" in done.stderr
 
@@ -172,7 +195,16 @@ learner.close()
 
 def test_under_torchrun_the_ranks_are_those_that_it_started(folder, tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "train.py"), str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(tmp_path / "train.py"),
+        str(folder),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,13 +10,17 @@ from spearrl.errors import CheckpointError
 from spearrl.learner import DeepSpeedLearner, LocalLearner
 from spearrl.losses import ClipCov, Objective
 from spearrl.models import load_model, save_weights
-from tests.test_learner import RUNS, batch_of, settings, tiny
-from tests.test_rows import make_rows
+from tests.batching.test_rows import make_rows
+from tests.learner.test_learner import RUNS, batch_of, settings, tiny
 
 pytest.importorskip("deepspeed")
 peft = pytest.importorskip("peft")
 
-KINDS = [Objective("policy", clip_cov=ClipCov(0.2, -60.0, 60.0)), Objective("kl", weight=0.1), Objective("entropy", weight=0.01)]
+KINDS = [
+    Objective("policy", clip_cov=ClipCov(0.2, -60.0, 60.0)),
+    Objective("kl", weight=0.1),
+    Objective("entropy", weight=0.01),
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,9 @@ def base(tmp_path_factory):
 
 
 def options(**changes):
-    return settings(**{"processes": 2, "lr": 0.01, "lora": LoraSection(rank=4, alpha=8.0), "micro_batch_tokens": 24, **changes})
+    return settings(
+        **{"processes": 2, "lr": 0.01, "lora": LoraSection(rank=4, alpha=8.0), "micro_batch_tokens": 24, **changes}
+    )
 
 
 def batch(learner, seed: int = 0):
@@ -53,7 +59,9 @@ def test_two_ranks_with_adapters_are_the_local_learner(base, tmp_path, stage, pa
         assert torch.allclose(learner.logprobs(rows), start, atol=1e-5)
         train(learner, data)
         assert torch.allclose(learner.logprobs(rows, reference=True), reference, atol=1e-5)
-        assert torch.allclose(learner.logprobs(rows), local.logprobs(rows), atol=1e-3) and not torch.allclose(local.logprobs(rows), start, atol=1e-2)
+        assert torch.allclose(learner.logprobs(rows), local.logprobs(rows), atol=1e-3) and not torch.allclose(
+            local.logprobs(rows), start, atol=1e-2
+        )
         wanted, merged = dict(local.full_parameters()), dict(learner.full_parameters())
         assert set(merged) == set(wanted)
         assert all(torch.allclose(merged[name], wanted[name], atol=1e-4) for name in wanted)
@@ -64,12 +72,16 @@ def test_two_ranks_with_adapters_are_the_local_learner(base, tmp_path, stage, pa
         after = dict(learner.adapter_parameters())
         learner.load(tmp_path)
         train(learner, data, 1)
-        assert all(torch.equal(tensor, after[name]) for name, tensor in learner.adapter_parameters()), "resumed is not what went on"
+        assert all(torch.equal(tensor, after[name]) for name, tensor in learner.adapter_parameters()), (
+            "resumed is not what went on"
+        )
     finally:
         learner.close()
     adapted = peft.PeftModel.from_pretrained(load_model(str(base)), tmp_path / "adapter").merge_and_unload()
     found = LocalLearner(adapted.requires_grad_(True), settings(), temperature=0.7).logprobs(rows)
-    assert torch.allclose(found, LocalLearner(load_model(str(tmp_path)), settings(), temperature=0.7).logprobs(rows), atol=1e-5)
+    assert torch.allclose(
+        found, LocalLearner(load_model(str(tmp_path)), settings(), temperature=0.7).logprobs(rows), atol=1e-5
+    )
     wrong = DeepSpeedLearner(tmp_path, options(zero_stage=stage, processes=1), temperature=0.7)
     try:
         with pytest.raises(CheckpointError, match="trained on another model"):

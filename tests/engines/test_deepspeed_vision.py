@@ -12,14 +12,14 @@ pytest.importorskip("deepspeed")
 from spearrl.batching import Batch, Rows
 from spearrl.config.sections import LearnerSection
 from spearrl.learner import DeepSpeedLearner, LocalLearner
+from spearrl.learner.deepspeed.ranks import Ranks
+from spearrl.learner.deepspeed.shard import Worker
 from spearrl.learner.optimizer import make_optimizer
-from spearrl.learner.ranks import Ranks
-from spearrl.learner.shard import Worker
 from spearrl.losses import Objective
 from spearrl.models import load_model, save_model
 from spearrl.rollout import ChatEncoder
-from tests.sights import sighted
-from tests.test_vision import engine_of, played, rows_of
+from tests.models.test_vision import engine_of, played, rows_of
+from tests.support.vision_models import sighted
 
 LIMIT_S = 120.0
 
@@ -41,7 +41,9 @@ def scene(tmp_path_factory):
 
 def batch_of(rows: Rows) -> Batch:
     old = rows.pad(rows.rollout_logprobs)
-    return Batch(rows, torch.where(rows.padded_mask, torch.linspace(-1, 1, len(rows))[:, None].expand_as(old), 0.0), old)
+    return Batch(
+        rows, torch.where(rows.padded_mask, torch.linspace(-1, 1, len(rows))[:, None].expand_as(old), 0.0), old
+    )
 
 
 def weights(learner) -> torch.Tensor:
@@ -53,7 +55,14 @@ def test_the_local_learners_pass_and_gradient(ranks, scene, tmp_path, stage: int
     folder, rows = scene
     # Every pass of a row or two: text rows share no pass with others, so at times one rank sees and the other does not.
     options = LearnerSection(
-        lr=0.1, precision="fp32", mini_batches=1, grad_clip=1e9, micro_batch_tokens=70, backend="deepspeed", zero_stage=stage, timeout_s=LIMIT_S
+        lr=0.1,
+        precision="fp32",
+        mini_batches=1,
+        grad_clip=1e9,
+        micro_batch_tokens=70,
+        backend="deepspeed",
+        zero_stage=stage,
+        timeout_s=LIMIT_S,
     )
     local = LocalLearner(load_model(str(folder)), options)
     local.optimizer = make_optimizer(local.model.named_parameters(), options, critic=None, kind="sgd")

@@ -13,13 +13,13 @@ pytest.importorskip("vllm")
 from spearrl.config import LearnerSection  # noqa: E402
 from spearrl.learner import LocalLearner  # noqa: E402
 from spearrl.models import load_model  # noqa: E402
-from spearrl.rollout.fleet import Fleet  # noqa: E402
+from spearrl.rollout.workers.fleet import Fleet  # noqa: E402
 from spearrl.sync import Bridge, probe_prompt  # noqa: E402
-from tests.fleets import open_fleet, saved_model  # noqa: E402
-from tests.gates import Gate, killed_in_mid_episode, until, wait_gone  # noqa: E402
-from tests.test_fleet import episodes, in_process, play  # noqa: E402
+from tests.rollout.test_fleet import episodes, in_process, play  # noqa: E402
+from tests.support.gates import Gate, killed_in_mid_episode, until, wait_gone  # noqa: E402
+from tests.support.worker_fleet import open_fleet, saved_model  # noqa: E402
 
-FIXED = ("rollout.engine=vllm", "env.name=tests.rogue:Threaded", "run.deterministic=false")
+FIXED = ("rollout.engine=vllm", "env.name=tests.support.faulty_envs:Threaded", "run.deterministic=false")
 TASKS = ["fine-0", "fine-1", "fine-2"]
 
 
@@ -46,7 +46,13 @@ def fleet(model: str, gate: Gate, tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="module")
 def bridge(fleet: Fleet, model: str, tmp_path_factory: pytest.TempPathFactory):
     learner = LocalLearner(load_model(model), LearnerSection(precision="fp32"))
-    made = Bridge(learner, fleet, settings=fleet.config.sync, probe_ids=probe_prompt(300, 0), run_folder=tmp_path_factory.mktemp("sync"))
+    made = Bridge(
+        learner,
+        fleet,
+        settings=fleet.config.sync,
+        probe_ids=probe_prompt(300, 0),
+        run_folder=tmp_path_factory.mktemp("sync"),
+    )
     fleet.on_start = made.catch_up
     yield made
     made.close()
@@ -74,11 +80,15 @@ def publish(fleet: Fleet, bridge: Bridge, version: int) -> dict[str, float]:
 def core_of(member) -> int:
     """The process of a worker's engine."""
     own = processes_of(member.pid)[1:]
-    return next(pid for pid in own if "EngineCore" in Path(f"/proc/{pid}/comm").read_text() + Path(f"/proc/{pid}/cmdline").read_text())
+    return next(
+        pid
+        for pid in own
+        if "EngineCore" in Path(f"/proc/{pid}/comm").read_text() + Path(f"/proc/{pid}/cmdline").read_text()
+    )
 
 
 def test_the_fleet_plays_what_the_local_engine_plays_when_greedy(fleet: Fleet, model: str, tmp_path: Path):
-    here = in_process(model, tmp_path, "env.name=tests.rogue:Threaded")
+    here = in_process(model, tmp_path, "env.name=tests.support.faulty_envs:Threaded")
     here.temperature = 0.0
     assert episodes(play(fleet.collector(0.0, 1.0), TASKS)) == episodes(play(here, TASKS))
 
@@ -97,8 +107,12 @@ def test_workers_and_engines_that_die_come_back_with_the_synced_weights(fleet: F
     with killed_in_mid_episode(fleet, gate, lambda: [os.kill(pid, signal.SIGKILL) for pid in victims], deaths=2):
         groups = play(collector, TASKS)
     measures = collector.measures
-    assert measures["rollout/worker_deaths"] == 2 and measures["rollout/reissued"] >= 12 and measures["rollout/stale"] == 0
-    assert [key for key in episodes(groups)] == [key for key in episodes(wanted)] and not any(t.status.is_error for g in groups for t in g.trajectories)
+    assert (
+        measures["rollout/worker_deaths"] == 2 and measures["rollout/reissued"] >= 12 and measures["rollout/stale"] == 0
+    )
+    assert [key for key in episodes(groups)] == [key for key in episodes(wanted)] and not any(
+        t.status.is_error for g in groups for t in g.trajectories
+    )
     assert {turn.min_version for g in groups for t in g.trajectories for turn in t.turns} == {2}
     wait_gone(pids)
     until(lambda: len(list(fleet)) == 2, "both replacements are up", seconds=300)

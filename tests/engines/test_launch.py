@@ -14,16 +14,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.gates import LIMIT_S, until
+from tests.support.gates import LIMIT_S, until
 
 psutil = pytest.importorskip("psutil")
 pytest.importorskip("deepspeed")
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "spearrl")
-DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_accelerators", "2", "--module", "spearrl")
+DEEPSPEED = (
+    sys.executable,
+    "-m",
+    "deepspeed.launcher.runner",
+    "--no_local_rank",
+    "--num_accelerators",
+    "2",
+    "--module",
+    "spearrl",
+)
 TOY = (
-    "env.name=tests.toys:Fetch",
+    "env.name=tests.support.toy_envs:Fetch",
     "model.tiny.layers=1",
     "model.tiny.hidden_size=32",
     "model.tiny.heads=1",
@@ -57,8 +66,20 @@ def launched(command: tuple[str, ...], folder: Path, *settings: str) -> Iterator
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     with log.open("w") as output:
         port = ("--master_port", str(free_port())) if command is DEEPSPEED else ()
-        arguments = [*command[:3], *port, *command[3:], "train", "--preset", "tiny", *TOY, f"run.output_dir={folder}", *settings]
-        process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        arguments = [
+            *command[:3],
+            *port,
+            *command[3:],
+            "train",
+            "--preset",
+            "tiny",
+            *TOY,
+            f"run.output_dir={folder}",
+            *settings,
+        ]
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
     mine = psutil.Process(process.pid)
     everyone: list[psutil.Process] = []
     try:
@@ -76,7 +97,11 @@ def ranks(process: subprocess.Popen) -> dict[int, psutil.Process]:
     found = {}
     for child in psutil.Process(process.pid).children(recursive=True):
         words = child.cmdline()
-        if "train" in words and "RANK" in child.environ() and not any("torch.distributed.run" in word or "launcher" in word for word in words):
+        if (
+            "train" in words
+            and "RANK" in child.environ()
+            and not any("torch.distributed.run" in word or "launcher" in word for word in words)
+        ):
             found.setdefault(int(child.environ()["RANK"]), child)
     return found
 
@@ -104,7 +129,9 @@ def test_ranks_train_together(command, tmp_path):
     text = log.read_text()
     events = [json.loads(line) for line in (tmp_path / "r/events.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"]
-    assert [event["step"] for event in steps] == [1, 2] and all(event["policy/updates"] == 2 and event["policy/skipped"] == 0 for event in steps)
+    assert [event["step"] for event in steps] == [1, 2] and all(
+        event["policy/updates"] == 2 and event["policy/skipped"] == 0 for event in steps
+    )
     assert text.count("2 ranks") == 1 and text.count("done: ") == 1  # rank 1 prints nothing of its own
     config = (tmp_path / "r/config.toml").read_text()
     assert 'backend = "deepspeed"' in config and "processes = 2" in config
@@ -135,5 +162,7 @@ def test_a_killed_rank_ends_the_run(victim, tmp_path):
 
 def test_a_wrong_setting_is_told_once(tmp_path):
     with launched(TORCHRUN, tmp_path, "run.stepz=2") as (process, log):
-        assert process.wait(300) != 0  # the other rank does not wait for a trainer that will not come: that would have no end
+        assert (
+            process.wait(300) != 0
+        )  # the other rank does not wait for a trainer that will not come: that would have no end
     assert log.read_text().count("did you mean run.steps") == 1 and not (tmp_path / "r").exists()

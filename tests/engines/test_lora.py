@@ -17,10 +17,10 @@ from spearrl.learner import LocalLearner
 from spearrl.losses import Objective
 from spearrl.models import load_model
 from spearrl.trainer import Trainer
-from tests.runs import cold_started, from_model, run, stopped_and_resumed
-from tests.small import fingerprint
-from tests.test_learner import RUNS, batch_of, settings, tiny
-from tests.test_rows import make_rows
+from tests.batching.test_rows import make_rows
+from tests.learner.test_learner import RUNS, batch_of, settings, tiny
+from tests.support.short_runs import cold_started, from_model, run, stopped_and_resumed
+from tests.support.small_run import fingerprint
 
 peft = pytest.importorskip("peft")
 
@@ -28,7 +28,9 @@ POLICY = [Objective("policy")]
 LINEAR = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 
 
-def adapted(model: torch.nn.Module | None = None, *, rank: int = 4, targets: str = "", seed: int = 7, **changes) -> LocalLearner:
+def adapted(
+    model: torch.nn.Module | None = None, *, rank: int = 4, targets: str = "", seed: int = 7, **changes
+) -> LocalLearner:
     options = settings(**{"lr": 0.03, "lora": LoraSection(rank=rank, alpha=8.0, targets=targets), **changes})
     return LocalLearner(tiny() if model is None else model, options, temperature=0.7, seed=seed)
 
@@ -58,7 +60,9 @@ def test_adapters_change_nothing_until_they_are_trained():
     assert type(learner.model) is type(plain.model)
     assert torch.equal(learner.logprobs(rows), plain.logprobs(rows))
     names = {name.split(".")[-3] for name, _ in learner.adapter_parameters()}
-    assert names == set(LINEAR) and not any("lm_head" in name or "embed" in name for name, _ in learner.adapter_parameters())
+    assert names == set(LINEAR) and not any(
+        "lm_head" in name or "embed" in name for name, _ in learner.adapter_parameters()
+    )
 
 
 def test_only_adapters_are_trained():
@@ -88,7 +92,10 @@ def test_the_first_weights_follow_the_seed_alone():
 def test_loss_falls():
     learner = adapted(rank=2, lr=0.05)
     batch = batch_of(make_rows(RUNS), learner)
-    losses = [learner.update(batch, None, gamma=0.0, objectives=[Objective("sft")], seed=seed).metrics["sft/loss"] for seed in range(10)]
+    losses = [
+        learner.update(batch, None, gamma=0.0, objectives=[Objective("sft")], seed=seed).metrics["sft/loss"]
+        for seed in range(10)
+    ]
     assert losses[-1] < losses[0] - 0.1 and all(math.isfinite(loss) for loss in losses)
 
 
@@ -115,7 +122,9 @@ def test_merged_weights_are_the_adapted_model(tied, tmp_path):
     plain.tie_weights()
     difference = LocalLearner(plain, settings(), temperature=0.7).logprobs(rows) - learner.logprobs(rows)
     assert 0 < float(difference.abs().max()) <= 1e-5
-    assert all(torch.equal(frozen[name], p) for name, p in learner.model.named_parameters()), "merging changed the model"
+    assert all(torch.equal(frozen[name], p) for name, p in learner.model.named_parameters()), (
+        "merging changed the model"
+    )
     learner.save(tmp_path)
     saved = load_model(str(tmp_path))
     assert type(saved) is type(plain) and not any("lora" in name for name, _ in saved.named_parameters())
@@ -137,7 +146,12 @@ def test_saved_adapters_are_pefts(tmp_path):
     learner = updated(adapted(targets="q_proj, v_proj"))
     learner.save(tmp_path)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["peft_type"], sorted(config["target_modules"])) == (4, 8.0, "LORA", ["q_proj", "v_proj"])
+    assert (config["r"], config["lora_alpha"], config["peft_type"], sorted(config["target_modules"])) == (
+        4,
+        8.0,
+        "LORA",
+        ["q_proj", "v_proj"],
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = peft.PeftModel.from_pretrained(tiny(), tmp_path / "adapter")
@@ -155,7 +169,9 @@ def test_save_and_resume_are_bit_exact(tmp_path):
     batch = anchored(learner)
     for each in (learner, other):
         each.update(batch, None, gamma=0.0, objectives=kinds, seed=11)
-    assert all(torch.equal(one, two) for one, two in zip(adapters(learner).values(), adapters(other).values(), strict=True))
+    assert all(
+        torch.equal(one, two) for one, two in zip(adapters(learner).values(), adapters(other).values(), strict=True)
+    )
     for reference in (False, True):
         assert torch.equal(learner.logprobs(rows, reference=reference), other.logprobs(rows, reference=reference))
 
@@ -208,13 +224,15 @@ def test_the_local_engine_samples_with_the_adapters():
     import asyncio
 
     from spearrl.rollout import LocalEngine
-    from spearrl.rollout.engine import Request, Sampling
+    from spearrl.rollout.protocol import Request, Sampling
 
     model = tiny()
     engine = LocalEngine(model, slots=4, cache_mib=8, context_tokens=64)
     learner = updated(adapted(model))
     engine.publish(1)
-    request = Request((0, 0, 0), (3, 4, 5), sampling=Sampling(temperature=0.7, top_p=1.0, max_tokens=6, stop_ids=(), seed=1))
+    request = Request(
+        (0, 0, 0), (3, 4, 5), sampling=Sampling(temperature=0.7, top_p=1.0, max_tokens=6, stop_ids=(), seed=1)
+    )
     reply = asyncio.run(engine.generate(request))
     ids = torch.tensor([[3, 4, 5, *reply.token_ids]])
     with torch.no_grad():
@@ -231,7 +249,13 @@ def base(tmp_path_factory):
 
 def test_a_resumed_run_is_the_run(base, tmp_path):
     """With the base as KL reference too; and a checkpoint is a plain model directory."""
-    changes = ("learner.lora.rank=4", "learner.lr=1e-2", "algo.kl.loss_coef=0.01", "run.steps=3", "run.checkpoint_every=1")
+    changes = (
+        "learner.lora.rank=4",
+        "learner.lr=1e-2",
+        "algo.kl.loss_coef=0.01",
+        "run.steps=3",
+        "run.checkpoint_every=1",
+    )
     whole = run(from_model(base, tmp_path, *changes, name="whole"))
     parts = stopped_and_resumed(from_model(base, tmp_path, *changes, name="parts"), after=2)
     assert fingerprint(whole.parts.model) == fingerprint(parts.parts.model)
@@ -242,12 +266,21 @@ def test_a_resumed_run_is_the_run(base, tmp_path):
 
 def test_a_run_with_adapters_learns(base, tmp_path):
     """The Fetch toy from an imperfect cold start: success rises (0.5 → 0.75 here and with every weight trained), the base stays."""
-    changes = ("learner.lora.rank=8", "learner.lr=3e-3", "rollout.temperature=1", "rollout.groups_per_step=8", "run.steps=20", "run.checkpoint_every=0")
+    changes = (
+        "learner.lora.rank=8",
+        "learner.lr=3e-3",
+        "rollout.temperature=1",
+        "rollout.groups_per_step=8",
+        "run.steps=20",
+        "run.checkpoint_every=0",
+    )
     trainer = Trainer(from_model(base, tmp_path, *changes, "eval.tasks=24", name="lora"))
     before = trainer.evaluate()
     after = trainer.train()
     trainer.close()
     assert after.success.rate > before.success.rate + 0.1
     found = {name: tensor for name, tensor in load_model(str(base)).named_parameters()}
-    kept = {name.replace(".base_layer", ""): p for name, p in trainer.parts.model.named_parameters() if ".lora_" not in name}
+    kept = {
+        name.replace(".base_layer", ""): p for name, p in trainer.parts.model.named_parameters() if ".lora_" not in name
+    }
     assert all(torch.equal(kept[name], tensor) for name, tensor in found.items())

@@ -11,12 +11,12 @@ pytest.importorskip("ray")
 
 from spearrl.errors import ConfigError  # noqa: E402
 from spearrl.launch import ray as launching  # noqa: E402
-from spearrl.rollout.fleet import Fleet  # noqa: E402
-from tests.fleets import config_of, saved_model  # noqa: E402
-from tests.gates import Gate, killed_in_mid_episode, until, wait_gone  # noqa: E402
-from tests.test_fleet import episodes, in_process, play, send_weights  # noqa: E402
+from spearrl.rollout.workers.fleet import Fleet  # noqa: E402
+from tests.rollout.test_fleet import episodes, in_process, play, send_weights  # noqa: E402
+from tests.support.gates import Gate, killed_in_mid_episode, until, wait_gone  # noqa: E402
+from tests.support.worker_fleet import config_of, saved_model  # noqa: E402
 
-ROGUE = ("env.name=tests.rogue:Threaded", "run.deterministic=false", "rollout.launcher=ray")
+ROGUE = ("env.name=tests.support.faulty_envs:Threaded", "run.deterministic=false", "rollout.launcher=ray")
 NAMES = ["fine-0", "fine-1", "fine-2"]
 NODE = {"num_cpus": 2, "object_store_memory": 80_000_000}
 
@@ -57,7 +57,9 @@ def raylets(fleet: Fleet) -> set[str]:
 
 def test_what_the_cluster_lacks_is_named(cluster, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launching, "RESOURCES_S", 0.5)
-    with pytest.raises(ConfigError, match=r"rollout.workers=2 needs 4 GPU \(it has 0\) of a Ray cluster of \d machines"):
+    with pytest.raises(
+        ConfigError, match=r"rollout.workers=2 needs 4 GPU \(it has 0\) of a Ray cluster of \d machines"
+    ):
         launching.actors(config_of(tmp_path, *ROGUE), model, tmp_path, gpus=2)
 
 
@@ -67,7 +69,9 @@ def test_a_worker_that_cannot_be_built_says_why(cluster, model: str, tmp_path: P
         Fleet(config, launching.actors(config, model, tmp_path))
 
 
-def test_workers_land_on_different_nodes_and_a_dead_nodes_episodes_are_played_again(cluster, model: str, tmp_path: Path):
+def test_workers_land_on_different_nodes_and_a_dead_nodes_episodes_are_played_again(
+    cluster, model: str, tmp_path: Path
+):
     gate = Gate(tmp_path / "gate")
     config = config_of(tmp_path, *ROGUE, f"env.options.gate={gate.folder}")
     gate.folder.mkdir()

@@ -11,13 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.gates import Gate, until, wait_gone
+from tests.support.gates import Gate, until, wait_gone
 
 pytest.importorskip("vllm")
 pytest.importorskip("deepspeed")
 
 ROOT = Path(__file__).resolve().parents[2]
-ENGINES = ["rollout.engine=vllm", "learner.backend=deepspeed", "learner.zero_stage=3", "learner.processes=2", "learner.precision=fp32"]
+ENGINES = [
+    "rollout.engine=vllm",
+    "learner.backend=deepspeed",
+    "learner.zero_stage=3",
+    "learner.processes=2",
+    "learner.precision=fp32",
+]
 SHORT = [
     "sft.episodes=200",
     "sft.epochs=1",
@@ -33,11 +39,24 @@ GAP = 1e-4  # nats, fp32
 
 def spearrl(folder: Path, *words: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "spearrl", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def train(folder: Path, name: str, *settings: str) -> list[dict]:
-    done = spearrl(folder, "train", "--env", "webshop", "--algo", "grpo+spear", f"run.output_dir={folder}", f"run.name={name}", *SHORT, *settings)
+    done = spearrl(
+        folder,
+        "train",
+        "--env",
+        "webshop",
+        "--algo",
+        "grpo+spear",
+        f"run.output_dir={folder}",
+        f"run.name={name}",
+        *SHORT,
+        *settings,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return events(folder / name)
 
@@ -79,7 +98,13 @@ def test_such_a_run_resumes_and_its_checkpoint_is_a_plain_model(trained: Path):
 
 
 def test_two_workers_run_ahead_and_stay_within_the_bound(tmp_path: Path):
-    settings = ["rollout.engine=vllm", "rollout.workers=2", "rollout.max_staleness=1", "learner.precision=fp32", "run.steps=4"]
+    settings = [
+        "rollout.engine=vllm",
+        "rollout.workers=2",
+        "rollout.max_staleness=1",
+        "learner.precision=fp32",
+        "run.steps=4",
+    ]
     found = steps(train(tmp_path, "ahead", *settings))
     ages = [event["policy/staleness_max"] for event in found]
     assert len(found) == 4 and max(ages) == 1, ages
@@ -93,11 +118,31 @@ def test_a_worker_killed_in_mid_episode_costs_nothing(tmp_path: Path):
     """kill -9 of a worker while it plays: its episodes are played by others, with the same seeds, and every step is whole."""
     folder = tmp_path / "killed"
     gate = Gate(tmp_path / "gate")
-    command = [sys.executable, "-m", "spearrl", "train", "--env", "tests.rogue:Shop", "--algo", "grpo+spear", f"run.output_dir={tmp_path}", "run.name=killed"]
-    command += [*SHORT, f"env.options.gate={gate.folder}", "rollout.engine=vllm", "rollout.workers=2", "learner.precision=fp32", "run.steps=5"]
+    command = [
+        sys.executable,
+        "-m",
+        "spearrl",
+        "train",
+        "--env",
+        "tests.support.faulty_envs:Shop",
+        "--algo",
+        "grpo+spear",
+        f"run.output_dir={tmp_path}",
+        "run.name=killed",
+    ]
+    command += [
+        *SHORT,
+        f"env.options.gate={gate.folder}",
+        "rollout.engine=vllm",
+        "rollout.workers=2",
+        "learner.precision=fp32",
+        "run.steps=5",
+    ]
     log = tmp_path / "log"
     with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
 
     def made() -> bool:
         assert process.poll() is None, log.read_text()[-3000:]
@@ -118,8 +163,13 @@ def test_a_worker_killed_in_mid_episode_costs_nothing(tmp_path: Path):
     found = steps(events(folder))
     assert [event["step"] for event in found] == [1, 2, 3, 4, 5]
     assert sum(event["rollout/worker_deaths"] for event in found) == 1
-    assert any("signal SIGKILL" in event.get("text", "") for event in events(folder)), "the run's own record does not tell"
-    assert all(event["rollout/errors"] == 0 and event["policy/staleness_max"] == 0 and event["policy/sampler_gap_max"] <= GAP for event in found)
+    assert any("signal SIGKILL" in event.get("text", "") for event in events(folder)), (
+        "the run's own record does not tell"
+    )
+    assert all(
+        event["rollout/errors"] == 0 and event["policy/staleness_max"] == 0 and event["policy/sampler_gap_max"] <= GAP
+        for event in found
+    )
 
 
 def _workers(parent: int) -> list[int]:
@@ -131,6 +181,6 @@ def _workers(parent: int) -> list[int]:
                 words, status = (folder / "cmdline").read_bytes().split(b"\0"), (folder / "stat").read_text()
             except OSError:
                 continue
-            if b"spearrl.rollout.worker" in words and int(status.rsplit(")", 1)[1].split()[1]) == parent:
+            if b"spearrl.rollout.workers.worker" in words and int(status.rsplit(")", 1)[1].split()[1]) == parent:
                 found.append(int(folder.name))
     return sorted(found)

@@ -12,15 +12,17 @@ from spearrl.config.sections import LearnerSection, LoraSection
 from spearrl.learner import LocalLearner
 from spearrl.losses import Objective
 from spearrl.rollout import ChatEncoder
-from tests.sights import sighted
-from tests.test_vision import SETTINGS, engine_of, played, rows_of
+from tests.models.test_vision import SETTINGS, engine_of, played, rows_of
+from tests.support.vision_models import sighted
 
 
 def test_adapters_leave_the_vision_tower_alone(tmp_path):
     model, tokenizer = sighted()
     rows = rows_of(played(engine_of(model), ChatEncoder(tokenizer), *range(3)))
     old = LocalLearner(model, LearnerSection(**SETTINGS)).logprobs(rows)
-    learner = LocalLearner(model, LearnerSection(**{**SETTINGS, "mini_batches": 1, "lora": LoraSection(rank=4)}), seed=1)
+    learner = LocalLearner(
+        model, LearnerSection(**{**SETTINGS, "mini_batches": 1, "lora": LoraSection(rank=4)}), seed=1
+    )
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert names and all("language_model" in name for name in names) and any("gate_proj" in name for name in names)
     assert torch.equal(learner.logprobs(rows), old)
@@ -32,4 +34,6 @@ def test_adapters_leave_the_vision_tower_alone(tmp_path):
     learner.export(tmp_path)  # adapters merged
     from spearrl.models import load_model
 
-    torch.testing.assert_close(LocalLearner(load_model(str(tmp_path)), LearnerSection(**SETTINGS)).logprobs(rows), found, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        LocalLearner(load_model(str(tmp_path)), LearnerSection(**SETTINGS)).logprobs(rows), found, atol=1e-4, rtol=0
+    )

@@ -21,8 +21,8 @@ from spearrl.learner import LocalLearner
 from spearrl.rollout import Completion, LocalEngine, Request, Sampling
 from spearrl.rollout.vllm import VLLMEngine
 from spearrl.types import Action, Group, Image, Status, Task, Trajectory, Turn
-from tests.asking import VOCABULARY, all_begun, prompt, requests, serve
-from tests.gates import LIMIT_S
+from tests.support.engine_requests import VOCABULARY, all_begun, prompt, requests, serve
+from tests.support.gates import LIMIT_S
 
 CONTEXT, BLOCK = 512, 128
 ROLLOUT = RolloutSection(context_tokens=CONTEXT, cache_mib=64, slots=32)
@@ -32,9 +32,19 @@ def tiny(seed: int = 0):
     """A random model whose distributions are far from uniform, so that errors show."""
     import transformers
 
-    shape = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+    shape = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+    )
     torch.manual_seed(seed)
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape, eos_token_id=3, tie_word_embeddings=True, initializer_range=0.3)).eval()
+    return transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**shape, eos_token_id=3, tie_word_embeddings=True, initializer_range=0.3)
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +65,9 @@ def engine(folder):
     before = dict(os.environ)
     made = VLLMEngine(folder, VllmSection(), ROLLOUT, threads=1)
     assert dict(os.environ) == before
-    assert len(made._processes.ids()) == 2  # core and worker: so a watch that kills by the mark in their environment finds both
+    assert (
+        len(made._processes.ids()) == 2
+    )  # core and worker: so a watch that kills by the mark in their environment finds both
     yield made
     made.close()
     assert made._processes.ids() == [] and not made.health()
@@ -78,7 +90,9 @@ def assert_matches(model, request: Request, completion: Completion) -> None:
         table = torch.log_softmax(left, dim=-1)
     if sampling.top_p < 1:
         ordered, order = table.sort(dim=-1, descending=True)
-        dropped = torch.zeros_like(table, dtype=torch.bool).scatter(1, order, ordered.exp().cumsum(-1) - ordered.exp() >= sampling.top_p)
+        dropped = torch.zeros_like(table, dtype=torch.bool).scatter(
+            1, order, ordered.exp().cumsum(-1) - ordered.exp() >= sampling.top_p
+        )
         table = torch.log_softmax(table.masked_fill(dropped, -torch.inf), dim=-1)
     expected = table[torch.arange(len(completion.token_ids)), list(completion.token_ids)]
     torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
@@ -95,18 +109,36 @@ def test_greedy_tokens_are_those_of_the_local_engine(model, engine):
 
 def test_log_probabilities_are_the_learners(model, engine):
     """Of free replies and of such as were restricted to allowed ids."""
-    wanted = [*requests(temperature=0.7), *requests(temperature=0.7, allowed_ids=(2, 9, 33, 70)), *requests(temperature=0.7, allowed_ids=tuple(range(50)))]
+    wanted = [
+        *requests(temperature=0.7),
+        *requests(temperature=0.7, allowed_ids=(2, 9, 33, 70)),
+        *requests(temperature=0.7, allowed_ids=tuple(range(50))),
+    ]
     found = serve(engine, *wanted)
     groups = []
     for i, (request, completion) in enumerate(zip(wanted, found, strict=True)):
-        turn = Turn(request.token_ids, completion.token_ids, completion.logprobs, "stop", "", "", None, Action("x"), allowed_ids=request.sampling.allowed_ids)
+        turn = Turn(
+            request.token_ids,
+            completion.token_ids,
+            completion.logprobs,
+            "stop",
+            "",
+            "",
+            None,
+            Action("x"),
+            allowed_ids=request.sampling.allowed_ids,
+        )
         task = Task(f"task-{i}", "train")
         groups.append(Group(i, task, [Trajectory(task, i, i, i, [turn], Status.FAILURE)]))
     rows = rows_from_groups(groups)
     assert rows.allowed is not None and rows.allowed.sets == 2
     for packing in (False, True):
-        logprobs = LocalLearner(model, LearnerSection(precision="fp32", packing=packing), temperature=0.7).logprobs(rows)
-        torch.testing.assert_close(logprobs[rows.padded_mask], rows.rollout_logprobs[rows.action_mask], atol=1e-4, rtol=0)
+        logprobs = LocalLearner(model, LearnerSection(precision="fp32", packing=packing), temperature=0.7).logprobs(
+            rows
+        )
+        torch.testing.assert_close(
+            logprobs[rows.padded_mask], rows.rollout_logprobs[rows.action_mask], atol=1e-4, rtol=0
+        )
     assert int(rows.action_mask.sum()) == sum(len(c.token_ids) for c in found)
 
 
@@ -137,7 +169,12 @@ def test_only_the_requests_stop_ids_stop(engine):
 
 
 @pytest.mark.parametrize(
-    "sampling", [{"allowed_ids": (2, 9, 33, 70)}, {"top_p": 0.5}, {"top_p": 0.7, "allowed_ids": tuple(range(0, 96, 2)), "temperature": 1.3}]
+    "sampling",
+    [
+        {"allowed_ids": (2, 9, 33, 70)},
+        {"top_p": 0.5},
+        {"top_p": 0.7, "allowed_ids": tuple(range(0, 96, 2)), "temperature": 1.3},
+    ],
 )
 def test_restricted_draws_are_renormalised(model, engine, sampling):
     for request, completion in zip(requests(**sampling), serve(engine, *requests(**sampling)), strict=True):
@@ -154,13 +191,20 @@ def test_shared_beginnings_are_computed_once(model, engine):
     assert (first.cached_tokens, second.cached_tokens) == (0, 2 * BLOCK)
     assert_matches(model, request, second)
     gained = {name: engine.counters[name] - before[name] for name in before}
-    assert (gained["prefilled_tokens"], gained["cached_tokens"], gained["sampled_tokens"]) == (2 * BLOCK + 2 + 3, 2 * BLOCK, 8)
+    assert (gained["prefilled_tokens"], gained["cached_tokens"], gained["sampled_tokens"]) == (
+        2 * BLOCK + 2 + 3,
+        2 * BLOCK,
+        8,
+    )
     assert 0 < gained["seconds"] < 60
 
 
 def test_many_requests_from_two_event_loops(model, engine):
     results: dict[int, list[Completion]] = {}
-    threads = [threading.Thread(target=lambda part=part: results.update({part: serve(engine, *requests(64, max_tokens=30))})) for part in range(2)]
+    threads = [
+        threading.Thread(target=lambda part=part: results.update({part: serve(engine, *requests(64, max_tokens=30))}))
+        for part in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -250,7 +294,10 @@ def adapter(model, tmp_path_factory) -> Path:
     """A random low-rank adapter, far from zero."""
     peft = pytest.importorskip("peft")
     path, base = tmp_path_factory.mktemp("adapter"), tiny()
-    wrapped = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"))
+    wrapped = peft.get_peft_model(
+        base,
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
+    )
     torch.manual_seed(1)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
@@ -272,7 +319,9 @@ def test_adapters_then_a_killed_core(folder, model, adapter):
         for i, request in enumerate(plain):
             assert_matches(model, request, found[i])
             assert_matches(merged, request, found[6 + i])
-        assert max(abs(scores(model, r, c) - scores(merged, r, c)).max() for r, c in zip(plain, found, strict=False)) > 0.1
+        assert (
+            max(abs(scores(model, r, c) - scores(merged, r, c)).max() for r, c in zip(plain, found, strict=False)) > 0.1
+        )
 
         async def play():
             tasks = [asyncio.create_task(engine.generate(endless(i))) for i in range(3)]

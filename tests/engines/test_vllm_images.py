@@ -28,12 +28,24 @@ def build(folder):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     vocabulary = -(-len(tokenizer) // 8) * 8
     shape = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
-    text = t.OPTConfig(**shape, vocab_size=vocabulary, ffn_dim=96, word_embed_proj_dim=64, max_position_embeddings=256, bos_token_id=5, eos_token_id=5)
+    text = t.OPTConfig(
+        **shape,
+        vocab_size=vocabulary,
+        ffn_dim=96,
+        word_embed_proj_dim=64,
+        max_position_embeddings=256,
+        bos_token_id=5,
+        eos_token_id=5,
+    )
     sight = t.Blip2VisionConfig(**shape, intermediate_size=96, image_size=SIDE, patch_size=14)
     queries = t.Blip2QFormerConfig(**shape, intermediate_size=96, vocab_size=vocabulary, encoder_hidden_size=64)
     image = tokenizer.convert_tokens_to_ids("<image>")
     config = t.Blip2Config(
-        text_config=text.to_dict(), vision_config=sight.to_dict(), qformer_config=queries.to_dict(), num_query_tokens=QUERIES, image_token_index=image
+        text_config=text.to_dict(),
+        vision_config=sight.to_dict(),
+        qformer_config=queries.to_dict(),
+        num_query_tokens=QUERIES,
+        image_token_index=image,
     )
     torch.manual_seed(0)
     model = t.Blip2ForConditionalGeneration(config).eval()
@@ -59,7 +71,9 @@ def test_log_probabilities_given_a_picture(tmp_path):
             PIL.Image.new("RGB", (SIDE, SIDE), colour).save(file, "PNG")
             request = Request((0,), prompt, (Image(file.getvalue()),), Sampling(temperature=0.8, max_tokens=8, seed=1))
             completion = asyncio.run(engine.generate(request))
-            ids = torch.tensor([[*(image,) * QUERIES, *prompt, *completion.token_ids]])  # the processor puts the picture first
+            ids = torch.tensor(
+                [[*(image,) * QUERIES, *prompt, *completion.token_ids]]
+            )  # the processor puts the picture first
             pixels = pictures(images=[PIL.Image.open(file)], return_tensors="pt")["pixel_values"]
             with torch.no_grad():
                 logits = model(input_ids=ids, pixel_values=pixels).logits[0].float()

@@ -19,16 +19,21 @@ pytest.importorskip("vllm")
 from spearrl.config import RolloutSection, VllmSection
 from spearrl.errors import ConfigError, EngineError
 from spearrl.rollout import LocalEngine, Request, Sampling
-from spearrl.rollout.vllm_extension import EXTENSION
-from spearrl.rollout.vllm_server import RemoteEngine
-from tests.asking import prompt, requests, serve
+from spearrl.rollout.vllm.extension import EXTENSION
+from spearrl.rollout.vllm.server import RemoteEngine
 from tests.engines.test_vllm_engine import CONTEXT, assert_matches, endless, tiny
+from tests.support.engine_requests import prompt, requests, serve
 
 SWITCHES = (
     "--skip-tokenizer-init --enable-scale-out --enable-prompt-tokens-details --logprobs-mode processed_logprobs --dtype float32 --enforce-eager "
     f"--max-model-len {CONTEXT} --no-enable-chunked-prefill --max-num-batched-tokens 4096 --gpu-memory-utilization 0.1 --worker-extension-cls {EXTENSION}"
 )
-ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
 ROLLOUT = RolloutSection(context_tokens=CONTEXT)
 
 
@@ -52,9 +57,15 @@ def server(tmp_path_factory):
         str(port),
         *SWITCHES.split(),
     ]
-    environment = os.environ | ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = (
+        os.environ
+        | ENVIRONMENT
+        | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    )
     log = (folder / "log").open("w")
-    process = subprocess.Popen([*command, "--api-key", "right"], env=environment, stdout=log, stderr=log, start_new_session=True)
+    process = subprocess.Popen(
+        [*command, "--api-key", "right"], env=environment, stdout=log, stderr=log, start_new_session=True
+    )
     url, limit = f"http://127.0.0.1:{port}", time.monotonic() + 300
     try:
         while True:
@@ -73,7 +84,10 @@ def server(tmp_path_factory):
 
 def test_a_server(server, monkeypatch, tmp_path):
     url, folder = server
-    for token, seen in (("", "wants a token, and SPEARRL_ENGINE_TOKEN is not set"), ("wrong", "refuses the token in SPEARRL_ENGINE_TOKEN")):
+    for token, seen in (
+        ("", "wants a token, and SPEARRL_ENGINE_TOKEN is not set"),
+        ("wrong", "refuses the token in SPEARRL_ENGINE_TOKEN"),
+    ):
         monkeypatch.setenv("SPEARRL_ENGINE_TOKEN", token)
         with pytest.raises(EngineError, match=seen) as refused:
             RemoteEngine(url, folder, VllmSection(), ROLLOUT)
@@ -87,7 +101,12 @@ def test_a_server(server, monkeypatch, tmp_path):
     wanted = requests(16, temperature=0.0, max_tokens=16)
     local = LocalEngine(model, slots=16, cache_mib=64, context_tokens=CONTEXT)
     assert [c.token_ids for c in serve(engine, *wanted)] == [c.token_ids for c in serve(local, *wanted)]
-    for sampling in ({"temperature": 0.7}, {"allowed_ids": (2, 9, 33)}, {"top_p": 0.6}, {"stop_ids": tuple(range(48)), "max_tokens": 200}):
+    for sampling in (
+        {"temperature": 0.7},
+        {"allowed_ids": (2, 9, 33)},
+        {"top_p": 0.6},
+        {"stop_ids": tuple(range(48)), "max_tokens": 200},
+    ):
         found = serve(engine, *requests(**sampling))
         for request, completion in zip(requests(**sampling), found, strict=True):
             assert_matches(model, request, completion)

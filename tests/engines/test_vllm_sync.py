@@ -17,12 +17,12 @@ from spearrl.learner import LocalLearner  # noqa: E402
 from spearrl.models import save_weights  # noqa: E402
 from spearrl.rollout import Request, Sampling, vllm_extension, vllm_options  # noqa: E402
 from spearrl.rollout.vllm import VLLMEngine  # noqa: E402
-from spearrl.rollout.weights import read_bucket, write_bucket  # noqa: E402
 from spearrl.sync import Bridge, probe_prompt  # noqa: E402
 from spearrl.sync import bridge as bridge_module
-from tests.asking import VOCABULARY, all_begun
-from tests.asking import serve as sample
-from tests.gates import LIMIT_S
+from spearrl.sync.digests import read_bucket, write_bucket  # noqa: E402
+from tests.support.engine_requests import VOCABULARY, all_begun
+from tests.support.engine_requests import serve as sample
+from tests.support.gates import LIMIT_S
 
 CONTEXT, LONG = 512, 400
 
@@ -53,8 +53,18 @@ def small_model():
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    shape = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
-    return Qwen3ForCausalLM(Qwen3Config(**shape, initializer_range=0.2, tie_word_embeddings=True, max_position_embeddings=CONTEXT)).eval()
+    shape = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+    )
+    return Qwen3ForCausalLM(
+        Qwen3Config(**shape, initializer_range=0.2, tie_word_embeddings=True, max_position_embeddings=CONTEXT)
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +104,14 @@ def fault(folder):
 def bridge(learner, engine, tmp_path):
     said = []
     settings = SyncSection(timeout_s=60, bucket_mib=1)
-    bridge = Bridge(learner, [engine.receiver], settings=settings, probe_ids=probe_prompt(VOCABULARY, 0), run_folder=tmp_path, report=said.append)
+    bridge = Bridge(
+        learner,
+        [engine.receiver],
+        settings=settings,
+        probe_ids=probe_prompt(VOCABULARY, 0),
+        run_folder=tmp_path,
+        report=said.append,
+    )
     bridge.said = said
     yield bridge
     bridge.close()
@@ -132,7 +149,10 @@ def test_every_sync_is_verified_and_engines_sample_with_the_new_weights(model, l
 
 def test_requests_in_flight_finish_with_both_versions_and_right_logprobs(model, engine, bridge):
     bridge.publish(10)
-    before, wanted = torch.nn.utils.parameters_to_vector(model.parameters()).clone(), [request(place, LONG) for place in range(6)]
+    before, wanted = (
+        torch.nn.utils.parameters_to_vector(model.parameters()).clone(),
+        [request(place, LONG) for place in range(6)],
+    )
 
     async def play():
         tasks = [asyncio.create_task(engine.generate(one)) for one in wanted]
@@ -150,7 +170,9 @@ def test_requests_in_flight_finish_with_both_versions_and_right_logprobs(model, 
     for completion, under_old, under_new in zip(completions, old, after, strict=True):
         assert len(completion.token_ids) == LONG and (completion.min_version, completion.max_version) == (10, 11)
         switch = int((under_old <= 1e-4).long().cumprod(0).sum())  # tokens before the new weights
-        assert 0 < switch < LONG and float(under_new[switch:].max()) <= 1e-4, "right under the old weights up to the switch, under the new ones from it on"
+        assert 0 < switch < LONG and float(under_new[switch:].max()) <= 1e-4, (
+            "right under the old weights up to the switch, under the new ones from it on"
+        )
 
 
 def test_cached_beginnings_of_old_weights_are_not_used(model, engine, bridge):
@@ -176,7 +198,11 @@ def test_a_flipped_byte_is_caught_named_and_sent_again(engine, bridge, monkeypat
 
     monkeypatch.setattr(bridge_module, "write_bucket", corrupting)
     metrics = bridge.publish(13)
-    assert metrics["sync/resent"] == 1 and metrics["sync/probe_gap"] <= 1e-4 and "received 1 tensors otherwise" in bridge.said[0]
+    assert (
+        metrics["sync/resent"] == 1
+        and metrics["sync/probe_gap"] <= 1e-4
+        and "received 1 tensors otherwise" in bridge.said[0]
+    )
     assert engine.version == 13
 
 
@@ -187,10 +213,19 @@ def test_weights_under_a_wrong_name_stop_the_run(learner, engine, bridge, monkey
     def swapped():
         for name, tensor in type(learner).full_parameters(learner):
             parts = name.split(".")
-            yield ".".join(swap.get(part, part) if parts[i - 1] == "layers" and "mlp" in parts else part for i, part in enumerate(parts)), tensor
+            yield (
+                ".".join(
+                    swap.get(part, part) if parts[i - 1] == "layers" and "mlp" in parts else part
+                    for i, part in enumerate(parts)
+                ),
+                tensor,
+            )
 
     monkeypatch.setattr(learner, "full_parameters", swapped)
-    with pytest.raises(EngineError, match=r"sent twice: the probe's log-probabilities differ by .* on worker 1 \(vllm\), .* on the learner"):
+    with pytest.raises(
+        EngineError,
+        match=r"sent twice: the probe's log-probabilities differ by .* on worker 1 \(vllm\), .* on the learner",
+    ):
         bridge.publish(14)
     assert sample(engine, request(0))[0].token_ids, "and the engine is not left paused"
     monkeypatch.undo()
@@ -208,7 +243,9 @@ def test_a_head_left_stale_is_caught(model, engine, bridge, fault):
 
 
 def test_a_file_that_is_gone_names_the_engine(engine, bridge, monkeypatch):
-    monkeypatch.setattr(bridge_module, "write_bucket", lambda tensors, path: (write_bucket(tensors, path), path.unlink()))
+    monkeypatch.setattr(
+        bridge_module, "write_bucket", lambda tensors, path: (write_bucket(tensors, path), path.unlink())
+    )
     with pytest.raises(EngineError, match=r"worker 1 \(vllm\) failed at the update of bucket 0"):
         bridge.publish(19)
     monkeypatch.undo()
@@ -232,7 +269,9 @@ def test_replicas_report_a_digest_of_what_they_hold(learner, engine, tmp_path):
     for _ in range(2):
         receiver.pause(30)
         receiver.begin({"version": 23, "transport": "shared_memory", "digest": True}, 30)
-        assert set(receiver.take({"path": str(tmp_path / "all.safetensors")}, 30)) == set(read_bucket(tmp_path / "all.safetensors"))
+        assert set(receiver.take({"path": str(tmp_path / "all.safetensors")}, 30)) == set(
+            read_bucket(tmp_path / "all.safetensors")
+        )
         digests.append(receiver.finish(23, 30))
         receiver.resume(30)
     assert digests[0] == digests[1] and len(digests[0]) == 1
@@ -240,10 +279,15 @@ def test_replicas_report_a_digest_of_what_they_hold(learner, engine, tmp_path):
 
 def test_an_engine_that_hangs_in_the_update_is_named_within_the_bound(engine, learner, tmp_path, fault):
     settings = SyncSection(timeout_s=5)
-    bridge = Bridge(learner, [engine.receiver], settings=settings, probe_ids=probe_prompt(VOCABULARY, 0), run_folder=tmp_path)
+    bridge = Bridge(
+        learner, [engine.receiver], settings=settings, probe_ids=probe_prompt(VOCABULARY, 0), run_folder=tmp_path
+    )
     fault.write_text("hang")
     start = time.monotonic()
-    with pytest.raises(EngineError, match=r"worker 1 \(vllm\) (did not answer finish within 5 s|failed at finish: no answer within 5 s)"):
+    with pytest.raises(
+        EngineError,
+        match=r"worker 1 \(vllm\) (did not answer finish within 5 s|failed at finish: no answer within 5 s)",
+    ):
         bridge.publish(24)
     assert time.monotonic() - start < LIMIT_S / 2
     fault.unlink()
@@ -255,8 +299,8 @@ def test_vllms_own_sender_speaks_to_all_receivers(learner, monkeypatch):
     from vllm.distributed.weight_transfer import nccl_engine
 
     from spearrl.sync import native
-    from spearrl.sync.crowd import Crowd
-    from tests.test_sync_native import PLAN, Peer
+    from spearrl.sync.receivers import Crowd
+    from tests.sync.test_sync_native import PLAN, Peer
 
     peers, broadcast = [Peer("worker 0", shards=2), Peer("worker 1")], []
     opened = []
@@ -278,13 +322,19 @@ def test_vllms_own_sender_speaks_to_all_receivers(learner, monkeypatch):
     monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", producer)
     sender = native.Native("nccl", learner, limit=1 << 14, dtype=torch.bfloat16, device=torch.device("cpu"))
     received, sent = sender.send(Crowd(peers, 20), PLAN)
-    assert [dict(digests) == sent for _, digests in received] == [True, True] and len(sent) == len(list(learner.full_parameters()))
+    assert [dict(digests) == sent for _, digests in received] == [True, True] and len(sent) == len(
+        list(learner.full_parameters())
+    )
     init = [peer.plans[0]["init"] for peer in peers]
-    assert [(one["rank_offset"], one["world_size"], one["packed"], one["packed_buffer_size_bytes"]) for one in init] == [
+    assert [
+        (one["rank_offset"], one["world_size"], one["packed"], one["packed_buffer_size_bytes"]) for one in init
+    ] == [
         (1, 4, True, 1 << 14),
         (3, 4, True, 1 << 14),
     ]
     assert (opened[0].master_address, opened[0].master_port) == (init[0]["master_address"], init[0]["master_port"])
-    assert peers[0].taken[0]["names"] == [name for name, _ in broadcast] and set(peers[0].taken[0]["dtype_names"]) == {"bfloat16"}
+    assert peers[0].taken[0]["names"] == [name for name, _ in broadcast] and set(peers[0].taken[0]["dtype_names"]) == {
+        "bfloat16"
+    }
     nccl_engine.NCCLWeightTransferInitInfo(**init[1])  # and the engine's side takes what was sent
     nccl_engine.NCCLWeightTransferUpdateInfo(**peers[0].taken[0])

@@ -16,9 +16,9 @@ from spearrl.learner import LocalLearner  # noqa: E402
 from spearrl.models import load_model, save_weights  # noqa: E402
 from spearrl.rollout.vllm import VLLMEngine  # noqa: E402
 from spearrl.sync import Bridge, probe_prompt  # noqa: E402
-from tests.asking import VOCABULARY, all_begun  # noqa: E402
-from tests.asking import serve as sample  # noqa: E402
 from tests.engines.test_vllm_sync import CONTEXT, LONG, gaps, request, small_model  # noqa: E402
+from tests.support.engine_requests import VOCABULARY, all_begun  # noqa: E402
+from tests.support.engine_requests import serve as sample  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,9 @@ def test_adapters_travel_alone_and_requests_in_flight_keep_theirs(learner, engin
         assert (completion.min_version, completion.max_version, len(completion.token_ids)) == (3, 3, LONG)
         assert float(gaps(learner.model, request(place), completion).max()) <= 1e-4
 
-    with pytest.raises(EngineError, match="sent twice: the probe's log-probabilities differ"):  # the learner is back at version 3's adapters
+    with pytest.raises(
+        EngineError, match="sent twice: the probe's log-probabilities differ"
+    ):  # the learner is back at version 3's adapters
         bridge.adapters = lambda target: exported(learner, target)
         bridge.publish(5)
     bridge.close()
@@ -104,7 +106,13 @@ def exported(learner, target) -> None:
 
 
 def test_merged_weights_reach_an_engine_that_also_takes_adapters(learner, engine, tmp_path):
-    bridge = Bridge(learner, [engine.receiver], settings=SyncSection(timeout_s=60), probe_ids=probe_prompt(VOCABULARY, 1), run_folder=tmp_path)
+    bridge = Bridge(
+        learner,
+        [engine.receiver],
+        settings=SyncSection(timeout_s=60),
+        probe_ids=probe_prompt(VOCABULARY, 1),
+        run_folder=tmp_path,
+    )
     for version in (6, 7):
         train(learner, version)
         assert bridge.publish(version)["sync/probe_gap"] <= 1e-4

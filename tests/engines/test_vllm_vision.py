@@ -19,7 +19,11 @@ UNPACKED = ROOT / "build" / "torchvision"
 def test_conversations_with_pictures_and_a_weight_sync(tmp_path):
     if find_spec("torchvision") is None and not (UNPACKED / "torchvision").is_dir():
         pytest.skip('no torchvision: pip install --no-deps --target build/torchvision "torchvision==0.28.*"')
-    places = [str(ROOT)] if find_spec("torchvision") else [str(ROOT), str(ROOT / "tests/engines/torchvision_on_cpu"), str(UNPACKED)]
+    places = (
+        [str(ROOT)]
+        if find_spec("torchvision")
+        else [str(ROOT), str(ROOT / "tests/engines/torchvision_on_cpu"), str(UNPACKED)]
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     command = [sys.executable, "-m", "tests.engines.sight_in_vllm", str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)

@@ -58,12 +58,18 @@ class Games:
         if task.split in SPLITS:
             self.tasks(task.split)
         if task.id not in self._splits.get(task.split, {}):
-            raise ConfigError(f"no game {task.id!r} in {self.name}", where="env alfworld", hint="take tasks from tasks(split)")
+            raise ConfigError(
+                f"no game {task.id!r} in {self.name}", where="env alfworld", hint="take tasks from tasks(split)"
+            )
         return self._entries(task.split, task.id)
 
     def source(self, task: Task) -> dict[str, Any]:
         """What the original engine needs: `pddl_problem` and `task_desc`, or a `file`."""
-        raise ConfigError("the original engine cannot play generated households", where="env.options.backend", hint="set env.options.data")
+        raise ConfigError(
+            "the original engine cannot play generated households",
+            where="env.options.backend",
+            hint="set env.options.data",
+        )
 
     def _index(self, split: str) -> Iterator[Task]:
         raise NotImplementedError
@@ -86,14 +92,18 @@ class PackedGames(Games):
         return _record(zlib.decompress(packed), where, ("pddl_problem", "task_desc"))
 
     def _index(self, split: str) -> Iterator[Task]:
-        path = next((p for p in (self._folder / f"{split}.jsonl.xz", self._folder / f"{split}.jsonl") if p.is_file()), None)
+        path = next(
+            (p for p in (self._folder / f"{split}.jsonl.xz", self._folder / f"{split}.jsonl") if p.is_file()), None
+        )
         if path is None:
             raise ConfigError(f"no {split}.jsonl.xz in {self._folder}", where="env.options.data", hint=HINT)
         try:
             with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
                     end = line.find(b'"pddl_problem"')  # the long rest of the line is parsed when the game is played
-                    found = _record(line[:end].rstrip(b", ") + b"}" if end > 1 else line, f"{path}:{number}", ("id", "task_type"))
+                    found = _record(
+                        line[:end].rstrip(b", ") + b"}" if end > 1 else line, f"{path}:{number}", ("id", "task_type")
+                    )
                     self._packed[found["id"]] = (f"{path}:{number}", zlib.compress(line, 1))
                     yield Task(found["id"], split, {"stratum": found["task_type"]})
         except (OSError, EOFError, lzma.LZMAError) as error:
@@ -127,7 +137,9 @@ class TreeGames(Games):
             name = f"{split}/{trial}" if path == self._path else f"{split}/{kind}/{trial}"
             self._files[name] = path
             goal = self._entries(split, name).game.goal if path == self._path else None
-            known = [way for way, (sort, state, *_) in KINDS.items() if goal and (sort, state) == (goal.kind, goal.state)]
+            known = [
+                way for way, (sort, state, *_) in KINDS.items() if goal and (sort, state) == (goal.kind, goal.state)
+            ]
             yield Task(name, split, {"stratum": known[0] if known else kind.partition("-")[0]})
 
     def _compile(self, split: str, name: str) -> Entry:
@@ -136,7 +148,9 @@ class TreeGames(Games):
         facts, goal = parse_problem(found["pddl_problem"], str(path))
         task = TASK_LINE.search(found["grammar"])
         if task is None:
-            raise ConfigError('its grammar has no "Your task is to: …"', where=str(path), hint="give an unchanged game.tw-pddl file")
+            raise ConfigError(
+                'its grammar has no "Your task is to: …"', where=str(path), hint="give an unchanged game.tw-pddl file"
+            )
         return Entry(compile_game(facts, goal, str(path)), task[1], old="put {o} in/on {r}" in found["grammar"])
 
 
@@ -157,7 +171,9 @@ class Households(Games):
         kind, _, number = name.rpartition("/")[2].rpartition("-")
         layouts = LAYOUTS[split]
         draw = random.Random(derive(self._seed, "household", name))
-        facts, goal, text = household(kind, layouts[int(number) // len(KINDS) % len(layouts)], self._size, draw, self._seed)
+        facts, goal, text = household(
+            kind, layouts[int(number) // len(KINDS) % len(layouts)], self._size, draw, self._seed
+        )
         return Entry(compile_game(facts, goal, name), text)
 
 

@@ -15,7 +15,7 @@ from spearrl.envs.alfworld.data import SPLITS, Games, generated_games, open_game
 from spearrl.envs.alfworld.expert import Expert
 from spearrl.envs.alfworld.world import CHANGING, NOTHING, World
 from spearrl.envs.base import Environment
-from spearrl.envs.tagged import projected
+from spearrl.envs.text.tagged import projected
 from spearrl.errors import ConfigError, ContractError
 from spearrl.seeds import derive
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
@@ -36,16 +36,31 @@ class ALFWorld(Environment):
     max_turns = 50
 
     class Options(Environment.Options):
-        data: str | None = Field(None, description="Folder of ALFWorld's games (packed or json_2.1.1), or one game.tw-pddl; none: generated households.")
-        grammar: Literal["auto", "0.4.2", "2.1.1"] = Field("auto", description='"move … to …" (0.4.2) or "put … in/on …" (2.1.1); auto: as a game file says.')
-        backend: Literal["native", "textworld"] = Field("native", description="textworld: the original engine (extra `alfworld`), for comparison.")
-        observation: Literal["text", "compact"] = Field("text", description="How texts are written; compact: short, for tiny models.")
-        reply: Literal["tagged", "plain"] = Field("tagged", description="<think>…</think><action>…</action>, or the action alone.")
-        anchor: Literal["text", "state"] = Field("text", description="What GiGPO compares: the observation's text, as SPEAR has it, or the whole state.")
+        data: str | None = Field(
+            None,
+            description="Folder of ALFWorld's games (packed or json_2.1.1), or one game.tw-pddl; none: generated households.",
+        )
+        grammar: Literal["auto", "0.4.2", "2.1.1"] = Field(
+            "auto", description='"move … to …" (0.4.2) or "put … in/on …" (2.1.1); auto: as a game file says.'
+        )
+        backend: Literal["native", "textworld"] = Field(
+            "native", description="textworld: the original engine (extra `alfworld`), for comparison."
+        )
+        observation: Literal["text", "compact"] = Field(
+            "text", description="How texts are written; compact: short, for tiny models."
+        )
+        reply: Literal["tagged", "plain"] = Field(
+            "tagged", description="<think>…</think><action>…</action>, or the action alone."
+        )
+        anchor: Literal["text", "state"] = Field(
+            "text", description="What GiGPO compares: the observation's text, as SPEAR has it, or the whole state."
+        )
         max_turns: int = Field(50, ge=1, description="Turns per episode.")
         history_length: int = Field(2, ge=0, description="Earlier turns a windowed prompt shows.")
         seed: int = Field(0, ge=0, description="Fixes the generated households.")
-        size: Literal["auto", "small", "large"] = Field("auto", description="Generated rooms of 6-10 or 12-22 receptacles; auto: small in compact.")
+        size: Literal["auto", "small", "large"] = Field(
+            "auto", description="Generated rooms of 6-10 or 12-22 receptacles; auto: small in compact."
+        )
         train_tasks: int = Field(3000, ge=1, description="Generated tasks of the split train.")
         valid_tasks: int = Field(200, ge=1, description="Generated tasks of each validation split.")
 
@@ -61,10 +76,16 @@ class ALFWorld(Environment):
         super().__init__(data=None if data is None else str(data), **options)
         chosen = self.options
         self.max_turns = chosen.max_turns
-        self.execution = "process" if chosen.backend == "textworld" else "inline"  # a step of the original takes a tenth of a second
+        self.execution = (
+            "process" if chosen.backend == "textworld" else "inline"
+        )  # a step of the original takes a tenth of a second
         self._tagged, self._compact = chosen.reply == "tagged", chosen.observation == "compact"
         size = ("small" if self._compact else "large") if chosen.size == "auto" else chosen.size
-        self._games: Games = open_games(chosen.data) if chosen.data else generated_games(chosen.seed, size, chosen.train_tasks, chosen.valid_tasks)
+        self._games: Games = (
+            open_games(chosen.data)
+            if chosen.data
+            else generated_games(chosen.seed, size, chosen.train_tasks, chosen.valid_tasks)
+        )
         self._world: World | None = None
         self._engine: Any = None
 
@@ -83,16 +104,26 @@ class ALFWorld(Environment):
     def tasks(self, split: str) -> Sequence[Task]:
         """The games of a split, in the order of the files. Raises ConfigError for an unknown or empty split."""
         if split not in SPLITS:
-            raise ConfigError(f"split {split!r} is not one of {', '.join(SPLITS)}", where="env alfworld", hint='use "train", "valid_seen" or "valid_unseen"')
+            raise ConfigError(
+                f"split {split!r} is not one of {', '.join(SPLITS)}",
+                where="env alfworld",
+                hint='use "train", "valid_seen" or "valid_unseen"',
+            )
         found = self._games.tasks(split)
         if not found:
-            raise ConfigError(f"no games of the split {split} in {self._games.name}", where="env alfworld", hint="check env.options.data")
+            raise ConfigError(
+                f"no games of the split {split} in {self._games.name}",
+                where="env alfworld",
+                hint="check env.options.data",
+            )
         return found
 
     def reset(self, task: Task, seed: int) -> Observation:
         """Start a game. `seed` only drives the expert's slips: the games themselves are deterministic."""
         entry = self._games.entry(task)
-        self._world = World(entry.game, old=entry.old if self.options.grammar == "auto" else self.options.grammar == "2.1.1")
+        self._world = World(
+            entry.game, old=entry.old if self.options.grammar == "auto" else self.options.grammar == "2.1.1"
+        )
         self._expert = Expert(self._world, random.Random(derive(seed, "expert")))
         self._done = False
         if self._compact:
@@ -110,7 +141,9 @@ class ALFWorld(Environment):
         """Play a command; one that is not possible changes nothing. Raises ContractError before the first reset."""
         world = self._playing()
         if self._done:
-            return Outcome(self._show(compact.INVALID if self._compact else NOTHING), 0.0, True, info={"success": False})
+            return Outcome(
+                self._show(compact.INVALID if self._compact else NOTHING), 0.0, True, info={"success": False}
+            )
         command = self._labels.get(action.text.strip(), "") if self._compact else action.text
         text, won = world.act(command), world.won()
         if self._engine is not None:
@@ -125,14 +158,26 @@ class ALFWorld(Environment):
             return [Message("user", observation.text)]
         return [Message("user", f"{prompts.rules(tagged=self._tagged, old=self._playing().old)}\n\n{observation.text}")]
 
-    def window(self, history: Sequence[tuple[Observation, Action]], observation: Observation, task: Task) -> list[Message]:
+    def window(
+        self, history: Sequence[tuple[Observation, Action]], observation: Observation, task: Task
+    ) -> list[Message]:
         """SPEAR's prompt: task, the last `history_length` steps, observation, admissible actions."""
         entry = self._games.entry(task)
-        past = [(seen.info.get("seen", seen.text), action.text) for seen, action in history[max(0, len(history) - self.options.history_length) :]]
+        past = [
+            (seen.info.get("seen", seen.text), action.text)
+            for seen, action in history[max(0, len(history) - self.options.history_length) :]
+        ]
         if self._compact:
             lines = [f"{seen}\n> {done}" for seen, done in past]
-            return [Message("user", "\n".join([compact.opening(entry.game), *lines, observation.info.get("page", observation.text)]))]
-        text = prompts.windowed(entry.task, observation.text, observation.admissible or (), past, len(history), tagged=self._tagged)
+            return [
+                Message(
+                    "user",
+                    "\n".join([compact.opening(entry.game), *lines, observation.info.get("page", observation.text)]),
+                )
+            ]
+        text = prompts.windowed(
+            entry.task, observation.text, observation.admissible or (), past, len(history), tagged=self._tagged
+        )
         return [Message("user", text)]
 
     def parse(self, reply: Reply) -> Action:
@@ -167,9 +212,13 @@ class ALFWorld(Environment):
         self._labels = compact.labels(world)
         page = compact.whole(world)
         seen = text if world.facing >= 0 else compact.START
-        return Observation(text, page if state is None else state, tuple(self._labels), info={"page": page, "seen": seen})
+        return Observation(
+            text, page if state is None else state, tuple(self._labels), info={"page": page, "seen": seen}
+        )
 
     def _playing(self) -> World:
         if self._world is None:
-            raise ContractError("step() or expert() before reset()", where="env alfworld", hint="call reset(task, seed) first")
+            raise ContractError(
+                "step() or expert() before reset()", where="env alfworld", hint="call reset(task, seed) first"
+            )
         return self._world

@@ -9,7 +9,9 @@ from dataclasses import replace
 from spearrl.envs.alfworld.game import Act, Goal
 from spearrl.envs.alfworld.world import APPLIANCES, CHANGING, TREATMENTS, World
 
-APPLIANCE = {TREATMENTS[verb]: (kind, verb) for kind, verb in APPLIANCES.items()}  # state -> where and how it comes about
+APPLIANCE = {
+    TREATMENTS[verb]: (kind, verb) for kind, verb in APPLIANCES.items()
+}  # state -> where and how it comes about
 Stop = tuple[int, str]  # a receptacle, and what to do there: take | put | use | clean | heat | cool
 Plan = tuple[int, int, list[Stop]]  # cost in actions, object, stops
 
@@ -17,13 +19,22 @@ Plan = tuple[int, int, list[Stop]]  # cost in actions, object, stops
 def plan(world: World, goal: Goal, known: set[int]) -> Act | None:
     """The next act of a shortest way to the goal with the known objects (of two, one after the other); None where there is none."""
     game, held = world.game, world.held
-    found = min(_lamp_plans(world, goal, known) if goal.kind == "light" else _place_plans(world, goal, known), default=None)
+    found = min(
+        _lamp_plans(world, goal, known) if goal.kind == "light" else _place_plans(world, goal, known), default=None
+    )
     if found is None:
         return None
     _, thing, stops = found
     if held >= 0 and held != thing:
         kind = game.object_types[held]
-        thing, stops = held, min(([(r, "put")] for r, types in enumerate(game.accepts) if kind in types), key=lambda way: _cost(world, way), default=[])
+        thing, stops = (
+            held,
+            min(
+                ([(r, "put")] for r, types in enumerate(game.accepts) if kind in types),
+                key=lambda way: _cost(world, way),
+                default=[],
+            ),
+        )
     for r, verb in stops[:1]:
         if game.place_of[r] != world.place:
             return "go", r, -1
@@ -37,7 +48,11 @@ def plan(world: World, goal: Goal, known: set[int]) -> Act | None:
 def _place_plans(world: World, goal: Goal, known: set[int]) -> Iterator[Plan]:
     """Ways to bring one more object to a receptacle of the goal; of two objects, with the cheapest other one counted in."""
     game = world.game
-    things = [o for o in sorted(known) if game.object_types[o] == goal.object and (not goal.state or goal.state in game.able[o])]
+    things = [
+        o
+        for o in sorted(known)
+        if game.object_types[o] == goal.object and (not goal.state or goal.state in game.able[o])
+    ]
     for target in (r for r, kind in enumerate(game.receptacle_types) if kind == goal.receptacle):
         plans = [found for o in things for found in _carry(world, goal, o, target)]
         if goal.kind == "place":
@@ -58,7 +73,9 @@ def _carry(world: World, goal: Goal, o: int, target: int) -> Iterator[Plan]:
     if game.object_types[o] not in game.accepts[target] or (ready and there):
         return
     kind, verb = APPLIANCE.get(goal.state, ("", ""))
-    treatments: list[list[Stop]] = [[]] if ready else [[(r, verb)] for r, found in enumerate(game.receptacle_types) if found == kind]
+    treatments: list[list[Stop]] = (
+        [[]] if ready else [[(r, verb)] for r, found in enumerate(game.receptacle_types) if found == kind]
+    )
     for grip in _grips(world, o):
         # some objects stand in two receptacles at once: taken from one, they are still in the other
         place: list[Stop] = [] if there and grip != [(target, "take")] else [(target, "put")]
@@ -70,7 +87,12 @@ def _carry(world: World, goal: Goal, o: int, target: int) -> Iterator[Plan]:
 def _lamp_plans(world: World, goal: Goal, known: set[int]) -> Iterator[Plan]:
     """Ways to hold the goal's object at a lamp, and to switch it on."""
     game = world.game
-    lamps = {r: o for r, things in enumerate(world.contents) for o in things & known if game.object_types[o] == goal.lamp and "use" in game.able[o]}
+    lamps = {
+        r: o
+        for r, things in enumerate(world.contents)
+        for o in things & known
+        if game.object_types[o] == goal.lamp and "use" in game.able[o]
+    }
     for o in (o for o in sorted(known) if game.object_types[o] == goal.object):
         for grip in _grips(world, o):
             for r in lamps:
@@ -116,7 +138,9 @@ class Expert:
         self._known |= {o for r in visible for o in world.contents[r]} | {world.held} - {-1}
         known = self._known if noise else set(range(len(world.game.objects)))
         act = None if draw.random() < noise else self._next(known) or self._search()
-        return next((command for command, possible in world.options.items() if possible == act), None) or draw.choice(self._changing() or ["look"])
+        return next((command for command, possible in world.options.items() if possible == act), None) or draw.choice(
+            self._changing() or ["look"]
+        )
 
     def _search(self) -> Act | None:
         """Open what is closed here, else go where nobody has looked yet, to likely places first."""

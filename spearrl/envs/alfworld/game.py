@@ -66,7 +66,9 @@ def parse_problem(text: str, where: str) -> tuple[dict[str, list[tuple[str, ...]
     """Facts and goal of a PDDL problem. Raises ConfigError for a problem that is not one of ALFWorld's six kinds."""
     start, end = text.find("(:init"), text.find("(:goal")
     if start < 0 or end < start:
-        raise ConfigError("no (:init … (:goal … in this PDDL problem", where=where, hint="give a game.tw-pddl file of ALFWorld")
+        raise ConfigError(
+            "no (:init … (:goal … in this PDDL problem", where=where, hint="give a game.tw-pddl file of ALFWorld"
+        )
     facts: dict[str, list[tuple[str, ...]]] = {}
     for predicate, arguments in FACT.findall(text, start, end):
         facts.setdefault(predicate, []).append(tuple(arguments.split()))
@@ -86,7 +88,11 @@ def parse_goal(text: str, where: str) -> Goal:
     elif objects and receptacles and "isSliced" not in text and "inReceptacleObject" not in text:
         state = next((name for predicate, name in STATES.items() if predicate in text), "")
         return Goal("two" if "?o2" in text else "place", objects[0], receptacles[0], state)
-    raise ConfigError("the goal is none of ALFWorld's six kinds", where=where, hint="leave out games with sliced or stacked objects, as ALFWorld does")
+    raise ConfigError(
+        "the goal is none of ALFWorld's six kinds",
+        where=where,
+        hint="leave out games with sliced or stacked objects, as ALFWorld does",
+    )
 
 
 def named(ids: Iterable[str]) -> dict[str, str]:
@@ -95,7 +101,11 @@ def named(ids: Iterable[str]) -> dict[str, str]:
     for identifier in sorted(ids, key=str.lower):
         kind = identifier.partition("_bar_")[0].lower() + ("basin" if "basin" in identifier.lower() else "")
         kinds.setdefault(kind, []).append(identifier)
-    return {identifier: f"{kind} {len(members) - i}" for kind, members in kinds.items() for i, identifier in enumerate(members)}
+    return {
+        identifier: f"{kind} {len(members) - i}"
+        for kind, members in kinds.items()
+        for i, identifier in enumerate(members)
+    }
 
 
 def compile_game(facts: Facts, goal: Goal, where: str) -> Game:
@@ -103,7 +113,9 @@ def compile_game(facts: Facts, goal: Goal, where: str) -> Game:
     try:
         return _compile(facts, goal)
     except (KeyError, ValueError, IndexError) as error:
-        raise ConfigError(f"the facts do not fit together: {error!r}", where=where, hint="give an unchanged ALFWorld game") from error
+        raise ConfigError(
+            f"the facts do not fit together: {error!r}", where=where, hint="give an unchanged ALFWorld game"
+        ) from error
 
 
 def _compile(facts: Facts, goal: Goal) -> Game:
@@ -115,7 +127,9 @@ def _compile(facts: Facts, goal: Goal) -> Game:
     order_o = {identifier: i for i, identifier in enumerate(sorted(type_of, key=str.lower))}
     ((_, standing),) = facts["atLocation"]
     at = dict(facts["receptacleAtLocation"])
-    order_l = {identifier: i for i, identifier in enumerate(sorted({standing, *at.values()}))}  # where the agent can ever be
+    order_l = {
+        identifier: i for i, identifier in enumerate(sorted({standing, *at.values()}))
+    }  # where the agent can ever be
     place_of = tuple(order_l[at[identifier]] for identifier in order_r)
     able: list[set[str]] = [set() for _ in order_o]
     for predicate, can in FLAGS.items():
@@ -140,7 +154,9 @@ def _compile(facts: Facts, goal: Goal) -> Game:
         openable=frozenset(order_r[identifier] for (identifier,) in facts.get("openable", ())),
         accepts=tuple(shared[kind_of[identifier]] for identifier in order_r),
         able=tuple(frozenset(can) for can in able),
-        inner=tuple(tuple(sorted(things)) for things in _grouped(facts.get("inReceptacleObject", ()), order_o, order_o)),
+        inner=tuple(
+            tuple(sorted(things)) for things in _grouped(facts.get("inReceptacleObject", ()), order_o, order_o)
+        ),
         start=order_l[standing],
         contents=_grouped(facts.get("inReceptacle", ()), order_o, order_r),
         lying=_grouped((pair for pair in lying if pair[1] in order_l), order_o, order_l),
@@ -151,7 +167,9 @@ def _compile(facts: Facts, goal: Goal) -> Game:
     )
 
 
-def _grouped(pairs: Iterable[tuple[str, str]], members: Mapping[str, int], holders: Mapping[str, int]) -> tuple[frozenset[int], ...]:
+def _grouped(
+    pairs: Iterable[tuple[str, str]], members: Mapping[str, int], holders: Mapping[str, int]
+) -> tuple[frozenset[int], ...]:
     """For every holder, the numbers of what it holds."""
     found: list[set[int]] = [set() for _ in holders]
     for member, holder in pairs:

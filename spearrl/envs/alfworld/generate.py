@@ -6,9 +6,9 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
+from spearrl.config.tables import table
 from spearrl.envs.alfworld.game import Goal
 from spearrl.seeds import derive
-from spearrl.tables import table
 
 _TABLE = table(__file__, "generate.toml")
 
@@ -21,14 +21,20 @@ def _kinds(text: str) -> str:
 HOLDS = {holder: _kinds(text) for holder, text in _TABLE["holds"].items()}
 ABLE = {predicate: _kinds(text) for predicate, text in _TABLE["able"].items()}
 # room -> what every one has; what it may have, and how often at most; what lies about in it
-ROOMS: dict[str, tuple[str, dict[str, int], str]] = {name: (room["has"], room["may_have"], _kinds(room["lying"])) for name, room in _TABLE["rooms"].items()}
-KINDS: dict[str, tuple[str, str, list[str], list[str]]] = _TABLE["kinds"]  # task type -> kind of goal, state, rooms, texts
+ROOMS: dict[str, tuple[str, dict[str, int], str]] = {
+    name: (room["has"], room["may_have"], _kinds(room["lying"])) for name, room in _TABLE["rooms"].items()
+}
+KINDS: dict[str, tuple[str, str, list[str], list[str]]] = _TABLE[
+    "kinds"
+]  # task type -> kind of goal, state, rooms, texts
 LAMP_ON = ("Desk", "Dresser", "Shelf", "SideTable", "CoffeeTable")
 TREATS = {"clean": ("cleanable", "SinkBasin"), "hot": ("heatable", "Microwave"), "cool": ("coolable", "Fridge")}
 SIZES = {"small": ((6, 10), (6, 10)), "large": ((12, 22), (20, 36))}  # receptacles, objects
 
 
-def household(task_type: str, layout: int, size: str, draw: random.Random, layout_seed: int) -> tuple[dict[str, list[Any]], Goal, str]:
+def household(
+    task_type: str, layout: int, size: str, draw: random.Random, layout_seed: int
+) -> tuple[dict[str, list[Any]], Goal, str]:
     """Facts, goal and task text of one game. `layout` and `layout_seed` fix room and furniture; `draw` fixes everything else."""
     kind, state, rooms, texts = KINDS[task_type]
     name = rooms[layout % len(rooms)]
@@ -71,7 +77,10 @@ def _spots(thing: str, types: Iterable[str], furniture: list[tuple[str, bool]]) 
 
 def _facts(furniture: list[tuple[str, bool]], placed: list[tuple[str, int]]) -> dict[str, list[Any]]:
     """The facts a PDDL problem would state."""
-    holders = [f"{holder.removesuffix('Basin')}_bar_{i:02d}{'_bar_Basin' * holder.endswith('Basin')}" for i, (holder, _) in enumerate(furniture)]
+    holders = [
+        f"{holder.removesuffix('Basin')}_bar_{i:02d}{'_bar_Basin' * holder.endswith('Basin')}"
+        for i, (holder, _) in enumerate(furniture)
+    ]
     things = [(f"{thing}_bar_{i:02d}", thing, spot) for i, (thing, spot) in enumerate(placed)]
     facts: dict[str, list[Any]] = {"atLocation": [("agent1", "loc_bar_start")]}
     facts["receptacleType"] = [(holders[i], f"{holder}Type") for i, (holder, _) in enumerate(furniture)]
@@ -84,5 +93,9 @@ def _facts(furniture: list[tuple[str, bool]], placed: list[tuple[str, int]]) -> 
     facts["toggleable"] = [(name,) for name, thing, _ in things if thing == "DeskLamp"]
     for predicate, able in ABLE.items():
         facts[predicate] = [(name,) for name, thing, _ in things if thing in able.split()]
-    facts["canContain"] = [(f"{holder}Type", f"{thing}Type") for holder in {holder for holder, _ in furniture} for thing in HOLDS[holder].split()]
+    facts["canContain"] = [
+        (f"{holder}Type", f"{thing}Type")
+        for holder in {holder for holder, _ in furniture}
+        for thing in HOLDS[holder].split()
+    ]
     return facts

@@ -24,13 +24,20 @@ class Engine:
             from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
             from textworld.envs import PddlEnv
         except ImportError as error:
-            where, hint = "env.options.backend", 'pip install "spearrl[alfworld]", or leave env.options.backend at native'
+            where, hint = (
+                "env.options.backend",
+                'pip install "spearrl[alfworld]", or leave env.options.backend at native',
+            )
             raise ConfigError(f"the original engine is not installed: {error}", where=where, hint=hint) from error
         if "file" in source:
             game = json.loads(Path(source["file"]).read_text(encoding="utf-8"))
         else:
             grammar = Path(ALFRED_TWL2_PATH).read_text(encoding="utf-8").replace("UNKNOWN GOAL", source["task_desc"])
-            game = {"pddl_domain": Path(ALFRED_PDDL_PATH).read_text(encoding="utf-8"), "grammar": grammar, "pddl_problem": source["pddl_problem"]}
+            game = {
+                "pddl_domain": Path(ALFRED_PDDL_PATH).read_text(encoding="utf-8"),
+                "grammar": grammar,
+                "pddl_problem": source["pddl_problem"],
+            }
         self._env = AlfredDemangler(PddlEnv())
         self._env.load(game)
         self._show(self._env.reset())

@@ -29,7 +29,9 @@ class World:
         self.is_in: dict[str, set[int]] = {"clean": set(), "hot": set(), "cool": set(game.cool)}
         self.sliced: set[int] = set()
         self.on: set[int] = set()
-        self.moved: set[tuple[int, int]] = set()  # (object, receptacle) it was taken from and has not been put back into
+        self.moved: set[tuple[int, int]] = (
+            set()
+        )  # (object, receptacle) it was taken from and has not been put back into
         self.options = self._options()
 
     def intro(self) -> str:
@@ -88,7 +90,11 @@ class World:
             del found[f"go to {name}"]
             found[f"examine {name}"] = ("examine", r, -1)
             if r in game.openable:
-                found[f"close {name}" if r in self.open else f"open {name}"] = ("close" if r in self.open else "open", r, -1)
+                found[f"close {name}" if r in self.open else f"open {name}"] = (
+                    "close" if r in self.open else "open",
+                    r,
+                    -1,
+                )
             reach = self.reach(r)
             for o in self.contents[r]:
                 if reach and held < 0 and "take" in game.able[o]:
@@ -100,7 +106,11 @@ class World:
         if held >= 0:
             found[f"examine {game.objects[held]}"] = ("inspect", held, -1)
             if game.object_types[held] in KNIVES:
-                found |= {f"slice {game.objects[o]} with {game.objects[held]}": ("slice", o, held) for o in self.lying[self.place] if "slice" in game.able[o]}
+                found |= {
+                    f"slice {game.objects[o]} with {game.objects[held]}": ("slice", o, held)
+                    for o in self.lying[self.place]
+                    if "slice" in game.able[o]
+                }
         return found
 
     def _with_held(self, found: dict[str, Act], r: int, reach: bool) -> None:
@@ -121,10 +131,16 @@ class World:
             return "You are in the middle of a room. Looking quickly around you, you see nothing."
         # the engine forgets where a thing stands now: it lists what was taken from one of these and put into another
         beside = [game.objects[o] for o in sorted(self.lying[self.place]) if any((o, r) in self.moved for r in here)]
-        return f"You are facing the {joined([game.receptacles[r] for r in here])}. Next to it, you see {listed(beside)}."
+        return (
+            f"You are facing the {joined([game.receptacles[r] for r in here])}. Next to it, you see {listed(beside)}."
+        )
 
     def _inventory(self, _: int, __: int) -> str:
-        return f"You are carrying: a {self.game.objects[self.held]}." if self.held >= 0 else "You are not carrying anything."
+        return (
+            f"You are carrying: a {self.game.objects[self.held]}."
+            if self.held >= 0
+            else "You are not carrying anything."
+        )
 
     def _help(self, _: int, __: int) -> str:
         return HELP
@@ -138,7 +154,11 @@ class World:
         if not self.reach(r):
             return f"The {name} is closed."
         seen = listed([self.game.objects[o] for o in sorted(self.contents[r])])
-        return f"The {name} is open. In it, you see {seen}." if r in self.game.openable else f"On the {name}, you see {seen}."
+        return (
+            f"The {name} is open. In it, you see {seen}."
+            if r in self.game.openable
+            else f"On the {name}, you see {seen}."
+        )
 
     def _inspect(self, o: int, _: int) -> str:
         game, name = self.game, self.game.objects[o]

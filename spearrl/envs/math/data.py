@@ -12,17 +12,23 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from spearrl.config.tables import table
 from spearrl.errors import ConfigError
-from spearrl.tables import table
 from spearrl.types import Task
 
 _TABLE = table(__file__, "math.toml")
 TRAIN: dict[str, dict[str, Any]] = _TABLE["train"]
 TEST: dict[str, str] = _TABLE["test"]
 SUFFIXES = (".jsonl", ".json", ".parquet")
-PROBLEMS, ANSWERS = ("problem", "question", "prompt", "Problem"), ("answer", "ground_truth", "expected_answer", "Answer")
+PROBLEMS, ANSWERS = (
+    ("problem", "question", "prompt", "Problem"),
+    ("answer", "ground_truth", "expected_answer", "Answer"),
+)
 # DAPO's problems come wrapped in an instruction that asks for another form of answer than \boxed{}.
-WRAPPED = re.compile(r"\ASolve the following math problem step by step\..*?\n\n(.*?)(?:\n\nRemember to put your answer on its own line.*)?\Z", re.DOTALL)
+WRAPPED = re.compile(
+    r"\ASolve the following math problem step by step\..*?\n\n(.*?)(?:\n\nRemember to put your answer on its own line.*)?\Z",
+    re.DOTALL,
+)
 STEP = re.compile(r"<<([0-9.+*/()\s-]{1,200})=[^<>]*>>")  # GSM8K's calculator notes
 MARKUP = re.compile(r"[\s$~,:;?]|\.(?!\d)|\\(?:left|right|displaystyle|[!,;: ])|(?<=\\)[dt](?=frac)")
 HELD_OUT = 20  # one problem in so many, where a single file has no test file beside it
@@ -49,10 +55,22 @@ def open_problems(data: str, train: str) -> Problems:
     """
     path = Path(data).expanduser()
     if not path.exists():
-        raise ConfigError(f"{path} does not exist", where=WHERE, hint="give a folder or a .jsonl or .parquet file, or leave it out for generated problems")
+        raise ConfigError(
+            f"{path} does not exist",
+            where=WHERE,
+            hint="give a folder or a .jsonl or .parquet file, or leave it out for generated problems",
+        )
     folder = path if path.is_dir() else path.parent
-    sources = [(path, False)] if path.is_file() else [_source(folder, name.strip()) for name in train.split(",") if name.strip()]
-    splits = {name: tuple(_tasks(file, name)) for name, stem in TEST.items() if (file := _file(folder, stem)) is not None and file != path}
+    sources = (
+        [(path, False)]
+        if path.is_file()
+        else [_source(folder, name.strip()) for name in train.split(",") if name.strip()]
+    )
+    splits = {
+        name: tuple(_tasks(file, name))
+        for name, stem in TEST.items()
+        if (file := _file(folder, stem)) is not None and file != path
+    }
     seen = {_hash(task.data["problem"]) for tasks in splits.values() for task in tasks}
     known, kept, duplicates, contaminated = set(seen), [], 0, 0
     for file, integers in sources:
@@ -64,12 +82,19 @@ def open_problems(data: str, train: str) -> Problems:
                 kept.append(task)
             known.add(mark)
     if contaminated:
-        warnings.warn(f"{contaminated} training problems of {data} are also in a test file there; they were left out", stacklevel=2)
+        warnings.warn(
+            f"{contaminated} training problems of {data} are also in a test file there; they were left out",
+            stacklevel=2,
+        )
     if not (kept or splits):
-        raise ConfigError(f"there are no problems in {data}", where=WHERE, hint="one JSON object a line, with problem and answer")
+        raise ConfigError(
+            f"there are no problems in {data}", where=WHERE, hint="one JSON object a line, with problem and answer"
+        )
     if not splits:
         # Where chance holds none of a small file out, one is.
-        held = {task.id for task in kept if _held_out(task)} or {min(kept, key=lambda task: _hash(task.data["problem"])).id}
+        held = {task.id for task in kept if _held_out(task)} or {
+            min(kept, key=lambda task: _hash(task.data["problem"])).id
+        }
         splits["val"] = tuple(Task(task.id, "val", task.data) for task in kept if task.id in held)
         kept = [task for task in kept if task.id not in held]
     return Problems({"train": tuple(kept), **splits}, duplicates, contaminated)
@@ -81,7 +106,9 @@ def _source(folder: Path, name: str) -> tuple[Path, bool]:
     if file is None:
         there = ", ".join(sorted(path.stem for path in folder.iterdir() if path.suffix in SUFFIXES))
         hint = f"use some of {', '.join(TRAIN)}, or the name of a file there without its ending ({there or 'there is none'}); empty: no training, tests alone"
-        raise ConfigError(f"no {known['file']}.jsonl (or .parquet) in {folder}", where=f"env.options.train={name}", hint=hint)
+        raise ConfigError(
+            f"no {known['file']}.jsonl (or .parquet) in {folder}", where=f"env.options.train={name}", hint=hint
+        )
     return file, known.get("integers", False)
 
 
@@ -121,14 +148,18 @@ def _rows(file: Path) -> Iterator[Mapping[str, Any]]:
             if line.strip():
                 yield json.loads(line)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot be read: {error}", where=where, hint="one JSON object a line, with problem and answer") from error
+        raise ConfigError(
+            f"cannot be read: {error}", where=where, hint="one JSON object a line, with problem and answer"
+        ) from error
 
 
 def _parquet(file: Path) -> Iterator[Mapping[str, Any]]:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise ConfigError("parquet files need pyarrow, which is not installed", where=str(file), hint="pip install 'spearrl[envs]'") from error
+        raise ConfigError(
+            "parquet files need pyarrow, which is not installed", where=str(file), hint="pip install 'spearrl[envs]'"
+        ) from error
     for batch in parquet.ParquetFile(file).iter_batches():
         yield from batch.to_pylist()
 
@@ -136,14 +167,18 @@ def _parquet(file: Path) -> Iterator[Mapping[str, Any]]:
 def _text(row: Any, names: tuple[str, ...], where: str) -> str:
     """The first of the fields that a row has, as text; a chat's last user message; verl's reward_model.ground_truth."""
     if not isinstance(row, Mapping):
-        raise ConfigError("a row is no JSON object", where=where, hint="one JSON object a line, with problem and answer")
+        raise ConfigError(
+            "a row is no JSON object", where=where, hint="one JSON object a line, with problem and answer"
+        )
     nested = row.get("reward_model")
     fields = {**(nested if isinstance(nested, Mapping) else {}), **row}
     value = next((fields[name] for name in names if name in fields), ...)
     if isinstance(value, list) and value and isinstance(value[-1], Mapping):
         value = value[-1].get("content")
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-        raise ConfigError(f"there is no text under any of {', '.join(names)}", where=where, hint="rename the fields of the file")
+        raise ConfigError(
+            f"there is no text under any of {', '.join(names)}", where=where, hint="rename the fields of the file"
+        )
     return "" if value is None else str(value).strip()
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from spearrl.config.tables import table
 from spearrl.envs.math.data import open_problems
 from spearrl.envs.math.generate import generated
 from spearrl.envs.math.grade import boxed, number, released, right
@@ -20,7 +21,6 @@ from spearrl.envs.tool import OPEN, Done, ToolEnvironment, call, read_calls, too
 from spearrl.errors import ConfigError
 from spearrl.sandbox import Result, Sandbox, SandboxOptions, Session, open_sandbox
 from spearrl.seeds import derive
-from spearrl.tables import table
 from spearrl.types import Action, Observation, Outcome, Reply, Task
 
 _TABLE = table(__file__, "math.toml")
@@ -41,19 +41,34 @@ class Math(ToolEnvironment):
     cut_reward = WRONG
 
     class Options(ToolEnvironment.Options):
-        data: str | None = Field(None, description="Folder with the usual files (docs/math.md), or one JSONL or parquet file; none: generated problems.")
-        train: str = Field("aime,math", description="Training sources in a folder: aime, math, gsm8k, or names of files, comma-separated.")
+        data: str | None = Field(
+            None,
+            description="Folder with the usual files (docs/math.md), or one JSONL or parquet file; none: generated problems.",
+        )
+        train: str = Field(
+            "aime,math",
+            description="Training sources in a folder: aime, math, gsm8k, or names of files, comma-separated.",
+        )
         grader: Literal["math_verify", "plain", "release"] = Field(
-            "math_verify", description="Equal in mathematics; equal as numbers; or the released rule, equal as text near the end (release fidelities set it)."
+            "math_verify",
+            description="Equal in mathematics; equal as numbers; or the released rule, equal as text near the end (release fidelities set it).",
         )
         seed: int = Field(0, ge=0, description="Fixes the generated problems.")
         digits: int = Field(3, ge=2, le=12, description="Digits of the numbers in generated problems.")
         problems: int = Field(4000, ge=1, description="Generated training problems; an eighth as many are for val.")
         max_turns: int = Field(8, ge=1, description="Turns per episode.")
-        describe: Literal["prompt", "template", "none"] = Field("template", description="How the model learns of the tool; none also leaves out how to answer.")
-        reply: Literal["hermes", "plain"] = Field("hermes", description="A tool call as hermes writes it; plain: code as it is, for tiny models.")
-        max_result_chars: int = Field(16384, ge=16, description="Characters of a result that are shown; a longer one loses its middle.")
-        sandbox: SandboxOptions = Field(default_factory=SandboxOptions, description="Where code runs (docs/sandbox.md).")
+        describe: Literal["prompt", "template", "none"] = Field(
+            "template", description="How the model learns of the tool; none also leaves out how to answer."
+        )
+        reply: Literal["hermes", "plain"] = Field(
+            "hermes", description="A tool call as hermes writes it; plain: code as it is, for tiny models."
+        )
+        max_result_chars: int = Field(
+            16384, ge=16, description="Characters of a result that are shown; a longer one loses its middle."
+        )
+        sandbox: SandboxOptions = Field(
+            default_factory=SandboxOptions, description="Where code runs (docs/sandbox.md)."
+        )
 
     options: Options
 
@@ -63,7 +78,11 @@ class Math(ToolEnvironment):
         self.max_turns = chosen.max_turns
         if not chosen.data and chosen.train != self.Options.model_fields["train"].default:
             hint = "set env.options.data to the folder they lie in, or leave train out: then problems are generated"
-            raise ConfigError(f"env.options.train={chosen.train!r} names files, but env.options.data is not set", where="env math", hint=hint)
+            raise ConfigError(
+                f"env.options.train={chosen.train!r} names files, but env.options.data is not set",
+                where="env math",
+                hint=hint,
+            )
         self._problems = open_problems(chosen.data, chosen.train) if chosen.data else None
         self._judges = _judges(chosen.sandbox) if chosen.grader == "math_verify" else None
         self._sandbox = _sandbox(chosen.sandbox)
@@ -113,7 +132,12 @@ class Math(ToolEnvironment):
         text = PRELUDE + ("import numpy\nimport numpy as np\n" if re.search(r"\b(np|numpy)\b", body) else "") + body
         result = (self._session or self._sandbox).run(text)
         if result.status == "unavailable":
-            return Outcome(Observation(f"the interpreter is not available: {result.stderr.strip()}"), 0.0, False, info={"success": False, "fault": True})
+            return Outcome(
+                Observation(f"the interpreter is not available: {result.stderr.strip()}"),
+                0.0,
+                False,
+                info={"success": False, "fault": True},
+            )
         self._runs, self._printed = self._runs + 1, result.stdout.strip()
         return _shown(result, self.options.sandbox.timeout_s)
 
@@ -175,7 +199,11 @@ class Math(ToolEnvironment):
     def _cut(self, text: str) -> str:
         """Without its middle where it is too long."""
         plain, half = text.encode(errors="replace").decode(), self.options.max_result_chars // 2
-        return plain if len(plain) <= 2 * half else f"{plain[:half]}\n[... {len(plain) - 2 * half} characters cut]\n{plain[-half:]}"
+        return (
+            plain
+            if len(plain) <= 2 * half
+            else f"{plain[:half]}\n[... {len(plain) - 2 * half} characters cut]\n{plain[-half:]}"
+        )
 
 
 def _code(code: str) -> str:
@@ -187,7 +215,9 @@ def _shown(result: Result, timeout_s: float) -> str:
     if result.status == "ok":
         return result.stdout.rstrip() or EMPTY
     lines = [line for line in result.stderr.splitlines() if line.strip()][-2:] if result.status == "error" else []
-    reason = {"timeout": f"error: stopped after {timeout_s:g} s", "memory": "error: out of memory"}.get(result.status, FAILED)
+    reason = {"timeout": f"error: stopped after {timeout_s:g} s", "memory": "error: out of memory"}.get(
+        result.status, FAILED
+    )
     return "\n".join([*lines, reason])
 
 

@@ -8,8 +8,8 @@ import random
 from collections.abc import Callable
 from functools import lru_cache
 
+from spearrl.config.tables import table
 from spearrl.seeds import derive
-from spearrl.tables import table
 from spearrl.types import Task
 
 _TABLE = table(__file__, "math.toml")

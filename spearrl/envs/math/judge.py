@@ -34,10 +34,19 @@ class Judges:
     def __init__(self, options: SandboxOptions, deadline_s: float = DEADLINE_S):
         if find_spec("math_verify") is None:
             hint = "pip install 'spearrl[envs]', or env.options.grader=plain, which compares numbers"
-            raise ConfigError("this grader needs math-verify, which is not installed", where="env.options.grader", hint=hint)
-        changes = {"packages": ("math-verify",), "concurrency": COUNT, "timeout_s": deadline_s, "memory_mib": MEMORY_MIB}
+            raise ConfigError(
+                "this grader needs math-verify, which is not installed", where="env.options.grader", hint=hint
+            )
+        changes = {
+            "packages": ("math-verify",),
+            "concurrency": COUNT,
+            "timeout_s": deadline_s,
+            "memory_mib": MEMORY_MIB,
+        }
         self._sandbox = _opened(options.model_copy(update=changes))
-        self._free: SimpleQueue[tuple[Session | None, int]] = SimpleQueue()  # none: yet to be started; and the answers each has judged
+        self._free: SimpleQueue[tuple[Session | None, int]] = (
+            SimpleQueue()
+        )  # none: yet to be started; and the answers each has judged
         for _ in range(COUNT):
             self._free.put((None, 0))
 
@@ -47,7 +56,11 @@ class Judges:
         if result.status in ("killed", "memory"):  # perhaps through no fault of this answer
             result = self._ask(prediction, answer)
         if result.status == "unavailable":
-            raise EnvironmentFault(f"answers cannot be graded: {result.stderr.strip()}", where="env math", hint="spearrl doctor says what is in force")
+            raise EnvironmentFault(
+                f"answers cannot be graded: {result.stderr.strip()}",
+                where="env math",
+                hint="spearrl doctor says what is in force",
+            )
         return result.status == "ok" and result.stdout.split()[-1:] == ["True"]
 
     def _ask(self, *pair: str) -> Result:

@@ -12,16 +12,16 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from spearrl.config.tables import table
 from spearrl.envs.base import Environment
 from spearrl.envs.search.answers import exact, f1
 from spearrl.envs.search.facts import World, open_world
 from spearrl.envs.search.files import Document, find, questions
 from spearrl.envs.search.retrieve import Index, Server, Unavailable, open_index
-from spearrl.envs.tagged import reasoned
-from spearrl.envs.webshop.analyzer import STOP_WORDS, words
+from spearrl.envs.text.analyzer import STOP_WORDS, words
+from spearrl.envs.text.tagged import reasoned
 from spearrl.errors import ConfigError, ContractError
 from spearrl.seeds import derive
-from spearrl.tables import table
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
 
 TAG = re.compile(r"<(/?)(search|answer)>", re.IGNORECASE)
@@ -43,15 +43,30 @@ class Search(Environment):
     max_turns = 4
 
     class Options(Environment.Options):
-        corpus: str | None = Field(None, description="Documents: a .json or .jsonl file ({title, text} or {contents}), or a folder of them.")
-        data: str | None = Field(None, description="Questions: a file ({question, golden_answers} or HotpotQA's), or a folder with train and dev files.")
-        retriever_url: str | None = Field(None, pattern=r"^https?://\S+$", description="A retrieval server with Search-R1's API, in place of a corpus.")
+        corpus: str | None = Field(
+            None, description="Documents: a .json or .jsonl file ({title, text} or {contents}), or a folder of them."
+        )
+        data: str | None = Field(
+            None,
+            description="Questions: a file ({question, golden_answers} or HotpotQA's), or a folder with train and dev files.",
+        )
+        retriever_url: str | None = Field(
+            None,
+            pattern=r"^https?://\S+$",
+            description="A retrieval server with Search-R1's API, in place of a corpus.",
+        )
         topk: int = Field(3, ge=1, description="Documents that a search returns.")
         max_chars: int = Field(2000, ge=100, description="Characters of the results of a search that are shown.")
-        timeout_s: float = Field(20.0, gt=0, description="Seconds for a search of a retrieval server, its three tries together.")
+        timeout_s: float = Field(
+            20.0, gt=0, description="Seconds for a search of a retrieval server, its three tries together."
+        )
         reward: Literal["em", "f1"] = Field("em", description="What pays: exact match, or the share F1.")
-        observation: Literal["text", "compact"] = Field("text", description="How texts are written; compact: few lower-case words, for tiny models.")
-        reply: Literal["tagged", "plain"] = Field("tagged", description="<think>…</think> with <search>…</search> or <answer>…</answer>, or `search …`.")
+        observation: Literal["text", "compact"] = Field(
+            "text", description="How texts are written; compact: few lower-case words, for tiny models."
+        )
+        reply: Literal["tagged", "plain"] = Field(
+            "tagged", description="<think>…</think> with <search>…</search> or <answer>…</answer>, or `search …`."
+        )
         max_turns: int = Field(4, ge=1, description="Turns per episode, the answer among them.")
         history_length: int = Field(4, ge=0, description="Earlier turns a windowed prompt shows.")
         seed: int = Field(0, ge=0, description="Fixes the embedded world.")
@@ -66,7 +81,9 @@ class Search(Environment):
     options: Options
 
     def __init__(self, corpus: str | Path | None = None, data: str | Path | None = None, **options: Any):
-        super().__init__(corpus=None if corpus is None else str(corpus), data=None if data is None else str(data), **options)
+        super().__init__(
+            corpus=None if corpus is None else str(corpus), data=None if data is None else str(data), **options
+        )
         chosen = self.options
         self.max_turns = chosen.max_turns
         self.execution = "thread" if chosen.retriever_url else "inline"
@@ -88,15 +105,29 @@ class Search(Environment):
 
     def tasks(self, split: str) -> Sequence[Task]:
         """The questions of a split. Raises ConfigError for an unknown or empty one."""
-        found = questions(self.options.data, split) if self.options.data else self._world.tasks.get(split, ()) if self._world else ()
+        found = (
+            questions(self.options.data, split)
+            if self.options.data
+            else self._world.tasks.get(split, ())
+            if self._world
+            else ()
+        )
         if not found:
-            raise ConfigError(f"no questions of the split {split!r}", where="env search", hint='use "train" or "val", or check env.options.data')
+            raise ConfigError(
+                f"no questions of the split {split!r}",
+                where="env search",
+                hint='use "train" or "val", or check env.options.data',
+            )
         return found
 
     def reset(self, task: Task, seed: int) -> Observation:
         """Ask the question. `seed` only drives the expert's slips."""
         if "question" not in task.data or "answers" not in task.data:
-            raise ConfigError(f"task {task.id!r} holds no question with answers", where="env search", hint="take tasks from tasks(split)")
+            raise ConfigError(
+                f"task {task.id!r} holds no question with answers",
+                where="env search",
+                hint="take tasks from tasks(split)",
+            )
         self._task, self._over, self._draw = task, False, random.Random(derive(seed, "expert"))
         self._known: set[str] = set()
         return self._observe(self._short(task.data["question"]) if self._compact else task.data["question"])
@@ -118,7 +149,12 @@ class Search(Environment):
         try:
             found = self._retriever.search(said[:LONGEST_QUERY], self.options.topk)
         except Unavailable as error:
-            return Outcome(self._observe(_information(_TEXT["told"]["unavailable"].format(reason=error))), 0.0, False, info={**UNFINISHED, "fault": True})
+            return Outcome(
+                self._observe(_information(_TEXT["told"]["unavailable"].format(reason=error))),
+                0.0,
+                False,
+                info={**UNFINISHED, "fault": True},
+            )
         self._known.update(document.title for document in found)
         return Outcome(self._observe(self._results(found)), 0.0, False, info=dict(UNFINISHED))
 
@@ -126,7 +162,9 @@ class Search(Environment):
         """Turn 0: the rules (not in compact) and the question; later turns only what came back."""
         return [Message("user", observation.text)] if turn > 0 else self.window([], observation, self._playing())
 
-    def window(self, history: Sequence[tuple[Observation, Action]], observation: Observation, task: Task) -> list[Message]:
+    def window(
+        self, history: Sequence[tuple[Observation, Action]], observation: Observation, task: Task
+    ) -> list[Message]:
         """verl-agent's prompt: the question, and the last `history_length` steps with what came back."""
         shown = history[max(0, len(history) - self.options.history_length) :]
         seen = [*(earlier.text for earlier, _ in shown[1:]), observation.text]
@@ -136,7 +174,11 @@ class Search(Environment):
         told = "\n".join(f"Step {number}: {step}" for number, step in enumerate(steps, len(history) - len(shown) + 1))
         past = [_TEXT["past"].format(count=len(history), shown=len(shown), history=told)] if steps else []
         rules = _TEXT["tagged" if self._tagged else "plain"].values()
-        return [Message("user", "\n".join([_TEXT["role"], _TEXT["task"].format(question=task.data["question"]), *past, *rules]))]
+        return [
+            Message(
+                "user", "\n".join([_TEXT["role"], _TEXT["task"].format(question=task.data["question"]), *past, *rules])
+            )
+        ]
 
     def parse(self, reply: Reply) -> Action:
         """The first whole <search> or <answer>, as `search …` or `answer …`; valid: the only one, with <think>, without Chinese. Plain: just that."""
@@ -148,7 +190,9 @@ class Search(Environment):
             if not start[1] and end[1] and start[2].lower() == end[2].lower():
                 said = " ".join(reply.text[start.end() : end.start()].split())
                 valid = len(tags) == 2 and bool(said) and reasoned(reply.text)
-                return Action(f"{start[2].lower()} {said}", valid, tool_calls=int(valid and start[2].lower() == "search"))
+                return Action(
+                    f"{start[2].lower()} {said}", valid, tool_calls=int(valid and start[2].lower() == "search")
+                )
         return Action("", valid=False)
 
     def format(self, text: str) -> str:
@@ -194,7 +238,9 @@ class Search(Environment):
 
     def _playing(self) -> Task:
         if self._task is None:
-            raise ContractError("step() or expert() before reset()", where="env search", hint="call reset(task, seed) first")
+            raise ContractError(
+                "step() or expert() before reset()", where="env search", hint="call reset(task, seed) first"
+            )
         return self._task
 
 

@@ -7,10 +7,10 @@ import random
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from spearrl.config.tables import table
 from spearrl.envs.search.files import Document
 from spearrl.envs.search.retrieve import Index, build
 from spearrl.seeds import derive
-from spearrl.tables import table
 from spearrl.types import Task
 
 _TABLE = table(__file__, "facts.toml")
@@ -44,12 +44,19 @@ def open_world(size: int, seed: int) -> World:
     for thing, kind in kind_of.items():
         for link in _links(kind):
             facts[thing, link] = draw.choice([other for other in by_kind[LINKS[link]["to"]] if other != thing])
-    for nation, city in zip(by_kind["nation"], draw.sample(by_kind["city"], len(by_kind["nation"])), strict=True):  # a capital lies in its country
+    for nation, city in zip(
+        by_kind["nation"], draw.sample(by_kind["city"], len(by_kind["nation"])), strict=True
+    ):  # a capital lies in its country
         facts[nation, "capital"], facts[city, "country"] = city, nation
     world = World(facts, build(_documents(kind_of, facts)), {})
     held_out = set(draw.sample(sorted(kind_of), max(size // HELD_OUT, 1)))
     for split in ("train", "val"):
-        chains = [chain for thing in kind_of if (thing in held_out) == (split == "val") for chain in _chains(world, thing, kind_of[thing], draw)]
+        chains = [
+            chain
+            for thing in kind_of
+            if (thing in held_out) == (split == "val")
+            for chain in _chains(world, thing, kind_of[thing], draw)
+        ]
         draw.shuffle(chains)
         world.tasks[split] = tuple(_task(world, split, chain) for chain in chains)
     return world
@@ -93,4 +100,8 @@ def _task(world: World, split: str, chain: Chain) -> Task:
         asked = f"the {link} of {asked}"
     data: dict[str, Any] = {"question": LINKS[chain[-1]]["question"].format(x=asked), "answers": [world.way(chain)[-1]]}
     hops = len(chain) - 1
-    return Task("/".join(chain).replace(" ", "-").lower(), split, {**data, "stratum": f"{hops} hop{'s'[: hops > 1]}", "chain": chain})
+    return Task(
+        "/".join(chain).replace(" ", "-").lower(),
+        split,
+        {**data, "stratum": f"{hops} hop{'s'[: hops > 1]}", "chain": chain},
+    )

@@ -31,7 +31,11 @@ def document(record: Any) -> Document:
     """{title, text} or Search-R1's {contents: '"Title"\\ntext'}. Raises ValueError."""
     text = record.get("text", record.get("contents")) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise ValueError("a question without context" if isinstance(record, dict) and "question" in record else "it has neither text nor contents")
+        raise ValueError(
+            "a question without context"
+            if isinstance(record, dict) and "question" in record
+            else "it has neither text nor contents"
+        )
     title = record.get("title")
     if not isinstance(title, str):
         title, _, text = text.partition("\n")
@@ -43,7 +47,11 @@ def documents(files: Iterable[Path]) -> Iterator[Document]:
     for path in files:
         for number, record in _records(path):
             try:
-                yield from _context(record["context"]) if isinstance(record, dict) and "context" in record else [document(record)]
+                yield from (
+                    _context(record["context"])
+                    if isinstance(record, dict) and "context" in record
+                    else [document(record)]
+                )
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise _unreadable(path, number, f"no document: {error}", _DOCUMENTS) from error
 
@@ -53,7 +61,11 @@ def find(data: str) -> list[Path]:
     place = Path(data)
     found = sorted(path for path in place.iterdir() if ".json" in path.name) if place.is_dir() else [place]
     if not found or not found[0].is_file():
-        raise ConfigError(f"no .json or .jsonl files at {data}", where="env search", hint="name a file, or a folder with train and dev files")
+        raise ConfigError(
+            f"no .json or .jsonl files at {data}",
+            where="env search",
+            hint="name a file, or a folder with train and dev files",
+        )
     return found
 
 
@@ -64,9 +76,17 @@ def questions(data: str, split: str) -> tuple[Task, ...]:
         matching = [[path for path in find(data) if word in path.name] for word in ALIASES.get(split, (split,))]
         paths = next((paths for paths in matching if paths), [])
         if len(paths) != 1:
-            raise ConfigError(f"{len(paths)} files of the split {split!r} in {data}", where="env search", hint=f"one file needs {split!r} in its name")
+            raise ConfigError(
+                f"{len(paths)} files of the split {split!r} in {data}",
+                where="env search",
+                hint=f"one file needs {split!r} in its name",
+            )
     elif split not in ("train", "val"):
-        raise ConfigError(f"split {split!r} is not one of train, val", where="env search", hint="a single file is divided into train and val")
+        raise ConfigError(
+            f"split {split!r} is not one of train, val",
+            where="env search",
+            hint="a single file is divided into train and val",
+        )
     else:
         paths = find(data)
     found = [_question(paths[0], number, record) for number, record in _records(paths[0])]
@@ -79,8 +99,15 @@ def _question(path: Path, number: int, record: Any) -> dict[str, Any]:
     fields = record if isinstance(record, dict) else {}
     answers = next((fields[name] for name in ("golden_answers", "answers", "answer") if name in fields), None)
     answers = [answers] if isinstance(answers, str) else answers
-    if not isinstance(fields.get("question"), str) or not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers) or not answers:
-        raise _unreadable(path, number, "no question with an answer", '{"question": …, "golden_answers": […]}, or HotpotQA\'s records')
+    if (
+        not isinstance(fields.get("question"), str)
+        or not isinstance(answers, list)
+        or not all(isinstance(answer, str) for answer in answers)
+        or not answers
+    ):
+        raise _unreadable(
+            path, number, "no question with an answer", '{"question": …, "golden_answers": […]}, or HotpotQA\'s records'
+        )
     stratum = next((str(fields[name]) for name in ("data_source", "type") if fields.get(name)), None)
     return {"question": fields["question"], "answers": answers} | ({"stratum": stratum} if stratum else {})
 
@@ -103,7 +130,9 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
                 if line.strip():
                     yield number, json.loads(line)
     except (OSError, ValueError, EOFError, TypeError, lzma.LZMAError) as error:
-        raise _unreadable(path, number, str(error), "JSON lines in .jsonl files, a list in .json files (.gz and .xz too)") from error
+        raise _unreadable(
+            path, number, str(error), "JSON lines in .jsonl files, a list in .json files (.gz and .xz too)"
+        ) from error
 
 
 def _unreadable(path: Path, number: int, reason: str, layout: str) -> ConfigError:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spearrl.envs.search.files import Document, document, documents
-from spearrl.envs.webshop.analyzer import analyze
+from spearrl.envs.text.analyzer import analyze
 from spearrl.errors import ConfigError
 
 K1, B = 0.9, 0.4  # Pyserini's, and so Search-R1's
@@ -48,9 +48,15 @@ def build(found: Iterable[Document]) -> Index:
     """Index documents: title and text, by Lucene's English analysis. Raises ConfigError without documents, or without bm25s."""
     library, vocabulary = _bm25s(), dict[str, int]()
     kept = list(dict.fromkeys(found))
-    ids = [[vocabulary.setdefault(term, len(vocabulary)) for term in analyze(f"{title} {text}")] for title, text in kept]
+    ids = [
+        [vocabulary.setdefault(term, len(vocabulary)) for term in analyze(f"{title} {text}")] for title, text in kept
+    ]
     if not vocabulary:
-        raise ConfigError("no documents to search in", where="env search", hint="give env.options.corpus, HotpotQA files with contexts, or a retriever_url")
+        raise ConfigError(
+            "no documents to search in",
+            where="env search",
+            hint="give env.options.corpus, HotpotQA files with contexts, or a retriever_url",
+        )
     scorer = library.BM25(k1=K1, b=B, method="lucene")
     scorer.index((ids, vocabulary), show_progress=False)
     return Index(scorer, kept)
@@ -111,5 +117,7 @@ def _bm25s() -> Any:
     try:
         import bm25s
     except ImportError as error:
-        raise ConfigError("a local corpus needs bm25s", where="env search", hint='pip install "spearrl[envs]"') from error
+        raise ConfigError(
+            "a local corpus needs bm25s", where="env search", hint='pip install "spearrl[envs]"'
+        ) from error
     return bm25s

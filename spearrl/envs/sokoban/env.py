@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from spearrl.config.tables import table
 from spearrl.envs.base import Environment
 from spearrl.envs.sokoban import picture
 from spearrl.envs.sokoban.expert import solve
 from spearrl.envs.sokoban.level import MOVES, Level, State, reverse_play
-from spearrl.envs.tagged import PLAIN, TAGGED, numbered, projected
+from spearrl.envs.text.tagged import PLAIN, TAGGED, numbered, projected
 from spearrl.errors import ConfigError, ContractError
 from spearrl.seeds import derive
-from spearrl.tables import table
 from spearrl.types import Action, Image, Message, Observation, Outcome, Reply, Task, Text
 
 SPLITS = ("train", "val")
@@ -37,8 +37,12 @@ class Sokoban(Environment):
 
     class Options(Environment.Options):
         vision: bool = Field(False, description="Show the room as a picture; else as symbols.")
-        observation: Literal["text", "compact"] = Field("text", description="text: with rules and rim; compact: the inner cells alone, for tiny models.")
-        reply: Literal["tagged", "plain"] = Field("tagged", description="<think>…</think><action>…</action>, or the move alone.")
+        observation: Literal["text", "compact"] = Field(
+            "text", description="text: with rules and rim; compact: the inner cells alone, for tiny models."
+        )
+        reply: Literal["tagged", "plain"] = Field(
+            "tagged", description="<think>…</think><action>…</action>, or the move alone."
+        )
         rows: int = Field(6, ge=4, le=20, description="Rows of a room, its rim included.")
         columns: int = Field(6, ge=4, le=20, description="Columns of a room, its rim included.")
         boxes: int = Field(1, ge=1, le=6, description="Boxes, and targets.")
@@ -47,7 +51,9 @@ class Sokoban(Environment):
         longest_solution: int = Field(15, ge=1, description="Moves that the shortest solution of a level may take.")
         max_turns: int = Field(15, ge=1, description="Turns per episode.")
         history_length: int = Field(2, ge=0, description="Earlier turns a windowed prompt shows; none in pictures.")
-        cell: int = Field(28, ge=8, le=112, description="Pixels of a cell's side; 28 is one merged patch of Qwen2.5-VL.")
+        cell: int = Field(
+            28, ge=8, le=112, description="Pixels of a cell's side; 28 is one merged patch of Qwen2.5-VL."
+        )
         seed: int = Field(0, ge=0, description="Fixes the levels.")
         train_tasks: int = Field(3000, ge=1, description="Levels of the split train.")
         val_tasks: int = Field(200, ge=1, description="Levels of the split val.")
@@ -55,9 +61,13 @@ class Sokoban(Environment):
         @model_validator(mode="after")
         def _fit(self) -> Sokoban.Options:
             if self.longest_solution > self.max_turns:
-                raise ValueError(f"longest_solution={self.longest_solution} cannot be played in max_turns={self.max_turns}")
+                raise ValueError(
+                    f"longest_solution={self.longest_solution} cannot be played in max_turns={self.max_turns}"
+                )
             if self.walls + 2 * self.boxes >= (self.rows - 2) * (self.columns - 2):
-                raise ValueError(f"{self.walls} walls, {self.boxes} boxes and as many targets do not fit into {self.rows}x{self.columns}")
+                raise ValueError(
+                    f"{self.walls} walls, {self.boxes} boxes and as many targets do not fit into {self.rows}x{self.columns}"
+                )
             return self
 
     options: Options
@@ -67,7 +77,10 @@ class Sokoban(Environment):
         self.max_turns = self.options.max_turns
         self._tagged, self._compact = self.options.reply == "tagged", self.options.observation == "compact"
         self._levels = lru_cache(maxsize=4096)(self._make)
-        self._tasks = {split: tuple(Task(f"{split}/{i}", split) for i in range(getattr(self.options, f"{split}_tasks"))) for split in SPLITS}
+        self._tasks = {
+            split: tuple(Task(f"{split}/{i}", split) for i in range(getattr(self.options, f"{split}_tasks")))
+            for split in SPLITS
+        }
         self._level: Level | None = None
 
     def spawn(self) -> Sokoban:
@@ -79,7 +92,9 @@ class Sokoban(Environment):
     def tasks(self, split: str) -> Sequence[Task]:
         """The levels of a split; each is made at its first reset. Raises ConfigError for an unknown split."""
         if split not in SPLITS:
-            raise ConfigError(f"split {split!r} is not one of {', '.join(SPLITS)}", where="env sokoban", hint='use "train" or "val"')
+            raise ConfigError(
+                f"split {split!r} is not one of {', '.join(SPLITS)}", where="env sokoban", hint='use "train" or "val"'
+            )
         return self._tasks[split]
 
     def reset(self, task: Task, seed: int) -> Observation:
@@ -101,16 +116,37 @@ class Sokoban(Environment):
 
     def messages(self, observation: Observation, turn: int) -> list[Message]:
         """Turn 0: the rules (not in compact) and the room; later turns the room."""
-        return [_message([] if turn or self._compact else [*self._rules(), _WORDS["choices"], TAGGED if self._tagged else PLAIN, _WORDS["now"]], observation)]
+        return [
+            _message(
+                []
+                if turn or self._compact
+                else [*self._rules(), _WORDS["choices"], TAGGED if self._tagged else PLAIN, _WORDS["now"]],
+                observation,
+            )
+        ]
 
-    def window(self, history: Sequence[tuple[Observation, Action]], observation: Observation, task: Task) -> list[Message]:
+    def window(
+        self, history: Sequence[tuple[Observation, Action]], observation: Observation, task: Task
+    ) -> list[Message]:
         """SPEAR's prompt: rules, the last `history_length` steps (not with pictures), the room, the moves."""
         shown = 0 if self.options.vision else min(self.options.history_length, len(history))
         past = [(seen.text, action.text) for seen, action in history[len(history) - shown :]]
         if self._compact:
             return [_message([f"{seen}\n> {done}" for seen, done in past], observation)]
-        told = _WORDS["past"].format(count=len(history), shown=shown, history=numbered(past, len(history)), step=len(history) + 1) if past else ""
-        return [_message([*self._rules(), told, _WORDS["now"]], observation, [_WORDS["choices"], _WORDS["reason"] if self._tagged else PLAIN])]
+        told = (
+            _WORDS["past"].format(
+                count=len(history), shown=shown, history=numbered(past, len(history)), step=len(history) + 1
+            )
+            if past
+            else ""
+        )
+        return [
+            _message(
+                [*self._rules(), told, _WORDS["now"]],
+                observation,
+                [_WORDS["choices"], _WORDS["reason"] if self._tagged else PLAIN],
+            )
+        ]
 
     def parse(self, reply: Reply) -> Action:
         """Tagged: verl-agent's projection, the first of the moves that <action> names. Plain: the reply itself. Else no move, and invalid."""
@@ -135,13 +171,19 @@ class Sokoban(Environment):
         """The level of a task. A level's digest says which split it belongs to, so none is in both."""
         chosen, draw = self.options, random.Random(derive(self.options.seed, "sokoban", name))
         for _ in range(ATTEMPTS):
-            level = reverse_play(draw, (chosen.rows, chosen.columns), boxes=chosen.boxes, walls=chosen.walls, pulls=chosen.pulls)
+            level = reverse_play(
+                draw, (chosen.rows, chosen.columns), boxes=chosen.boxes, walls=chosen.walls, pulls=chosen.pulls
+            )
             if level is None or SPLITS[level.digest % 5 == 0] != split:
                 continue
             if 0 < len(solve(level, level.start)) <= chosen.longest_solution:
                 return level
         seen = f"no level in {ATTEMPTS} draws: {chosen.rows}x{chosen.columns}, {chosen.boxes} boxes, {chosen.walls} walls, {chosen.pulls} pulls"
-        raise ConfigError(seen, where="env.options", hint="use fewer boxes, walls or pulls, a larger room, or a longer longest_solution")
+        raise ConfigError(
+            seen,
+            where="env.options",
+            hint="use fewer boxes, walls or pulls, a larger room, or a longer longest_solution",
+        )
 
     def _rules(self) -> list[str]:
         return [_WORDS["role"], _WORDS["rules"], _WORDS["picture" if self.options.vision else "text"]]
@@ -155,7 +197,9 @@ class Sokoban(Environment):
 
     def _playing(self) -> Level:
         if self._level is None:
-            raise ContractError("step() or expert() before reset()", where="env sokoban", hint="call reset(task, seed) first")
+            raise ContractError(
+                "step() or expert() before reset()", where="env sokoban", hint="call reset(task, seed) first"
+            )
         return self._level
 
 

@@ -50,7 +50,9 @@ class Level:
         text = ""
         for cell in range(self.rows * self.columns):
             on = cell in self.targets
-            text += "#" if cell in self.walls else "X√"[on] if cell in boxes else "PS"[on] if cell == player else "_O"[on]
+            text += (
+                "#" if cell in self.walls else "X√"[on] if cell in boxes else "PS"[on] if cell == player else "_O"[on]
+            )
         return [text[i : i + self.columns] for i in range(0, len(text), self.columns)]
 
     def reach(self, cell: int, boxes: Collection[int]) -> set[int]:

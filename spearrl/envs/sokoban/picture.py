@@ -9,7 +9,15 @@ from functools import lru_cache
 
 import numpy as np
 
-BLACK, BROWN, MORTAR, GREEN, YELLOW, ORANGE, RED = (20, 20, 24), (124, 84, 56), (84, 56, 40), (80, 190, 80), (240, 200, 80), (220, 120, 30), (220, 50, 50)
+BLACK, BROWN, MORTAR, GREEN, YELLOW, ORANGE, RED = (
+    (20, 20, 24),
+    (124, 84, 56),
+    (84, 56, 40),
+    (80, 190, 80),
+    (240, 200, 80),
+    (220, 120, 30),
+    (220, 50, 50),
+)
 
 
 @lru_cache(maxsize=128)
@@ -39,5 +47,11 @@ def png(image: np.ndarray) -> bytes:
     """An RGB picture as a PNG file."""
     height, width, _ = image.shape
     lines = b"".join(b"\0" + line.tobytes() for line in image)
-    parts = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts)
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(lines)),
+        (b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    )

@@ -10,8 +10,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from spearrl.envs.text.bm25 import Index, product_text
 from spearrl.envs.webshop.generate import generate
-from spearrl.envs.webshop.search import Index, product_text
 from spearrl.errors import ConfigError
 
 Product = dict[str, Any]
@@ -62,7 +62,9 @@ def load(data: str | None, num_products: int | None, seed: int) -> Catalogue:
     try:
         products = list(_cleaned(_first(_records(source), num_products), attributes, instructions))
     except (KeyError, TypeError, AttributeError, ValueError, EOFError, lzma.LZMAError) as error:
-        raise ConfigError(f"{source.name} is not in WebShop's format: {error!r}", where="env.options.data", hint=f"use {LAYOUT}") from error
+        raise ConfigError(
+            f"{source.name} is not in WebShop's format: {error!r}", where="env.options.data", hint=f"use {LAYOUT}"
+        ) from error
     if not products:
         raise ConfigError(f"{source.name} holds no products", where="env.options.data", hint=f"use {LAYOUT}")
     return Catalogue(products)
@@ -91,7 +93,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path.name} is not JSON: {error}", where="env.options.data", hint="download the file again") from error
+        raise ConfigError(
+            f"{path.name} is not JSON: {error}", where="env.options.data", hint="download the file again"
+        ) from error
 
 
 def _first(records: Iterator[Product], count: int | None) -> Iterator[Product]:
@@ -177,4 +181,8 @@ def _price(raw: Any) -> tuple[list[float], str]:
 
 def _options(raw: Any) -> dict[str, list[str]]:
     groups = raw.items() if raw else ()
-    return {name.lower(): [v["value"].strip().replace("/", " | ").lower() for v in values] for name, values in groups if values is not None}
+    return {
+        name.lower(): [v["value"].strip().replace("/", " | ").lower() for v in values]
+        for name, values in groups
+        if values is not None
+    }

@@ -7,16 +7,22 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from spearrl.config.tables import table
 from spearrl.envs.webshop.catalogue import Product
 from spearrl.envs.webshop.goals import NO_LIMIT
 from spearrl.envs.webshop.pages import Session
 from spearrl.envs.webshop.render import Move, Page
-from spearrl.tables import table
 
 WORD = re.compile(r"[^\W_]+(?:[.'][^\W_]+)*")
 FILLER = frozenset(table(__file__, "words.toml")["filler"].split())
 DETAIL_WORDS = 60  # of a description or feature list
-BUTTONS = {"back": "back to search", "prev": "< prev", "buy": "buy now", "description": "description", "features": "features"}
+BUTTONS = {
+    "back": "back to search",
+    "prev": "< prev",
+    "buy": "buy now",
+    "description": "description",
+    "features": "features",
+}
 
 
 def words(text: str) -> str:
@@ -64,7 +70,9 @@ class CompactRenderer:
         """The page of `session`, or only what changed: one word after an impossible action, the choice after an option click."""
         body, labels, admissible = self._page(session)
         option = move.option
-        full = body + "".join(f"\n chosen {words(name)}: {self._label(session, value)}" for name, value in session.options.items())
+        full = body + "".join(
+            f"\n chosen {words(name)}: {self._label(session, value)}" for name, value in session.options.items()
+        )
         if not move.changed:
             text = "invalid"
         elif option is not None:
@@ -84,7 +92,9 @@ class CompactRenderer:
         return found
 
     def _shorten(self, product: Product) -> Short:
-        title = " ".join([*words(product["Title"]).split()[: self._title_words], f"${math.ceil(max(product['pricing']))}"])
+        title = " ".join(
+            [*words(product["Title"]).split()[: self._title_words], f"${math.ceil(max(product['pricing']))}"]
+        )
         labels, spelled = dict(BUTTONS), {}
         for value in (value for values in product["options"].values() for value in values if value):
             if value not in spelled:
@@ -108,7 +118,11 @@ class CompactRenderer:
         return f"{session.page} {_detail(session)}\n prev", labels, _clicks(labels)
 
     def _results(self, session: Session) -> tuple[str, dict[str, str], tuple[str, ...]]:
-        labels = {"back": "back to search", "prev": "< prev", "next": "next >"} if session.number > 1 else {"back": "back to search", "next": "next >"}
+        labels = (
+            {"back": "back to search", "prev": "< prev", "next": "next >"}
+            if session.number > 1
+            else {"back": "back to search", "next": "next >"}
+        )
         lines = [f"page {session.number}"]
         for place, product in enumerate(session.visible(), 1):
             label = str(place) if self._ids == "position" else product["asin"].lower()
@@ -132,5 +146,7 @@ def _clicks(labels: dict[str, str]) -> tuple[str, ...]:
 
 def _detail(session: Session) -> str:
     product = session.product or {}
-    text = product.get("Description", "") if session.page == "description" else " ".join(product.get("BulletPoints", ()))
+    text = (
+        product.get("Description", "") if session.page == "description" else " ".join(product.get("BulletPoints", ()))
+    )
     return " ".join(words(text).split()[:DETAIL_WORDS]) if session.page in ("description", "features") else ""

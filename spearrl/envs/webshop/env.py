@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from spearrl.envs.base import Environment
-from spearrl.envs.tagged import projected
+from spearrl.envs.text.tagged import projected
 from spearrl.envs.webshop import prompts
 from spearrl.envs.webshop.compact import CompactRenderer, short_instruction
 from spearrl.envs.webshop.expert import Expert
@@ -43,19 +43,34 @@ class WebShop(Environment):
     max_turns = 15
 
     class Options(Environment.Options):
-        data: str | None = Field(None, description="Folder (or product file) of WebShop's data; none: a generated catalogue.")
-        num_products: int | None = Field(None, ge=12, description="Products used; none: all of the data, or 480 generated ones.")
+        data: str | None = Field(
+            None, description="Folder (or product file) of WebShop's data; none: a generated catalogue."
+        )
+        num_products: int | None = Field(
+            None, ge=12, description="Products used; none: all of the data, or 480 generated ones."
+        )
         seed: int = Field(0, ge=0, description="Fixes prices, price limits and the generated catalogue.")
         human_goals: bool = Field(False, description="Human instructions instead of synthetic ones.")
         val_goals: int = Field(500, ge=1, description="Goals of the split val; the rest is train.")
-        observation: Literal["text", "text_rich", "compact"] = Field("text", description="How pages are written; compact: short, for tiny models.")
-        reply: Literal["tagged", "plain"] = Field("tagged", description="<think>…</think><action>…</action>, or the action alone.")
+        observation: Literal["text", "text_rich", "compact"] = Field(
+            "text", description="How pages are written; compact: short, for tiny models."
+        )
+        reply: Literal["tagged", "plain"] = Field(
+            "tagged", description="<think>…</think><action>…</action>, or the action alone."
+        )
         max_turns: int = Field(15, ge=1, description="Turns per episode.")
         history_length: int = Field(2, ge=0, description="Earlier turns a windowed prompt shows.")
         show_attrs: bool = Field(False, description="The original's Attributes page.")
-        results_per_page: int = Field(0, ge=0, le=10, description="Products per page (fewer than 10 only in compact); 0: 10, or 5 generated ones in compact.")
+        results_per_page: int = Field(
+            0,
+            ge=0,
+            le=10,
+            description="Products per page (fewer than 10 only in compact); 0: 10, or 5 generated ones in compact.",
+        )
         title_words: int = Field(10, ge=1, description="Words of a title that compact pages show.")
-        compact_ids: Literal["position", "asin"] = Field("position", description="What a compact results page names products by.")
+        compact_ids: Literal["position", "asin"] = Field(
+            "position", description="What a compact results page names products by."
+        )
 
         @model_validator(mode="after")
         def _page_size(self) -> WebShop.Options:
@@ -73,7 +88,9 @@ class WebShop(Environment):
         self._tagged = chosen.reply == "tagged"
         self._compact = chosen.observation == "compact"
         self._renderer: CompactRenderer | OriginalRenderer = (
-            CompactRenderer(chosen.title_words, chosen.compact_ids) if self._compact else OriginalRenderer(chosen.observation == "text_rich", chosen.show_attrs)
+            CompactRenderer(chosen.title_words, chosen.compact_ids)
+            if self._compact
+            else OriginalRenderer(chosen.observation == "text_rich", chosen.show_attrs)
         )
         self._per_page = chosen.results_per_page or (5 if self._compact and chosen.data is None else 10)
         self._tagger = default_tagger()
@@ -88,10 +105,14 @@ class WebShop(Environment):
     def tasks(self, split: str) -> Sequence[Task]:
         """Goals in the original's shuffled order. Raises ConfigError for an unknown or empty split."""
         if split not in ("train", "val"):
-            raise ConfigError(f"split {split!r} is not one of train, val", where="env webshop", hint='use "train" or "val"')
+            raise ConfigError(
+                f"split {split!r} is not one of train, val", where="env webshop", hint='use "train" or "val"'
+            )
         found = _tasks(self._shop, self.options.val_goals, split)
         if not found:
-            reason = f"{len(self._shop.goals)} goals, of which {self.options.val_goals} are for val, leave none for {split}"
+            reason = (
+                f"{len(self._shop.goals)} goals, of which {self.options.val_goals} are for val, leave none for {split}"
+            )
             raise ConfigError(reason, where="env webshop", hint="lower env.options.val_goals or use more products")
         return found
 
@@ -122,16 +143,27 @@ class WebShop(Environment):
         """Turn 0: the rules (not in compact) and the first page with the instruction; later turns only the page."""
         if turn > 0:
             return [Message("user", observation.info.get("chat", observation.text))]
-        return [Message("user", observation.text if self._compact else f"{prompts.rules(self._tagged)}\n\n{observation.text}")]
+        return [
+            Message(
+                "user", observation.text if self._compact else f"{prompts.rules(self._tagged)}\n\n{observation.text}"
+            )
+        ]
 
-    def window(self, history: Sequence[tuple[Observation, Action]], observation: Observation, task: Task) -> list[Message]:
+    def window(
+        self, history: Sequence[tuple[Observation, Action]], observation: Observation, task: Task
+    ) -> list[Message]:
         """SPEAR's prompt: task, the last `history_length` steps, page, admissible actions; over 13,000 characters without history."""
         shown = history[max(0, len(history) - self.options.history_length) :]
-        past = [(seen.info.get("page", seen.text), action.text if self._tagged else self.format(action.text)) for seen, action in shown]
+        past = [
+            (seen.info.get("page", seen.text), action.text if self._tagged else self.format(action.text))
+            for seen, action in shown
+        ]
         page, goal = observation.info.get("page", observation.text), self._shop.goals[task.data["goal"]]
         if self._compact:
             return [Message("user", prompts.compact_window(short_instruction(goal), page, past))]
-        text = prompts.windowed(goal["instruction_text"], page, observation.admissible or (), past, len(history), tagged=self._tagged)
+        text = prompts.windowed(
+            goal["instruction_text"], page, observation.admissible or (), past, len(history), tagged=self._tagged
+        )
         return [Message("user", text)]
 
     def parse(self, reply: Reply) -> Action:
@@ -164,8 +196,17 @@ class WebShop(Environment):
     def _buy(self, session: Session) -> Outcome:
         product = session.product or {}
         score = purchase_reward(product, self._goal, self._shop.prices[product["asin"]], session.options, self._tagger)
-        info: dict[str, Any] = {"success": score.total >= PERFECT, "task_score": score.total, "score_before_type": score.before_type}
-        info |= {"r_type": score.r_type, "r_attributes": score.r_attributes, "r_price": score.r_price, "tagger": score.tagger}
+        info: dict[str, Any] = {
+            "success": score.total >= PERFECT,
+            "task_score": score.total,
+            "score_before_type": score.before_type,
+        }
+        info |= {
+            "r_type": score.r_type,
+            "r_attributes": score.r_attributes,
+            "r_price": score.r_price,
+            "tagger": score.tagger,
+        }
         if score.r_options is not None:
             info["r_options"] = score.r_options
         return Outcome(self._show(Move(score=score.total)), REWARD if info["success"] else 0.0, True, info=info)
@@ -176,7 +217,9 @@ class WebShop(Environment):
 
     def _playing(self) -> Session:
         if self._session is None:
-            raise ContractError("step() or expert() before reset()", where="env webshop", hint="call reset(task, seed) first")
+            raise ContractError(
+                "step() or expert() before reset()", where="env webshop", hint="call reset(task, seed) first"
+            )
         return self._session
 
 
@@ -194,4 +237,6 @@ def _tasks(shop: Shop, val: int, split: str) -> tuple[Task, ...]:
         return tuple(Task(f"goal-{number}", split, {"goal": number}) for number in range(val, len(goals)))
     trained = {goal["asin"] for goal in goals[val:]}
     strata = ["product in train" if goal["asin"] in trained else "product not in train" for goal in goals[:val]]
-    return tuple(Task(f"goal-{number}", split, {"goal": number, "stratum": stratum}) for number, stratum in enumerate(strata))
+    return tuple(
+        Task(f"goal-{number}", split, {"goal": number, "stratum": stratum}) for number, stratum in enumerate(strata)
+    )

@@ -77,8 +77,14 @@ class Expert:
         name, value = option
         key = (product["asin"], name)
         roll = self._draw.random()
-        plan = self._plans.setdefault(key, "right" if roll < 1 - noise else "wrong" if roll < 1 - noise * 2 / 3 else "skip")
-        if plan == "skip" or session.options.get(name) == value or self._tries.get(key, 0) >= (TRIES if plan == "right" else 1):
+        plan = self._plans.setdefault(
+            key, "right" if roll < 1 - noise else "wrong" if roll < 1 - noise * 2 / 3 else "skip"
+        )
+        if (
+            plan == "skip"
+            or session.options.get(name) == value
+            or self._tries.get(key, 0) >= (TRIES if plan == "right" else 1)
+        ):
             return None
         self._tries[key] = self._tries.get(key, 0) + 1
         others = [other for other in product["options"][name] if other != value]
@@ -93,7 +99,10 @@ class Expert:
         wanted = len(goal["goal_options"])
         parts = [float(a in product["Attributes"] or a in title) for a in goal["attributes"]]
         parts += [1.0] * len(wanted_options(goal, product)) + [0.0] * (wanted - len(wanted_options(goal, product)))
-        parts += [float(self._prices[product["asin"]] <= goal["price_upper"]), 3.0 * (product["query"] == goal["query"])]
+        parts += [
+            float(self._prices[product["asin"]] <= goal["price_upper"]),
+            3.0 * (product["query"] == goal["query"]),
+        ]
         return sum(parts) / (len(parts) + 2)
 
 
@@ -107,4 +116,6 @@ def wanted_options(goal: Goal, product: Product) -> list[tuple[str, str]]:
 
 def _offers(product: Product, text: str) -> Sequence[tuple[str, str]]:
     """Values spelled like `text`, in any group (human goals name no group)."""
-    return [(name, value) for name, values in product["options"].items() for value in values if words(value) == words(text)]
+    return [
+        (name, value) for name, values in product["options"].items() for value in values if words(value) == words(text)
+    ]

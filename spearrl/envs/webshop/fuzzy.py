@@ -6,7 +6,9 @@ import re
 from functools import lru_cache
 
 _NOT_A_WORD = re.compile(r"[\W_]+")
-_REPLACED = dict.fromkeys(range(128, 256)) | {0x130: "i"}  # thefuzz deletes Latin-1 letters and keeps the rest of Unicode; İ would become two
+_REPLACED = dict.fromkeys(range(128, 256)) | {
+    0x130: "i"
+}  # thefuzz deletes Latin-1 letters and keeps the rest of Unicode; İ would become two
 
 
 @lru_cache(maxsize=1 << 16)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from spearrl.config.tables import table
 from spearrl.seeds import derive
-from spearrl.tables import table
 
 _WORDS = table(__file__, "generate.toml")
 FAMILIES: dict[str, list[list[str]]] = _WORDS["families"]  # category: nouns, attributes
@@ -29,7 +29,9 @@ def generate(count: int, seed: int) -> tuple[list[dict[str, Any]], dict[str, Any
         words = draw.sample(FAMILIES[family][1], 3)
         product = _product(f"G{number:09d}", family, noun, words, draw)
         products.append(product)
-        attributes[product["asin"]] = {"attributes": words} | (_instruction(words, noun, draw) if draw.random() < INSTRUCTED else {})
+        attributes[product["asin"]] = {"attributes": words} | (
+            _instruction(words, noun, draw) if draw.random() < INSTRUCTED else {}
+        )
     draw.shuffle(products)
     return products, attributes
 

@@ -47,7 +47,9 @@ def draw_prices(products: Iterable[dict[str, Any]], draw: random.Random) -> dict
     return {p["asin"]: p["pricing"][0] if len(p["pricing"]) == 1 else draw.uniform(*p["pricing"]) for p in products}
 
 
-def make_goals(products: Iterable[dict[str, Any]], prices: dict[str, float], draw: random.Random, *, human: bool) -> list[Goal]:
+def make_goals(
+    products: Iterable[dict[str, Any]], prices: dict[str, float], draw: random.Random, *, human: bool
+) -> list[Goal]:
     """All goals in the original's shuffled order; `draw` continues from the price draws, as there."""
     goals = list((_human if human else _synthetic)(products, prices, draw))
     random.Random(SHUFFLE_SEED).shuffle(goals)
@@ -65,7 +67,11 @@ def _synthetic(products: Iterable[dict[str, Any]], prices: dict[str, float], dra
             listed = ", and ".join(f"{name}: {value}" for name, value in options.items())
             text = product["instruction_text"] + (f" with {listed}" if listed else "") + price_text
             goal = _goal(product, text, limit)
-            yield goal | {"wish": product["instruction_text"], "attributes": product["instruction_attributes"], "goal_options": options}
+            yield goal | {
+                "wish": product["instruction_text"],
+                "attributes": product["instruction_attributes"],
+                "goal_options": options,
+            }
 
 
 def _human(products: Iterable[dict[str, Any]], prices: dict[str, float], draw: random.Random) -> Iterator[Goal]:
@@ -76,7 +82,11 @@ def _human(products: Iterable[dict[str, Any]], prices: dict[str, float], draw: r
             limit, price_text = _price_limit(prices[product["asin"]], draw)
             wish = instruction["instruction"].strip(".")
             goal = _goal(product, wish + price_text, limit)
-            yield goal | {"wish": wish, "attributes": instruction["instruction_attributes"], "goal_options": instruction["instruction_options"]}
+            yield goal | {
+                "wish": wish,
+                "attributes": instruction["instruction_attributes"],
+                "goal_options": instruction["instruction_options"],
+            }
 
 
 def _goal(product: dict[str, Any], text: str, limit: float) -> Goal:

@@ -7,7 +7,7 @@ import re
 from functools import cache, lru_cache
 from typing import Any, Protocol
 
-from spearrl.tables import table
+from spearrl.config.tables import table
 
 MODELS = ("en_core_web_lg", "en_core_web_sm")  # best first
 NOUN_TAGS = ("NOUN", "PROPN")

@@ -67,7 +67,12 @@ class OriginalRenderer:
             parts = [*_option_strings(product), *_item_strings(product), "Description", "Features", "Reviews"]
             parts += ["Attributes", "Buy Now"] if self._show_attrs else ["Buy Now"]
             names = item_targets(product, self._show_attrs)
-            found = Fragment(SEP.join(_listing_strings(product)), SEP.join(parts), _quoted(parts), tuple(f"click[{name}]" for name in names))
+            found = Fragment(
+                SEP.join(_listing_strings(product)),
+                SEP.join(parts),
+                _quoted(parts),
+                tuple(f"click[{name}]" for name in names),
+            )
             self._fragments[product["asin"]] = found
         return found
 
@@ -82,7 +87,11 @@ class OriginalRenderer:
             return plain, _quoted(plain.split(SEP))
         if session.page == "index":
             return "Search", "'Search'"
-        strings = _done_strings(session, score) if session.page == "done" else ["Back to Search", "< Prev", *_sub_page_strings(session)]
+        strings = (
+            _done_strings(session, score)
+            if session.page == "done"
+            else ["Back to Search", "< Prev", *_sub_page_strings(session)]
+        )
         parts = [text.strip() for text in strings]
         return SEP.join(parts), _quoted(parts)
 
@@ -99,7 +108,9 @@ def _quoted(parts: list[str]) -> str:
 
 def _results_buttons(session: Session) -> list[str]:
     counted = f"Page {session.number} (Total results: {len(session.found)})"
-    return ["Back to Search", counted, "< Prev", "Next >"] if session.number > 1 else ["Back to Search", counted, "Next >"]
+    return (
+        ["Back to Search", counted, "< Prev", "Next >"] if session.number > 1 else ["Back to Search", counted, "Next >"]
+    )
 
 
 def _listing_strings(product: Product) -> list[str]:
@@ -128,7 +139,12 @@ def _sub_page_strings(session: Session) -> list[str]:
     if session.page == "features":
         return [f" {bullet}" for bullet in product["BulletPoints"]]
     if session.page == "attributes":
-        return [*(f" {a}" for a in product["Attributes"]), product["category"], product["query"], product["product_category"]]
+        return [
+            *(f" {a}" for a in product["Attributes"]),
+            product["category"],
+            product["query"],
+            product["product_category"],
+        ]
     return []
 
 
@@ -139,9 +155,31 @@ def _done_strings(session: Session, score: float | None) -> list[str]:
         options = options.replace(character, f"\\u{ord(character):04x}")
     bought = ["asin", session.product["asin"] if session.product else "None", "options", options]
     bought += ["attrs", "None", "category", "None", "query", "None", "product category", "None"]
-    target = ["asin", "options", "attrs", "price upper", "instuction text", "category", "product category", "query", "Goal", "None"]
+    target = [
+        "asin",
+        "options",
+        "attrs",
+        "price upper",
+        "instuction text",
+        "category",
+        "product category",
+        "query",
+        "Goal",
+        "None",
+    ]
     thanks = ["Thank you for shopping with us!", "Your code: ", "None", " (Paste it in your MTurk interface.)"]
-    return [*thanks, "Purchased", *bought, "Target", *target, "Reward", "Your score (min 0.0, max 1.0)", str(score), "Reward Details", "None"]
+    return [
+        *thanks,
+        "Purchased",
+        *bought,
+        "Target",
+        *target,
+        "Reward",
+        "Your score (min 0.0, max 1.0)",
+        str(score),
+        "Reward Details",
+        "None",
+    ]
 
 
 def _rich_head(session: Session, instruction: str) -> str:
@@ -153,7 +191,11 @@ def _rich_head(session: Session, instruction: str) -> str:
 
 def _clicked(session: Session) -> Iterator[str]:
     """Option values on an item page that the original marks as clicked: those quoted in the page's address."""
-    if session.page == "item" and session.product is not None and (session.options or any('"' in word for word in session.keywords)):
+    if (
+        session.page == "item"
+        and session.product is not None
+        and (session.options or any('"' in word for word in session.keywords))
+    ):
         address = "+".join(session.keywords) + json.dumps(session.options)
         for values in session.product["options"].values():
             yield from (value for value in values if value and f'"{value}"' in address)
@@ -189,6 +231,14 @@ def _rich_item(session: Session) -> Iterator[str]:
         for value in values:
             mark = "clicked button" if value in clicked else "button"
             yield f"  [{mark}] {value} [{mark}_]"
-    yield from (text for text in (session.product["Title"], f"Price: {session.product['Price']}", f"Rating: {session.product['Rating']}") if text)
+    yield from (
+        text
+        for text in (
+            session.product["Title"],
+            f"Price: {session.product['Price']}",
+            f"Rating: {session.product['Rating']}",
+        )
+        if text
+    )
     buttons = ["Description", "Features", "Reviews", *(["Attributes"] if session.show_attrs else []), "Buy Now"]
     yield from (f"[button] {name} [button_]" for name in buttons)

@@ -6,15 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spearrl.config.tables import table
 from spearrl.envs.webshop.fuzzy import token_set_ratio
 from spearrl.envs.webshop.nouns import NounTagger, default_tagger
-from spearrl.tables import table
 
 Option = str | tuple[str, str]  # a value, or (name, value)
 
 MATCH = 85  # a token_set_ratio above this is a match
 NO_GOAL_NOUNS = 0.2  # the title score where the goal's title has no nouns
-COLORS = tuple(table(__file__, "words.toml")["colors"].split())  # in the order searched: a value that holds several is known by the first
+COLORS = tuple(
+    table(__file__, "words.toml")["colors"].split()
+)  # in the order searched: a value that holds several is known by the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,13 @@ class Score:
     tagger: str  # what found the nouns
 
 
-def purchase_reward(product: Mapping[str, Any], goal: Mapping[str, Any], price: float, options: Mapping[str, str], tagger: NounTagger | None = None) -> Score:
+def purchase_reward(
+    product: Mapping[str, Any],
+    goal: Mapping[str, Any],
+    price: float,
+    options: Mapping[str, str],
+    tagger: NounTagger | None = None,
+) -> Score:
     """Reward of buying `product` at `price` with the chosen `options` (name: value) for `goal`.
 
     Args:
@@ -83,7 +91,9 @@ def matched_attributes(product: Mapping[str, Any], wanted: Sequence[str]) -> int
         if any(token_set_ratio(own, attribute) > MATCH for own in product["Attributes"]):
             matched += 1
             continue
-        texts = texts or tuple(text.lower() for text in (product["Title"], " ".join(product["BulletPoints"]), product["Description"]))
+        texts = texts or tuple(
+            text.lower() for text in (product["Title"], " ".join(product["BulletPoints"]), product["Description"])
+        )
         matched += any(attribute in text for text in texts)
     return matched
 
@@ -91,7 +101,9 @@ def matched_attributes(product: Mapping[str, Any], wanted: Sequence[str]) -> int
 def matched_options(chosen: Iterable[str], wanted: Iterable[Option]) -> int:
     """How many wanted options are like one of the chosen values."""
     values = [normalize_color(value) for value in chosen]
-    return sum(any(token_set_ratio(value, option) > MATCH for value in values) for option in map(normalize_color, wanted))
+    return sum(
+        any(token_set_ratio(value, option) > MATCH for value in values) for option in map(normalize_color, wanted)
+    )
 
 
 def same_category(first: str, second: str) -> bool:

@@ -1,0 +1,136 @@
+"""The weights γ (self-imitation) and μ (intrinsic reward) in force at a step, and the estimates that adaptive schedules follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from spearrl.config.algo import ScheduleSection
+from spearrl.errors import ContractError
+from spearrl.schedules import ADAPTIVE, adaptive_progress, schedule_value
+
+_LOGGED = {"entropy": "curriculum/entropy", "success": "curriculum/success", "curiosity": "curriculum/unseen"}
+_LOGGED_OF_MU = {kind: f"{name}_mu" for kind, name in _LOGGED.items()}
+
+
+class Curriculum:
+    """γ rises and μ falls (SPEAR, arXiv:2509.22601): over steps, or with what the run itself shows (kinds "entropy", "success", "curiosity").
+
+    The quantity behind an adaptive schedule is an exponential moving average, estimate ← smoothing · estimate + (1 − smoothing) · observed,
+    whose first value is the first observation. Before that, γ = 0 and μ = peak. γ and μ have an estimate each, with their own smoothing.
+
+    Args:
+        gamma: schedule of the replay weight.
+        mu: schedule of the bonus weight.
+    Raises:
+        ContractError: an adaptive schedule whose low is not below its high.
+    """
+
+    def __init__(self, gamma: ScheduleSection, mu: ScheduleSection):
+        self._schedules = {"gamma": gamma, "mu": mu}
+        self._estimates: dict[str, float | None] = {"gamma": None, "mu": None}
+        self._start: float | None = None  # the first entropy above 0 that was observed
+        self._seen: set[int] = set()
+        for name, schedule in self._schedules.items():
+            if schedule.kind in ADAPTIVE and not schedule.low < schedule.high:
+                raise ContractError(
+                    f"schedule {name}: low={schedule.low}, high={schedule.high}; low must be < high",
+                    hint="for example low = 0.2, high = 0.8",
+                )
+
+    def gamma(self, step: int) -> float:
+        """γ at a 1-based step, in [0, peak]. Adaptive: from all steps observed so far, so ask before this step is observed."""
+        return self._schedules["gamma"].peak * self._progress("gamma", step)
+
+    def mu(self, step: int) -> float:
+        """μ at a 1-based step, in [0, peak]. Adaptive: from all steps observed so far, so ask before this step is observed."""
+        schedule = self._schedules["mu"]
+        if schedule.kind in ADAPTIVE:
+            return schedule.peak * (1 - self._progress("mu", step))
+        return schedule.peak * schedule_value(schedule.kind, step, schedule.steps, rising=False)
+
+    @property
+    def needs_anchors(self) -> bool:
+        """Whether some schedule follows the share of unseen states."""
+        return self._uses("curiosity")
+
+    def observe(self, *, success: float | None, entropy: float | None, anchors: Iterable[int] | None) -> None:
+        """What a finished step showed. None, a non-finite number or no anchors: not measured, the estimate stays as it is.
+
+        Args:
+            success: share of the step's episodes that succeeded.
+            entropy: policy entropy of the step, nats. Schedules see it relative to the first one above 0.
+            anchors: ids (int64) of the states that the step's turns saw. Each counts once per step.
+        """
+        observed: dict[str, float | None] = {"entropy": self._relative(entropy), "success": success, "curiosity": None}
+        if self._uses("curiosity"):
+            observed["curiosity"] = self._unseen(anchors)
+        for name, schedule in self._schedules.items():
+            value = observed.get(schedule.kind)
+            if value is None or not math.isfinite(value):
+                continue
+            old = self._estimates[name]
+            self._estimates[name] = (
+                value if old is None else schedule.smoothing * old + (1 - schedule.smoothing) * value
+            )
+
+    def metrics(self) -> dict[str, float]:
+        """The estimates in use, from which γ and μ follow. `…_mu`: μ follows the same quantity as γ, smoothed otherwise."""
+        gamma, mu = self._schedules["gamma"], self._schedules["mu"]
+        first, second = self._estimates["gamma"], self._estimates["mu"]
+        found = {} if first is None else {_LOGGED[gamma.kind]: first}
+        if second is not None and gamma.kind != mu.kind:
+            found[_LOGGED[mu.kind]] = second
+        elif second is not None and (gamma.smoothing != mu.smoothing or first != second):
+            found[_LOGGED_OF_MU[mu.kind]] = second
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values and one tensor; `load_state_dict` restores them exactly."""
+        return {
+            "kinds": {name: schedule.kind for name, schedule in self._schedules.items()},
+            "estimates": dict(self._estimates),
+            "entropy_start": self._start,
+            "seen": torch.tensor(sorted(self._seen), dtype=torch.int64),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """A schedule whose kind was changed since then starts without an estimate: the stored one is of another quantity."""
+        kept = {name: state["kinds"][name] == schedule.kind for name, schedule in self._schedules.items()}
+        self._estimates = {name: state["estimates"][name] if kept[name] else None for name in self._schedules}
+        self._start = state["entropy_start"]
+        self._seen = set(state["seen"].tolist())
+
+    def _progress(self, name: str, step: int) -> float:
+        """In [0, 1], rising."""
+        schedule, estimate = self._schedules[name], self._estimates[name]
+        if schedule.kind not in ADAPTIVE:
+            return schedule_value(schedule.kind, step, schedule.steps, rising=True)
+        return (
+            0.0
+            if estimate is None
+            else adaptive_progress(schedule.kind, estimate, low=schedule.low, high=schedule.high)
+        )
+
+    def _uses(self, kind: str) -> bool:
+        return any(schedule.kind == kind for schedule in self._schedules.values())
+
+    def _relative(self, entropy: float | None) -> float | None:
+        """The start is kept whatever the kinds are, so that a run resumed with kind "entropy" still knows where it began."""
+        if entropy is None or not math.isfinite(entropy):
+            return None
+        if self._start is None and entropy > 0:
+            self._start = entropy
+        return None if self._start is None else entropy / self._start
+
+    def _unseen(self, anchors: Iterable[int] | None) -> float | None:
+        """Share of the step's distinct anchors that are new; they are known from now on."""
+        states = set() if anchors is None else {int(anchor) for anchor in anchors}
+        if not states:
+            return None
+        new = states - self._seen
+        self._seen |= new
+        return len(new) / len(states)

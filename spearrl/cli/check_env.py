@@ -1,0 +1,52 @@
+"""spearrl check-env: does an environment keep its contract? Exit code 0 or 1."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from spearrl.cli.target import OVERRIDES_HELP, TARGET_HELP, config_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="ENV", help=TARGET_HELP)
+    parser.add_argument("overrides", nargs="*", metavar="env.options.key=value", help=OVERRIDES_HELP)
+    parser.add_argument(
+        "--split", action="append", help="split whose tasks are looked at; may be repeated (default: train and val)"
+    )
+    parser.add_argument(
+        "--deadline", type=float, default=10.0, metavar="SECONDS", help="seconds a single call may take (default: 10)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from spearrl.envs.check import check_environment, failures
+    from spearrl.errors import ConfigError
+
+    if not args.deadline > 0:
+        raise ConfigError(
+            f"--deadline {args.deadline:g} is not a time", where="command line", hint="use a number of seconds above 0"
+        )
+    section = config_of(args.target, args.overrides).env
+    findings = check_environment(section.name, section.options, splits=args.split, deadline_s=args.deadline)
+    failed = failures(findings)
+    if args.json:
+        print(
+            json.dumps(
+                {
+                    "environment": section.name,
+                    "ok": not failed,
+                    "findings": [finding.as_json() for finding in findings],
+                },
+                indent=1,
+            )
+        )
+    else:
+        print("\n".join(map(str, findings)))
+        print(
+            f"{section.name}: {len(failed)} of {len(findings)} rules broken"
+            if failed
+            else f"{section.name} keeps its contract"
+        )
+    return 1 if failed else 0

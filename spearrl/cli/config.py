@@ -1,0 +1,85 @@
+"""spearrl config: what a run would use and why, how two configs differ, what settings there are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spearrl.cli.parsing import add_config_arguments, add_gpus, announce, check_environment, placed_from, resolved_from
+
+if TYPE_CHECKING:
+    from spearrl.config import RunConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("show", "diff", "schema"), help="see below")
+    add_config_arguments(parser)
+    add_gpus(parser)
+    parser.add_argument("--why", action="store_true", help="show: where each value came from, as a comment behind it")
+    parser.add_argument("--markdown", action="store_true", help="schema: the reference page")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    text = {"show": _show, "diff": _diff, "schema": _schema}[args.action](args)
+    print(text.rstrip("\n"))
+    return 0
+
+
+def _show(args: argparse.Namespace) -> str:
+    from spearrl.config import to_toml
+
+    if args.gpus is not None:
+        from spearrl.launch.describe import describe
+        from spearrl.launch.devices import imagined
+
+        resolved, placement = placed_from(args, lambda: imagined(args.gpus))
+        print(describe(placement), file=sys.stderr)
+    else:
+        resolved = resolved_from(args)
+    check_environment(resolved)
+    announce(resolved)
+    if args.json:
+        return json.dumps(
+            {"config": resolved.config.model_dump(mode="json"), "sources": dict(resolved.sources)}, indent=1
+        )
+    return to_toml(resolved.config, resolved.sources if args.why else None)
+
+
+def _diff(args: argparse.Namespace) -> str:
+    from spearrl.config import diff
+    from spearrl.config.dump import toml_value
+    from spearrl.errors import ConfigError
+
+    if len(args.overrides) != 2 or args.preset or args.env or args.algo or args.model or args.gpus:
+        hint = "use spearrl config diff A B, each a config file, a run directory or a preset"
+        raise ConfigError(
+            f"config diff compares two configs; {len(args.overrides)} given", where="command line", hint=hint
+        )
+    found = diff(*(_named(name) for name in args.overrides))
+    if args.json:
+        return json.dumps({key: list(pair) for key, pair in found.items()}, indent=1, default=str)
+    width = max(map(len, found), default=0)
+    pairs = (
+        (key, ["not given" if v is None and key.startswith("env.options.") else toml_value(v) for v in pair])
+        for key, pair in found.items()
+    )
+    lines = [f"{key:<{width}}  {a} -> {b}" for key, (a, b) in pairs]
+    return "\n".join(lines) or "no difference"
+
+
+def _named(name: str) -> RunConfig:
+    """The config of a preset name, a file or a run directory."""
+    from spearrl.config import load_config
+    from spearrl.config.presets import PRESETS
+
+    return load_config(preset=name) if name in PRESETS and not Path(name).exists() else load_config(name)
+
+
+def _schema(args: argparse.Namespace) -> str:
+    from spearrl.config.reference import json_schema, markdown
+
+    return markdown() if args.markdown else json.dumps(json_schema(), indent=1, ensure_ascii=False)

@@ -1,0 +1,39 @@
+"""spearrl sft: the cold start alone; writes a model directory that `train --model` takes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from spearrl.cli.parsing import add_config_arguments, config_from
+from spearrl.cli.target import empty_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="conversations to clone instead of expert episodes (.jsonl or .parquet); the same as sft.data=FILE",
+    )
+    parser.add_argument("--output", metavar="DIR", required=True, help="where the model directory is written")
+
+
+def run(args: argparse.Namespace) -> int:
+    args.overrides += ["sft.enabled=true", *([f"sft.data={args.data}"] if args.data else [])]
+    config = config_from(args)
+    from spearrl.cli.progress import Progress
+    from spearrl.config import to_toml
+    from spearrl.launch.assembly import evaluate
+    from spearrl.launch.build import make_environment
+    from spearrl.models import prepare_torch
+    from spearrl.start.origin import starting_model
+
+    output = empty_folder(args.output)
+    device = prepare_torch(config)
+    starting_model(config, make_environment(config), device, None, Progress().report).keep(output)
+    (output / "config.toml").write_text(to_toml(config))
+    print("evaluating", file=sys.stderr)
+    result = evaluate(config.model_copy(update={"model": config.model.model_copy(update={"path": str(output)})}))
+    print(f"{output}: success {result.success} on {result.split} at temperature {result.temperature}")
+    return 0

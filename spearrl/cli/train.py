@@ -1,0 +1,108 @@
+"""spearrl train: start a run, or continue one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from spearrl.cli.parsing import add_config_arguments, add_gpus, announce, check_environment, gpu_override, placed_from
+
+if TYPE_CHECKING:
+    from spearrl.start.origin import Report
+    from spearrl.trainer import Trainer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    add_gpus(parser)
+    parser.add_argument("--resume", metavar="RUN", help="continue this run directory from its newest valid checkpoint")
+    parser.add_argument("--help-columns", action="store_true", help="explain the columns of the progress line")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from spearrl.cli.progress import Progress, explain_columns
+    from spearrl.errors import ConfigError
+
+    if args.help_columns:
+        print(explain_columns())
+        return 0
+    if args.resume and (args.env or args.algo or args.model or args.preset):
+        raise ConfigError(
+            "--resume takes its settings from the run",
+            where="command line",
+            hint="leave --env, --algo, --model and --preset out",
+        )
+    from spearrl.launch.launcher import follow
+
+    if (code := follow()) is not None:
+        return code
+    trainer = _resumed(args, Progress().report) if args.resume else _new(args, Progress().report)
+    caught = _stop_gently(trainer)
+    path = trainer.run.path
+    print(f"run  {path}  (config.toml, events.jsonl, trajectories/, checkpoints/, tb/)", file=sys.stderr)
+    try:
+        result = trainer.train()
+    finally:
+        trainer.close()
+    if caught:
+        print(
+            f"stopped after step {trainer.step}, saved. Continue with:  spearrl train --resume {path}", file=sys.stderr
+        )
+        return 128 + caught[0]
+    if args.json:
+        print(json.dumps({"run": str(path), "eval": result.as_json() if result else None}))
+    else:
+        print(f"done: {path}" + (f"  success {result.success} on {result.split}" if result else ""))
+        print(f"play the panel again with:  spearrl eval {path} --split {trainer.config.eval.split}")
+    return 0
+
+
+def _new(args: argparse.Namespace, report: Report) -> Trainer:
+    """The trainer of a new run; who gets what is told before anything starts."""
+    from spearrl.launch.describe import describe
+    from spearrl.launch.devices import detect
+
+    resolved, placement = placed_from(args, detect)
+    check_environment(resolved)
+    announce(resolved)
+    print(describe(placement), file=sys.stderr)
+    from spearrl.trainer import Trainer
+
+    return Trainer(resolved.config, report=report)
+
+
+def _resumed(args: argparse.Namespace, report: Report) -> Trainer:
+    from spearrl.config import load_config
+    from spearrl.launch.describe import describe
+    from spearrl.launch.devices import detect
+    from spearrl.launch.placement import place
+    from spearrl.trainer import Trainer
+
+    overrides = [*args.overrides, *gpu_override(args)]
+    print(describe(place(load_config(args.resume, overrides), detect())), file=sys.stderr)
+    return Trainer.resume(args.resume, report=report, overrides=overrides)
+
+
+def _stop_gently(trainer: Trainer) -> list[int]:
+    """First SIGINT or SIGTERM: finish the step and save; the second stops at once. Returns the list the signal lands in."""
+    from spearrl.processes import under_launcher
+
+    caught: list[int] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if caught:
+            if number == signal.SIGTERM and under_launcher():  # a launcher sends it after Ctrl-C
+                return
+            raise KeyboardInterrupt
+        caught.append(number)
+        trainer.stop_requested = True
+        print("finishing this step and saving; press Ctrl-C again to stop now", file=sys.stderr)
+
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+    return caught

@@ -1,0 +1,26 @@
+"""Data tables: the TOML files that lie beside the modules that use them."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+UNSET = "unset"  # how a table writes None, which TOML does not have
+
+
+def table(module: str, name: str) -> dict[str, Any]:
+    """The file `name` beside a module. Example: table(__file__, "presets.toml")."""
+    return tomllib.loads(Path(module).with_name(name).read_text(encoding="utf-8"))
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys, in order: {"sil": {"unit": "row"}} is {"sil.unit": "row"}. "unset" is None."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= (
+            flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{name}": None if value == UNSET else value}
+        )
+    return found

@@ -1,0 +1,165 @@
+"""Text to index terms as Lucene's English analyser makes them: words by UAX #29, possessive filter, stop words, Porter stemmer."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+
+from spearrl.config.tables import table
+
+MAX_TOKEN = 255  # Lucene cuts longer words into pieces of this many characters
+_TABLES = table(__file__, "analyzer.toml")
+STOP_WORDS = frozenset(_TABLES["stop_words"].split())
+_JOINERS = {
+    ord(char): kind for kind, chars in _TABLES["single"].items() for char in chars
+}  # code point to the letter of its word-break class
+_EXTEND = "[XZFGC]*"  # marks belong to the character before them (rule WB4)
+
+
+def _spans(ranges: str) -> list[tuple[int, int]]:
+    pairs = (item.split("-") for item in ranges.split())
+    return [(int(pair[0], 16), int(pair[-1], 16)) for pair in pairs]
+
+
+_TABLE = [(low, high, kind) for kind, ranges in _TABLES["ranges"].items() for low, high in _spans(ranges)]
+_BY_CATEGORY = {"Nd": "N", "Nl": "A", "Mn": "X", "Mc": "X", "Me": "X", "Cf": "X"} | dict.fromkeys(
+    ("Lu", "Ll", "Lt", "Lm", "Lo"), "A"
+)
+
+
+class _Classes(dict[int, str]):
+    """Code point to the letter of its word-break class, filled as characters are met (for str.translate)."""
+
+    def __missing__(self, code: int) -> str:
+        kind = _JOINERS.get(code) or next((kind for low, high, kind in _TABLE if low <= code <= high), None)
+        if kind is None:
+            circled = 0x24B6 <= code <= 0x24E9
+            kind = "A" if circled else _BY_CATEGORY.get(unicodedata.category(chr(code)), " ")
+        self[code] = kind
+        return kind
+
+
+_CLASSES = _Classes()
+
+
+def _grammar() -> re.Pattern[str]:
+    """UAX #29's rules WB5 to WB13, and tr51's emoji sequences, over a string of class letters."""
+    x = _EXTEND
+    letter, digit, connector = f"[AB]{x}", f"N{x}", f"_{x}"
+    word = (
+        f"(?:{digit}(?:(?:(?:{connector})*|[,.']{x}){digit})*"
+        # after a Hebrew letter a double quote joins another, and a single quote may end the word
+        f"|{letter}(?:(?:(?:{connector})*|[:.']{x}|(?<=B)\"{x}(?=B)){letter})*(?:(?<=B)'{x})?)+"
+    )
+    katakana = f"K{x}(?:(?:{connector})*K{x})*"
+    run = f"(?:{katakana}|{word})"
+    joined = f"(?:{connector})*{run}(?:(?:{connector})+{run})*(?:{connector})*"
+    pictograph = "(?:E[XG]*M|E|M)[XG]*F?"
+    emoji = f"Z*{pictograph}(?:Z+{pictograph})*Z*|#X*F?C"
+    # taking a run of nothing but connectors or joiners as a whole keeps the search linear
+    return re.compile(f"(?:{emoji})|{joined}|(?:T{x})+|[HI]{x}|R{x}R{x}|(?P<nothing>(?:{connector})+|Z+)")
+
+
+_WORD = _grammar()
+
+
+def words(text: str) -> list[str]:
+    """The words of a text by Unicode's word-break rules, as Lucene's StandardTokenizer finds them; punctuation is dropped."""
+    spans = (match.span() for match in _WORD.finditer(text.translate(_CLASSES)) if not match.lastgroup)
+    return [text[at : min(at + MAX_TOKEN, end)] for begin, end in spans for at in range(begin, end, MAX_TOKEN)]
+
+
+def analyze(text: str) -> list[str]:
+    """Index terms of a text, in order: Lucene's EnglishAnalyzer."""
+    terms: list[str] = []
+    for chunk in text.split(" "):  # no word holds a space, and most chunks have been seen before
+        terms += _terms(chunk)
+    return terms
+
+
+@lru_cache(maxsize=1 << 18)
+def _terms(chunk: str) -> tuple[str, ...]:
+    lowered = (_without_possessive(word).lower() for word in words(chunk))
+    return tuple(stem(word) for word in lowered if word not in STOP_WORDS)
+
+
+def _without_possessive(word: str) -> str:
+    return word[:-2] if len(word) >= 2 and word[-1] in "sS" and word[-2] in "'\u2019\uff07" else word
+
+
+# Porter's stemmer (M. F. Porter, An algorithm for suffix stripping, Program 14(3), 1980), with his later changes: bli and logi in step 2,
+# and words of one or two letters left alone. In each table the first suffix that fits decides, so longer ones come first.
+_STEP_2: dict[str, str] = _TABLES["step_2"]
+_STEP_3: dict[str, str] = _TABLES["step_3"]
+_STEP_4 = {
+    suffix: suffix[0] if suffix.endswith("ion") else "" for suffix in _TABLES["step_4"].split()
+}  # -ion goes after s or t only
+
+
+def _shape(word: str) -> str:
+    """v for a vowel and c for anything else; y is a vowel after a consonant."""
+    shape = ""
+    for char in word:
+        vowel = char in "aeiou" or (char == "y" and shape.endswith("c"))
+        shape += "v" if vowel else "c"
+    return shape
+
+
+def _measure(word: str) -> int:
+    return _shape(word).count("vc")
+
+
+def _short_end(word: str) -> bool:
+    """Consonant, vowel, consonant at the end, the last not w, x or y."""
+    return _shape(word).endswith("cvc") and word[-1] not in "wxy"
+
+
+def _double_end(word: str) -> bool:
+    return len(word) > 1 and word[-1] == word[-2] and _shape(word)[-1] == "c"
+
+
+def _replace(word: str, suffixes: dict[str, str], least: int) -> str:
+    for suffix, replacement in suffixes.items():
+        if word.endswith(suffix):
+            kept = word[: -len(suffix)] + (replacement if suffixes is _STEP_4 else "")
+            return word[: -len(suffix)] + replacement if _measure(kept) > least else word
+    return word
+
+
+def _step_1(word: str) -> str:
+    if word.endswith(("sses", "ies")):
+        word = word[:-2]
+    elif word.endswith("s") and not word.endswith("ss"):
+        word = word[:-1]
+    if word.endswith("eed"):
+        word = word[:-1] if _measure(word[:-3]) > 0 else word
+    elif word.endswith(("ed", "ing")):
+        base = word[: -2 if word.endswith("ed") else -3]
+        word = _mended(base) if "v" in _shape(base) else word
+    if word.endswith("y") and "v" in _shape(word[:-1]):
+        word = word[:-1] + "i"
+    return word
+
+
+def _mended(base: str) -> str:
+    """A stem that lost -ed or -ing gets back the e it needs, or loses a doubled letter."""
+    if base.endswith(("at", "bl", "iz")):
+        return base + "e"
+    if _double_end(base):
+        return base if base[-1] in "lsz" else base[:-1]
+    return base + "e" if _measure(base) == 1 and _short_end(base) else base
+
+
+def stem(word: str) -> str:
+    """Porter's stem of a lower-case word."""
+    if len(word) <= 2:
+        return word
+    word = _step_1(word)
+    for suffixes, least in ((_STEP_2, 0), (_STEP_3, 0), (_STEP_4, 1)):
+        word = _replace(word, suffixes, least)
+    if word.endswith("e"):
+        size = _measure(word)
+        if size > 1 or (size == 1 and not _short_end(word[:-1])):
+            word = word[:-1]
+    return word[:-1] if word.endswith("ll") and _measure(word) > 1 else word

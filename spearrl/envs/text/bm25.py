@@ -1,0 +1,104 @@
+"""BM25 over an inverted index, with Lucene's arithmetic (single precision, one-byte lengths) and tie rule, so that rankings agree with it."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spearrl.envs.text.analyzer import analyze
+
+K1, B = np.float32(0.9), np.float32(0.4)  # Pyserini's defaults
+EXACT_LENGTHS = 24  # SmallFloat stores lengths exactly up to here, the rest above it with 4 significant bits
+
+
+def product_text(product: Mapping[str, Any]) -> str:
+    """What is indexed of a product: title, description, first bullet, and its options as "size: s, m, and color: red", in lower case."""
+    bullets = product["BulletPoints"]
+    options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in product["options"].items())
+    return " ".join((product["Title"], product["Description"], bullets[0] if bullets else "", options)).lower()
+
+
+class Index:
+    """An inverted index: for each term the documents that hold it and what one query occurrence is worth there.
+
+    Args:
+        documents: term counts of each document.
+        ids: their names. Equal scores are ordered by name, as Pyserini does; without names by document number.
+    """
+
+    def __init__(self, documents: Iterable[Mapping[str, int]], ids: Sequence[str] | None = None):
+        vocabulary: dict[str, int] = {}
+        terms, counts, sizes = array("i"), array("i"), array("i")
+        for document in documents:
+            terms.extend(vocabulary.setdefault(term, len(vocabulary)) for term in document)
+            counts.extend(document.values())
+            sizes.append(len(document))
+        self.vocabulary = vocabulary
+        self.size = len(sizes)
+        per_document = np.frombuffer(sizes, dtype=np.int32) if sizes else np.zeros(0, np.int32)
+        term_of = np.frombuffer(terms, dtype=np.int32) if terms else np.zeros(0, np.int32)
+        count_of = np.frombuffer(counts, dtype=np.int32) if counts else np.zeros(0, np.int32)
+        document_of = np.repeat(np.arange(self.size, dtype=np.int32), per_document)
+        lengths = np.bincount(document_of, weights=count_of, minlength=self.size).astype(np.int64)
+        norms = _norms(lengths)
+        order = np.argsort(term_of, kind="stable")
+        self.documents: NDArray[np.int32] = document_of[order]
+        frequency = count_of[order].astype(np.float32)
+        self.impacts: NDArray[np.float32] = frequency / (frequency + norms[self.documents])
+        in_documents = np.bincount(term_of, minlength=len(vocabulary))
+        self.offsets: NDArray[np.int64] = np.concatenate(([0], np.cumsum(in_documents)))
+        filled = int((lengths > 0).sum())
+        self.idf: NDArray[np.float32] = np.log1p((filled - in_documents + 0.5) / (in_documents + 0.5)).astype(
+            np.float32
+        )
+        self.rank: NDArray[np.int32] | None = None
+        if ids is not None:
+            self.rank = np.empty(self.size, np.int32)
+            self.rank[sorted(range(self.size), key=ids.__getitem__)] = np.arange(self.size, dtype=np.int32)
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str], ids: Sequence[str] | None = None) -> Index:
+        """An index over plain texts (see `product_text`)."""
+        return cls((Counter(analyze(text)) for text in texts), ids)
+
+    def search(self, query: str | Iterable[str], k: int = 50) -> list[tuple[int, float]]:
+        """The best k documents that hold a term of the query, as (document number, score), best first.
+
+        score = Σ_t n_t · ln(1 + (N − df_t + ½) / (df_t + ½)) · tf / (tf + k1·(1 − b + b·length/mean length))
+
+        Args:
+            query: a text to analyse, or terms already analysed.
+        """
+        scores = np.zeros(self.size)
+        for term, count in Counter(analyze(query) if isinstance(query, str) else query).items():
+            number = self.vocabulary.get(term)
+            if number is None:
+                continue
+            part = slice(self.offsets[number], self.offsets[number + 1])
+            # each term's share is rounded to single precision and the sum is kept in double, as Lucene does: ties depend on it
+            scores[self.documents[part]] += self.impacts[part] * (np.float32(count) * self.idf[number])
+        return self._best(scores.astype(np.float32), k)
+
+    def _best(self, scores: NDArray[np.float32], k: int) -> list[tuple[int, float]]:
+        hits = np.flatnonzero(scores)
+        if len(hits) > k > 0:
+            values = scores[hits]
+            hits = hits[values >= np.partition(values, -k)[-k]]
+        ties = hits if self.rank is None else self.rank[hits]
+        best = hits[np.lexsort((ties, -scores[hits]))][:k]
+        return list(zip(best.tolist(), scores[best].tolist(), strict=True))
+
+
+def _norms(lengths: NDArray[np.int64]) -> NDArray[np.float32]:
+    """k1·(1 − b + b·length/mean length) per document, with the length as Lucene's one byte keeps it."""
+    filled = max(int((lengths > 0).sum()), 1)
+    mean = np.float32(max(lengths.sum() / filled, 1.0))
+    above = np.maximum(lengths - EXACT_LENGTHS, 0)
+    shift = np.maximum(np.frexp(above.astype(np.float64))[1] - 4, 0)
+    stored = np.where(lengths < EXACT_LENGTHS, lengths, EXACT_LENGTHS + (above >> shift << shift)).astype(np.float32)
+    return K1 * ((np.float32(1) - B) + B * stored / mean)

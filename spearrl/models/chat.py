@@ -1,0 +1,193 @@
+"""Messages to token ids. What the engine sampled is kept as sampled: a conversation only ever grows by new ids.
+
+ids = previous ids + sampled ids + (the template's rendering of a dummy reply and the new messages, minus its prefix)
+
+The template shows a picture as one image token, of which as many are made as stand for the picture (`spearrl.models.vision`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from spearrl.errors import ConfigError
+from spearrl.models.vision import sight_of
+from spearrl.types import Message, Text
+
+# Private-use characters stand in for control tokens that occur in message text while the template is rendered.
+_OPEN, _CLOSE = "\ue000", "\ue001"
+_STAND_IN = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
+_DUMMY = "\ue002reply\ue002"
+
+Content = (
+    str | tuple[str | int, ...]
+)  # of a message: its text, or its texts and the numbers of tokens that stand for its pictures
+Key = tuple[tuple[str, Content], ...]
+
+
+class ChatEncoder:
+    """Encodes conversations with a tokenizer's chat template.
+
+    `rewrites_history` (known after `verify()`): the template changes earlier turns when new ones come (Qwen3 drops old thinking);
+    then conversations are rendered anew every turn with `start`.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any):
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(
+                "the tokenizer has no chat template",
+                where="model.path",
+                hint="use an instruct model, or set tokenizer.chat_template and save it",
+            )
+        self.tokenizer, self.sight = tokenizer, sight_of(tokenizer)
+        self.rewrites_history = False
+        # The opening stand-in is itself replaced, so that no text can be mistaken for a stand-in.
+        self._specials = [*(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), _OPEN]
+        self._special = re.compile("|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))))
+        self._whole = lru_cache(maxsize=256)(self._render_whole)
+        self._delta = lru_cache(maxsize=8192)(self._render_delta)
+        special = set(tokenizer.all_special_ids)
+        after = self._ids(self._render((("user", "x"), ("assistant", _DUMMY)), False).rpartition(_DUMMY)[2])
+        self.end_id: int | None = next((i for i in after if i in special), tokenizer.eos_token_id)
+        self.stop_ids: tuple[int, ...] = tuple(
+            sorted({i for i in (self.end_id, tokenizer.eos_token_id) if i is not None})
+        )
+
+    def start(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
+        """Ids of a whole conversation, ready for a reply. Raises ConfigError: pictures that model or template do not take; ContractError: no pictures."""
+        key = self._key(messages)
+        return tuple(self._shown(self._ids(self._render(key, True, tools)), key)) if tools else self._whole(key)
+
+    def extend(
+        self, prompt_ids: Sequence[int], sampled_ids: Sequence[int], new_messages: Sequence[Message]
+    ) -> tuple[int, ...]:
+        """Ids after a reply and what was said since, ready for the next reply. `sampled_ids` may end with the end-of-turn token or not."""
+        delta = self._delta(self._key(new_messages))
+        if sampled_ids and sampled_ids[-1] == self.end_id and self.end_id in delta:
+            delta = delta[delta.index(self.end_id) + 1 :]
+        return (*prompt_ids, *sampled_ids, *delta)
+
+    def reply_ids(self, text: str) -> tuple[int, ...]:
+        """A reply as the policy would have said it: plain text and the end-of-turn token."""
+        ids = self._plain(text)
+        return (*ids, self.end_id) if self.end_id is not None else tuple(ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without control tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def verify(self) -> None:
+        """Compare growing a conversation with rendering it whole; sets `rewrites_history` where they differ.
+
+        Raises:
+            ConfigError: the template fails on a plain conversation, or renders control tokens of a message as such.
+        """
+        first, second = Message("user", "one"), Message("user", "two")
+        self.rewrites_history = False
+        for reply in ("so", "<think>\nwhy\n</think>\n\nso"):
+            grown = self.extend(self.start([first]), self.reply_ids(reply), [second])
+            whole = self.start([first, self.reply_message(reply), second])
+            self.rewrites_history |= self._show(grown) != self._show(whole)
+        hostile = self.start([Message("user", "one" + "".join(self._specials[:-1]))])
+        controls = set(self.tokenizer.all_special_ids)
+        if sum(i in controls for i in hostile) != sum(i in controls for i in self.start([first])):
+            raise ConfigError(
+                "control tokens in a message do not stay plain text",
+                where="chat template",
+                hint="use a tokenizer with a tokenizer.json",
+            )
+
+    @staticmethod
+    def reply_message(text: str) -> Message:
+        return Message("assistant", text)
+
+    def _show(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _render_whole(self, key: Key) -> tuple[int, ...]:
+        return tuple(self._shown(self._ids(self._render(key, True)), key))
+
+    def _render_delta(self, key: Key) -> tuple[int, ...]:
+        text = self._render((("user", "x"), ("assistant", _DUMMY), *key), True)
+        return tuple(self._shown(self._ids(text.partition(_DUMMY)[2]), key))
+
+    def _render(self, key: Key, prompt: bool, tools: Sequence[dict[str, Any]] = ()) -> str:
+        chat = [{"role": role, "content": self._safe(content)} for role, content in key]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    chat, tokenize=False, add_generation_prompt=prompt, tools=list(tools) or None
+                )
+            )
+        except Exception as error:  # jinja2's and whatever the template raises itself
+            roles = ", ".join(role for role, _ in key)
+            hint = "use roles the template knows in Environment.messages, or another chat template"
+            raise ConfigError(
+                f"the chat template failed on messages of roles {roles}: {error}", where="model.path", hint=hint
+            ) from error
+
+    def _safe(self, content: Content) -> str | list[dict[str, str]]:
+        """What the template is given, without control tokens."""
+        if isinstance(content, str):
+            return self._special.sub(self._stand_in, content)
+        return [
+            {"type": "image"}
+            if isinstance(part, int)
+            else {"type": "text", "text": self._special.sub(self._stand_in, part)}
+            for part in content
+        ]
+
+    def _shown(self, ids: list[int], key: Key) -> list[int]:
+        """Each picture's one image token repeated. Raises ConfigError where the template shows another number of pictures."""
+        counts = [
+            part for _, content in key if not isinstance(content, str) for part in content if isinstance(part, int)
+        ]
+        if not counts or self.sight is None:
+            return ids
+        if ids.count(self.sight.image_id) != len(counts):
+            text = f"the chat template shows {ids.count(self.sight.image_id)} of {len(counts)} pictures"
+            raise ConfigError(
+                text,
+                where="model.path",
+                hint="set the template that the model's processor comes with as the tokenizer's, and save it",
+            )
+        left = iter(counts)
+        return [i for token in ids for i in ([token] * next(left) if token == self.sight.image_id else [token])]
+
+    def _key(self, messages: Sequence[Message]) -> Key:
+        return tuple(
+            (m.role, m.text if not m.images else tuple(self._part(part) for part in m.content)) for m in messages
+        )
+
+    def _part(self, part: Any) -> str | int:
+        if isinstance(part, Text):
+            return part.text
+        if self.sight is None:
+            hint = "give a model of the Qwen2-VL family (model.tiny.vision=true for the tiny one), or have the environment show text"
+            raise ConfigError(
+                "the environment shows pictures, which this model does not take", where="model.path", hint=hint
+            )
+        return self.sight.count(part)
+
+    def _stand_in(self, match: re.Match[str]) -> str:
+        return f"{_OPEN}{self._specials.index(match.group())}{_CLOSE}"
+
+    def _ids(self, rendered: str) -> list[int]:
+        """Control tokens of the template become control ids; those of message text (stand-ins) become plain text."""
+        if _OPEN not in rendered:
+            return list(self.tokenizer.encode(rendered, add_special_tokens=False))
+        ids: list[int] = []
+        for number, piece in enumerate(_STAND_IN.split(rendered)):
+            if number % 2:
+                ids += self._plain(self._specials[int(piece)])
+            elif piece:
+                ids += self.tokenizer.encode(piece, add_special_tokens=False)
+        return ids
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))

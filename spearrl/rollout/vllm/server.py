@@ -1,0 +1,191 @@
+"""A running vLLM server as a rollout engine: token ids over HTTP.
+
+The server: VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model DIR --api-key TOKEN --enable-scale-out
+--logprobs-mode processed_logprobs --enable-prompt-tokens-details --worker-extension-cls spearrl.rollout.vllm.extension.WeightReceiver
+(on a processor also --no-enable-chunked-prefill: see vllm_options.py). vLLM asks for the token only below /v1 and /inference: its routes that pause
+it and change its weights are open to whoever reaches the port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+from pathlib import Path
+from typing import Any
+
+from spearrl.config import RolloutSection, VllmSection
+from spearrl.errors import ConfigError, EngineError
+from spearrl.rollout.protocol import Completion, Request, Sampling, request_problem
+from spearrl.rollout.vllm.arguments import (
+    check_version,
+    image_tokens,
+    model_config,
+    sampling_arguments,
+    single_image_tokens,
+    takes_images,
+)
+from spearrl.rollout.vllm.background import BackgroundEngine, versions
+from spearrl.rollout.vllm.receiver import ServerWeights
+
+CONNECT_S, HEALTH_S, ASK_S = 10.0, 5.0, 30.0
+TRIES, BETWEEN_S = 3, 0.5  # of connecting, which is all that is tried again
+GENERATE = "/inference/v1/generate"
+
+
+class RemoteEngine(BackgroundEngine):
+    """Samples on a vLLM server.
+
+    Args:
+        url: "http://host:8000".
+        model_dir: the model it serves; says how large the vocabulary is, which the server does not check: a token beyond it would end it.
+        settings: token_variable names the environment variable that holds the server's token.
+    Raises:
+        ConfigError: the server's version or its settings do not serve.
+        EngineError: it cannot be reached, or refuses the token.
+    """
+
+    def __init__(
+        self, url: str, model_dir: str | Path, settings: VllmSection, rollout: RolloutSection, *, name: str = ""
+    ):
+        import httpx
+
+        config = model_config(model_dir)
+        text_config = config.get("text_config", config)
+        super().__init__(name or f"server {url}", rollout.context_tokens)
+        self.url, self.asleep, self._variable = url.rstrip("/"), False, settings.token_variable
+        self._vocabulary, self._image_tokens, self.sees = (
+            text_config["vocab_size"],
+            image_tokens(model_dir),
+            takes_images(model_dir),
+        )
+        token = os.environ.get(self._variable, "")
+        limits, bounds = httpx.Limits(max_connections=None), httpx.Timeout(None, connect=CONNECT_S)
+        self._client = httpx.AsyncClient(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            limits=limits,
+            timeout=bounds,
+            trust_env=False,
+        )
+        try:
+            self._meet(rollout)
+        except BaseException:
+            self.close()
+            raise
+        self.receiver = ServerWeights(self)
+
+    def _meet(self, rollout: RolloutSection) -> None:
+        """Check what would otherwise go wrong unseen: version, context, and which log-probabilities the server gives."""
+        check_version("the server's vLLM", self.get("/version", ASK_S)["version"], where=self.name)
+        holds = self.get("/v1/models", ASK_S)["data"][0].get("max_model_len")
+        if holds and holds < rollout.context_tokens:
+            hint = (
+                f"set rollout.context_tokens={holds}, or start the server with --max-model-len {rollout.context_tokens}"
+            )
+            raise ConfigError(
+                f"the server holds {holds} tokens, rollout.context_tokens={rollout.context_tokens}",
+                where=self.name,
+                hint=hint,
+            )
+        only = Request((), (1,), sampling=Sampling(max_tokens=1, allowed_ids=(1,)))
+        if self.run(lambda: self._complete(only), ASK_S, doing="first request").logprobs[0] < -1e-6:
+            hint = "start the server with --logprobs-mode processed_logprobs"
+            raise ConfigError(
+                "the server's log-probabilities are those before temperature, top_p and allowed ids",
+                where=self.name,
+                hint=hint,
+            )
+
+    def get(self, route: str, timeout_s: float) -> Any:
+        """The parsed answer of a route. Raises EngineError: see `post`."""
+        return self.run(lambda: self._ask("GET", route, None), timeout_s, doing=route)
+
+    def post(self, route: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
+        """The parsed answer of a route; None where it is empty.
+
+        Raises:
+            EngineError: no connection, no answer within timeout_s, token refused, or the server's own error; names the server and the route.
+        """
+        return self.run(lambda: self._ask("POST", route, body), timeout_s, doing=route)
+
+    def health(self) -> bool:
+        """Whether the server answers and is well; asks it."""
+        if self._closed:
+            return False
+        try:
+            self.get("/health", HEALTH_S)
+        except EngineError:
+            return False
+        return True
+
+    def _end(self) -> None:
+        self.run(self._drop_all, ASK_S, doing="close")
+        self.run(self._client.aclose, ASK_S, doing="close")
+
+    def _problem(self, request: Request) -> str | None:
+        return super()._problem(request) or request_problem(
+            request, vocabulary=self._vocabulary, context_tokens=self.context_tokens
+        )
+
+    async def _complete(self, request: Request) -> Completion:
+        begun, adapter = self.version, request.adapter or self.adapter
+        body: dict[str, Any] = {
+            "token_ids": list(request.token_ids),
+            "sampling_params": sampling_arguments(request.sampling, self._image_tokens),
+        }
+        if adapter:
+            body["model"] = adapter
+        if request.images:
+            pictures = (
+                f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}" for image in request.images
+            )
+            if self._image_tokens:
+                body["token_ids"] = single_image_tokens(request.token_ids, self._image_tokens[0])
+            body["content_parts"] = [{"type": "image_url", "url": picture} for picture in pictures]
+        answer = await self._ask("POST", GENERATE, body)
+        try:
+            reply = answer["choices"][0]
+            tokens = tuple(reply["token_ids"])
+            logprobs = tuple(float(place["logprob"]) for place in reply["logprobs"]["content"])
+            cached = ((answer.get("usage") or {}).get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        except (KeyError, IndexError, TypeError) as error:
+            raise EngineError(
+                f"the server's answer has no {error}", hint=f"it must be vLLM with the route {GENERATE}"
+            ) from error
+        if reply["finish_reason"] not in ("stop", "length") or len(logprobs) != len(tokens):
+            raise EngineError(
+                f'the server ended the request with "{reply["finish_reason"]}", {len(tokens)} tokens, {len(logprobs)} log-probabilities'
+            )
+        span = (begun, begun) if adapter else versions(reply.get("weight_versions"), begun, self.version)
+        return Completion(tokens, logprobs, reply["finish_reason"], *span, cached)
+
+    async def _ask(self, method: str, route: str, body: dict[str, Any] | None) -> Any:
+        """Connecting is tried again; what the server may have begun is not."""
+        import httpx
+
+        for attempt in range(1, TRIES + 1):
+            try:
+                response = await self._client.request(method, route, json=body)
+                break
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                if attempt == TRIES:
+                    raise EngineError(
+                        f"{self.url} cannot be reached: {error}", hint="start the server, or correct vllm.servers"
+                    ) from error
+                await asyncio.sleep(BETWEEN_S * attempt)
+            except httpx.HTTPError as error:
+                raise EngineError(f"{self.url} broke off: {type(error).__name__}: {error}") from error
+        if response.status_code == 401:
+            seen = (
+                f"refuses the token in {self._variable}"
+                if os.environ.get(self._variable)
+                else f"wants a token, and {self._variable} is not set"
+            )
+            raise EngineError(f"the server {seen}", hint=f"export {self._variable}=... with the server's --api-key")
+        if response.status_code == 404:
+            hint = "start it with VLLM_SERVER_DEV_MODE=1, of a supported version"
+            raise EngineError(f"the server has no {route}", hint=hint)
+        if response.is_error:
+            raise EngineError(f"the server answered {response.status_code}: {response.text[:500]}")
+        return response.json() if response.content else None

@@ -1,0 +1,1 @@
+"""Rollout workers: engines and environments in processes of their own, driven by messages."""

@@ -1,0 +1,238 @@
+"""A rollout worker: an engine, environments and collectors in a process of their own, driven by messages.
+
+The same class serves as a process of this machine (`python -m spearrl.rollout.workers.worker`, started by `link`) and inside a Ray actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from spearrl.errors import ContractError, SpearError, WorkerError
+from spearrl.launch.build import make_collector, make_engine, make_environment, make_pool, receiver_of
+from spearrl.models import load_tokenizer, prepare_torch
+from spearrl.models.chat import ChatEncoder
+from spearrl.processes import connection_to_parent
+from spearrl.rollout.collector import MAX_SIBLINGS, MEASURED, Collector
+from spearrl.rollout.workers.messages import Assignment, Hello, Report, Start
+from spearrl.types import Status, Trajectory
+
+BEAT_S = 1.0
+GOODBYE_S = 3.0
+COMMANDS = ("pause", "begin", "take", "finish", "probe", "resume", "sleep", "wake")  # of rollout.engine.Receiver
+
+
+class RolloutWorker:
+    """Plays assignments and carries out the bridge's commands at the same time.
+
+    Args:
+        send: takes a message's bytes to the controller; called from several threads.
+    Raises:
+        SpearError: environment, model or engine cannot be built.
+    """
+
+    def __init__(self, start: Start, send: Callable[[bytes], None]):
+        config = self._config = start.config
+        self._send_bytes = send
+        device = prepare_torch(config, share=max(1, config.rollout.workers))
+        self._encoder = ChatEncoder(load_tokenizer(start.model_dir))
+        self._encoder.verify()
+        self._pool = make_pool(config, make_environment(config))
+        self.engine: Any = make_engine(config, start.model_dir, device=device, index=start.index)
+        self._collectors: dict[tuple[float, float], Collector] = {}
+        self._running: dict[int, asyncio.Task[None]] = {}
+        self._turned, self._healthy = time.monotonic(), True
+        self._closed = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._commands = ThreadPoolExecutor(1)  # weights come in beside the event loop, in order
+        self._receiver = receiver_of(self.engine)
+
+    def serve(self) -> None:
+        """Play until `close`, in this thread: environments step here, and some want the main one."""
+        receiver, host = self._receiver, socket.gethostname()
+        hello = Hello(
+            self._config.rollout.engine, receiver.transports, receiver.shards, self.engine.version, host, os.getpid()
+        )
+        self._loop.call_soon(self._turn)
+        self._loop.call_soon(self._send, "ready", hello)
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self.engine.close()
+        self._pool.close()
+
+    def deliver(self, data: bytes) -> bool:
+        """Take a message; False where it was the last one."""
+        kind, *rest = pickle.loads(data)
+        if kind == "play":
+            self._loop.call_soon_threadsafe(self._play, [pickle.loads(part) for part in rest[0]])
+        elif kind == "cancel":
+            self._loop.call_soon_threadsafe(self._cancel, rest[0])
+        elif kind == "call":
+            self._commands.submit(self._command, *rest)
+        return bool(kind != "close")
+
+    def close(self) -> None:
+        """Have `serve` release engine and environments, and return; from another thread."""
+        self._closed.set()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def report(self) -> Report:
+        held = [tokens for collector in list(self._collectors.values()) for tokens in list(collector.held.values())]
+        return Report(len(self._running), sum(held), time.monotonic() - self._turned, self._healthy, self._counters())
+
+    def _counters(self) -> dict[str, float]:
+        collectors, budget = list(self._collectors.values()), self._pool.budget
+        counters = {name: sum(c.measures[name] for c in collectors) for name in MEASURED}
+        counters["engine_seconds"] = self.engine.counters.get("seconds", 0.0)
+        return {**counters, "env/restarts": float(budget.restarts), "env/deadline": float(budget.deadlines)}
+
+    def _turn(self) -> None:
+        self._turned = time.monotonic()
+        self._loop.call_later(BEAT_S / 4, self._turn)
+
+    def _beat(self) -> None:
+        """A sign of life from beside the event loop: a long pass of the model is no fault, and the report says for how long the loop has stood still."""
+        while not self._closed.wait(BEAT_S):
+            self._healthy = self.engine.health()
+            self._send("beat", self.report())
+
+    def _play(self, assignments: list[Assignment]) -> None:
+        """Begin episodes; all of one message meet the engine in the same turn of the loop, as those of one Collector.collect do."""
+        if not self._running:
+            self._pool.budget.refill()
+        for assignment in assignments:
+            self._running[assignment.number] = self._loop.create_task(self._episode(assignment))
+
+    async def _episode(self, assignment: Assignment) -> None:
+        a, number = assignment, assignment.number
+        if a.sampling not in self._collectors:
+            self._collectors[a.sampling] = make_collector(
+                self._config, self.engine, self._encoder, self._pool, sampling=a.sampling
+            )
+        try:
+            trajectory = await self._collectors[a.sampling].play(
+                Trajectory(a.task, a.group, a.sibling, a.group * MAX_SIBLINGS + a.sibling), a.seed
+            )
+        except Exception as error:
+            traceback.print_exc()
+            self._running.pop(number, None)
+            self._send("failed", number, _portable(error))
+            return
+        except asyncio.CancelledError:
+            self._running.pop(number, None)
+            raise
+        self._running.pop(number, None)
+        if trajectory.status is Status.ENGINE_ERROR:
+            self._healthy = self.engine.health()
+        self._send("played", number, trajectory, self.report())
+
+    def _cancel(self, numbers: list[int]) -> None:
+        for number in numbers:
+            if number in self._running:
+                self._running[number].cancel()
+
+    def _command(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
+        try:
+            if method not in COMMANDS:
+                raise ContractError(
+                    f"{method!r} is not a command", where="worker", hint=f"one of {', '.join(COMMANDS)}"
+                )
+            carried = method == "take" and "data" in arguments[0]
+            answer = self._take_carried(*arguments) if carried else getattr(self._receiver, method)(*arguments)
+            self._send("answer", number, answer)
+        except Exception as error:
+            traceback.print_exc()
+            self._send("refused", number, _portable(error))
+
+    def _take_carried(self, bucket: dict[str, Any], timeout_s: float) -> Any:
+        """A bucket whose file is on the controller's machine came as bytes: the engine reads it from a file of this one."""
+        with tempfile.TemporaryDirectory(prefix="spearrl-") as folder:
+            path = Path(folder, Path(bucket["path"]).name)
+            path.write_bytes(bucket["data"])
+            return self._receiver.take(
+                {**{k: v for k, v in bucket.items() if k != "data"}, "path": str(path)}, timeout_s
+            )
+
+    def _send(self, kind: str, *rest: Any) -> None:
+        try:
+            data = pickle.dumps((kind, *rest))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            hint = "put plain values into Task.data, Observation.anchor and Outcome.info: numbers, text, tuples, dicts"
+            refusal = ContractError(f"a value cannot travel between processes: {error}", where="env", hint=hint)
+            data = pickle.dumps(("refused" if kind == "answer" else "failed", rest[0], refusal))
+        self._send_bytes(data)
+
+
+def open_worker(data: bytes, send: Callable[[bytes], None]) -> RolloutWorker | None:
+    """A worker from its ("start", Start) message; where it cannot be built the controller is told why."""
+    _, start = pickle.loads(data)
+    try:
+        return RolloutWorker(start, send)
+    except Exception as error:
+        traceback.print_exc()
+        send(pickle.dumps(("failed", None, _portable(error))))
+        return None
+
+
+def _portable(error: Exception) -> SpearError:
+    """An error that the controller can raise: spearrl's own as they are, others as text."""
+    if isinstance(error, SpearError):
+        return error
+    return WorkerError(
+        "".join(traceback.format_exception(error)).rstrip(),
+        where="rollout worker",
+        hint="this is a fault of the environment or of spearrl",
+    )
+
+
+def main() -> None:
+    """Serve the controller at the other end of a socket until it closes; nothing that was started here stays behind."""
+    faulthandler.enable()  # a crash leaves its stack in the log
+    connection, lock = connection_to_parent(_end), threading.Lock()
+
+    def send(data: bytes) -> None:
+        try:
+            with lock:
+                connection.send_bytes(data)
+        except OSError:
+            return  # nobody listens any more; the next receive ends the process
+
+    def listen(worker: RolloutWorker) -> None:
+        try:
+            while worker.deliver(connection.recv_bytes()):
+                continue
+        except (EOFError, OSError):
+            print("the controller is gone", file=sys.stderr)
+        worker.close()
+        time.sleep(GOODBYE_S)  # for environments and engine to be released
+        _end()
+
+    worker = open_worker(connection.recv_bytes(), send)
+    if worker is not None:
+        threading.Thread(target=listen, args=(worker,), name="controller", daemon=True).start()
+        worker.serve()
+    _end()
+
+
+def _end() -> None:
+    """End this process and its children, an engine's core among them."""
+    sys.stdout.flush()
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

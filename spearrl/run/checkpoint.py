@@ -1,0 +1,147 @@
+"""Atomic, verified checkpoints: a directory appears under its final name only when it is complete on disk.
+
+Written aside as `.tmp-<step>-<pid>`, every file fsynced, then renamed to `step-<step>`. `manifest.json` inside holds size and CRC-32
+of every file; loading checks them and falls back to the checkpoint before. There is no `latest` file to tear and no pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from spearrl.errors import CheckpointError, StorageError
+from spearrl.learner.deepspeed.wire import fill, strip
+
+NAME = re.compile(r"^step-\d{6,}$")
+FORMAT = 1
+
+
+def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
+    """Write a checkpoint and prune old ones; returns its path.
+
+    Args:
+        write: fills the (empty) directory it is given.
+        keep: newest checkpoints that stay.
+    Raises:
+        StorageError: the disk is full or unwritable; nothing is left behind and older checkpoints are untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary, final = folder / f".tmp-{step:06d}-{os.getpid()}", folder / f"step-{step:06d}"
+    try:
+        temporary.mkdir()
+        write(temporary)
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "files": {str(p.relative_to(temporary)): _fingerprint(p) for p in _files(temporary)},
+        }
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for path in [*_files(temporary), *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
+            _fsync(path)
+        if final.exists():
+            _remove(final)
+        os.rename(temporary, final)
+        _fsync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StorageError(
+            f"checkpoint of step {step} failed: {error}", where=str(folder), hint="free disk space, then resume the run"
+        ) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in checkpoints(folder)[:-keep]:
+        _remove(old)
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint directories, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if NAME.match(p.name)), key=lambda p: int(p.name[5:]))
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
+    """The newest checkpoint that verifies, and a warning for each newer one that does not. Raises CheckpointError if none does."""
+    problems: list[str] = []
+    for path in reversed(checkpoints(folder)):
+        problem = defect(path)
+        if problem is None:
+            return path, problems
+        problems.append(f"{path.name}: {problem}")
+    listed = "; ".join(problems) or "there are none"
+    raise CheckpointError(
+        f"no valid checkpoint ({listed})", where=str(folder), hint="start the run again under another run.name"
+    )
+
+
+def defect(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: its manifest parses and every file has the size and CRC-32 written there."""
+    try:
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        for name, expected in files.items():
+            if _fingerprint(path / name) != expected:
+                return f"{name} differs from what was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed process left half-written or half-deleted. Call only while holding the run's lock."""
+    for path in [*folder.glob(".tmp-*"), *folder.glob(".del-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def save_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
+    """Write a nested state of tensors and JSON values as `<name>.safetensors` and `<name>.json`."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(strip(state, tensors, name)))
+    save_file(tensors, folder / f"{name}.safetensors")
+
+
+def load_state(folder: Path, name: str) -> Any:
+    """What `save_state` wrote."""
+    from safetensors.torch import load_file
+
+    return fill(json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors"))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _fingerprint(path: Path) -> list[int]:
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return [size, crc]
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Rename first, so that a kill in the middle of deleting leaves no torn checkpoint under a valid name."""
+    doomed = path.with_name(f".del-{path.name}-{os.getpid()}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

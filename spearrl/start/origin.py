@@ -1,0 +1,167 @@
+"""The model a run begins or goes on with, and how a new run gets its first one: loaded or built, then cold-started."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spearrl.config import RunConfig
+from spearrl.envs import Environment
+from spearrl.evaluation import some_tasks
+from spearrl.models import build_tiny, load_model, load_tokenizer, save_model
+from spearrl.rollout import ChatEncoder
+from spearrl.seeds import derive
+from spearrl.start.sft import encode, fit
+from spearrl.start.transcripts import Transcript, play_expert, read_conversations, texts
+
+Report = Callable[[str, dict[str, Any]], None]
+CORPUS_EPISODES = 500  # episodes whose text the tiny tokenizer is trained on, where there is no cold start
+
+
+def silent(kind: str, values: dict[str, Any]) -> None:
+    """Progress nobody asked for."""
+
+
+class Origin:
+    """A model in memory, in a directory, or both; the other form is made when it is first asked for.
+
+    Learners and engines in other processes load it from the directory, so a large one need never be whole in this process.
+
+    Args:
+        scratch: where a model that exists in memory only is written for others to load; stays for the whole run.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        model: torch.nn.Module | None = None,
+        folder: Path | None = None,
+        scratch: Path | None = None,
+    ):
+        self.tokenizer, self._model, self._folder, self._scratch = tokenizer, model, folder, scratch
+
+    @classmethod
+    def of(cls, folder: str | Path) -> Origin:
+        """A model directory. Raises ConfigError where there is none."""
+        return cls(load_tokenizer(str(folder)), folder=Path(folder))
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model in this process's memory."""
+        if self._model is None:
+            self._model = load_model(str(self._folder))
+        return self._model
+
+    @property
+    def width(self) -> int:
+        """Numbers in a hidden state."""
+        if self._model is not None:
+            return int(self._model.get_output_embeddings().weight.shape[1])  # type: ignore[operator,union-attr]
+        config = json.loads((self.folder / "config.json").read_text())
+        return int(config.get("text_config", config)["hidden_size"])
+
+    @property
+    def folder(self) -> Path:
+        """A directory with weights and tokenizer."""
+        if self._folder is None:
+            self._folder = self._scratch
+            save_model(self._model, self.tokenizer, str(self._scratch))
+        return self._folder  # type: ignore[return-value]
+
+    def settle(self, scratch: Path) -> None:
+        """Have the directory lie in `scratch` of a run directory for good, where it is a checkpoint of that run, which may be removed."""
+        if self._folder is None:
+            self._scratch = scratch
+        if self._folder is None or scratch.resolve().parent not in self._folder.resolve().parents:
+            return
+        scratch.mkdir(exist_ok=True)
+        for file in self._folder.iterdir():
+            if file.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model") and file.name != "manifest.json":
+                _link(file, scratch / file.name)
+        self._folder = scratch
+
+    def keep(self, folder: Path) -> None:
+        """Make `folder` this model's directory too: written from memory, or a link to where it lies."""
+        if self._model is not None:
+            save_model(self._model, self.tokenizer, str(folder))
+        else:
+            folder.symlink_to(self.folder.resolve(), target_is_directory=True)
+
+
+def starting_model(
+    config: RunConfig, environment: Environment, device: str, scratch: Path | None, report: Report
+) -> Origin:
+    """The model a run begins with: loaded or built, then cold-started where the config asks for it."""
+    if not config.sft.enabled and config.model.path != "tiny":
+        return Origin.of(config.model.path)
+    transcripts = _transcripts(config, environment)
+    if config.model.path == "tiny":
+        model, tokenizer = build_tiny(texts(transcripts), config.model.tiny, derive(config.run.seed, "model"))
+    else:
+        model, tokenizer = load_model(config.model.path), load_tokenizer(config.model.path)
+    if config.sft.enabled:
+        cold_start(config, model.to(device), tokenizer, transcripts, report=report)
+    return Origin(tokenizer, model=model, scratch=scratch)
+
+
+def cold_start(
+    config: RunConfig, model: torch.nn.Module, tokenizer: Any, transcripts: list[Transcript], *, report: Report
+) -> None:
+    """Clone the expert's episodes, or a file's conversations, into `model`, in place, on the device it is on."""
+    seed, settings, style = config.run.seed, config.sft, config.env.style
+    if settings.data:
+        settings, style = settings.model_copy(update={"observation_weight": 0.0}), "chat"
+    encoder = ChatEncoder(tokenizer)
+    encoder.verify()
+    lessons = encode(
+        transcripts,
+        encoder,
+        style=style,
+        context_tokens=config.rollout.context_tokens,
+        settings=settings,
+        seed=derive(seed, "sft"),
+    )
+    told = {"episodes": len(transcripts), "tokens": len(lessons.rows.token_ids), "dropped": lessons.dropped}
+    report(
+        "conversations" if settings.data else "expert",
+        told | {"success": sum(t.success for t in transcripts) / len(transcripts)},
+    )
+    device = str(next(model.parameters()).device)
+    fit(
+        model,
+        lessons,
+        settings,
+        config.learner,
+        seed=derive(seed, "sft"),
+        device=device,
+        report=lambda values: report("sft", values),
+    )
+
+
+def _transcripts(config: RunConfig, environment: Environment) -> list[Transcript]:
+    sft = config.sft
+    if sft.enabled and sft.data:
+        return read_conversations(sft.data)
+    return play_expert(
+        environment,
+        some_tasks(environment, config.rollout.train_split, "rollout.train_split"),
+        sft.episodes if sft.enabled else CORPUS_EPISODES,
+        noise=sft.noise,
+        recovery=sft.recovery,
+        style=config.env.style,
+        seed=derive(config.run.seed, "sft"),
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        target.write_bytes(source.read_bytes())

@@ -1,0 +1,183 @@
+"""Episodes of the scripted expert, or conversations of a file, as text: what the cold start imitates and the tiny tokenizer is trained on."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spearrl.envs import Environment
+from spearrl.envs.pool.slot import Seat
+from spearrl.envs.tool import CLOSE, OPEN
+from spearrl.errors import ConfigError
+from spearrl.seeds import derive
+from spearrl.types import Message, Reply, Task
+
+LISTED = 5  # bad lines of a file that are named
+LAYOUT = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "tools": […]} a line; an assistant\'s message comes last'
+
+
+@dataclass
+class Step:
+    """One turn: the messages shown (all of them in windowed style, the new ones in chat style), the reply, and whether to imitate it."""
+
+    messages: list[Message]
+    reply: str
+    imitate: bool
+
+
+@dataclass
+class Transcript:
+    """One episode of the scripted expert, or one conversation of a file."""
+
+    task: Task
+    tools: list[dict[str, Any]] = field(default_factory=list)  # function schemas for the chat template
+    steps: list[Step] = field(default_factory=list)
+    reward: float = 0.0
+    success: bool = False
+
+
+def play_expert(
+    environment: Environment, tasks: Sequence[Task], count: int, *, noise: float, recovery: float, style: str, seed: int
+) -> list[Transcript]:
+    """Play `count` episodes of the environment's expert on shuffled tasks.
+
+    Args:
+        noise: how imperfect the expert is (Environment.expert_noise).
+        recovery: chance per turn of a random admissible action, played but marked not to be imitated.
+    Raises:
+        ConfigError: the environment has no expert.
+    """
+    slot = environment.spawn()
+    slot.expert_noise, slot.max_turns = noise, environment.max_turns
+    order = list(range(len(tasks)))
+    random.Random(derive(seed, "expert-tasks")).shuffle(order)
+    seat = Seat(slot, style)
+    try:
+        return [_episode(seat, tasks[order[i % len(order)]], recovery, derive(seed, "expert", i)) for i in range(count)]
+    finally:
+        seat.close()
+
+
+def read_conversations(path: str) -> list[Transcript]:
+    """Conversations of a JSONL or parquet file, as ReTool's cold start (arXiv 2504.11536) has them: "messages", and "tools" where there are some.
+
+    Roles are system, user, assistant and tool; tool calls are OpenAI's, and become text in the format that environments read (Hermes', which
+    Qwen2.5's and Qwen3's chat templates write).
+
+    Raises:
+        ConfigError: no such file, nothing in it, or lines that are no conversations; the first ones are named.
+    """
+    file, found, problems = Path(path).expanduser(), [], []
+    try:
+        for number, row in enumerate(_rows(file), 1):
+            try:
+                found += [_conversation(row, f"{file.name}:{number}")] if row.strip() else []
+            except (ValueError, TypeError, RecursionError) as error:
+                problems.append(f"{file}:{number}: {error}")
+    except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
+        raise ConfigError(
+            f"cannot be read: {error}", where=f"sft.data={path}", hint=f"name a .jsonl or .parquet file with {LAYOUT}"
+        ) from error
+    if problems or not found:
+        more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        raise ConfigError(
+            "; ".join(problems[:LISTED]) + more or "no conversations in it",
+            where=f"sft.data={path}",
+            hint=f"expected {LAYOUT}",
+        )
+    return found
+
+
+def texts(transcripts: Sequence[Transcript]) -> Iterator[str]:
+    """Every text that was shown or said, for training a tokenizer."""
+    for transcript in transcripts:
+        for step in transcript.steps:
+            yield from (message.text for message in step.messages)
+            yield step.reply
+
+
+def _episode(seat: Seat, task: Task, recovery: float, seed: int) -> Transcript:
+    slot, transcript, draw = seat.environment, Transcript(task), random.Random(derive(seed, "recovery"))
+    shown = seat.start(task, seed)
+    transcript.tools, messages, observation = shown.tools, shown.messages, shown.observation
+    for turn in range(1, slot.max_turns + 1):
+        wanted = slot.expert()
+        if wanted is None:
+            raise ConfigError(
+                f"{type(slot).__name__} has no scripted expert",
+                where="sft",
+                hint="set sft.enabled=false and give --model a trained model",
+            )
+        blunder = bool(observation.admissible) and draw.random() < recovery
+        reply = slot.format(draw.choice(observation.admissible) if blunder and observation.admissible else wanted)
+        transcript.steps.append(Step(messages, reply, imitate=not blunder))
+        played = seat.act(Reply(reply, (), "stop"), turn == slot.max_turns)
+        outcome, messages, observation = played.outcome, played.messages, played.outcome.observation
+        transcript.reward += outcome.reward
+        if outcome.terminated or outcome.truncated:
+            transcript.success = bool(outcome.info.get("success", False))
+            break
+    return transcript
+
+
+def _rows(file: Path) -> Iterator[str]:
+    """A conversation's JSON each."""
+    if file.suffix != ".parquet":
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            yield from lines
+        return
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ConfigError(
+            "parquet files need pyarrow, which is not installed",
+            where=str(file),
+            hint='pip install "spearrl[envs]", or write .jsonl',
+        ) from error
+    for batch in parquet.ParquetFile(file).iter_batches():
+        yield from (json.dumps(row, default=str) for row in batch.to_pylist())
+
+
+def _conversation(line: str, name: str) -> Transcript:
+    row = json.loads(line)
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list):
+        raise ValueError('there is no list under "messages"')
+    tools = row.get("tools") or []
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError('"tools" is not a list of function schemas')
+    transcript, shown = Transcript(Task(name, "train"), tools), []
+    for place, item in enumerate(messages):
+        role, text = (item.get("role"), item.get("content") or "") if isinstance(item, dict) else (None, "")
+        if role not in ("system", "user", "assistant", "tool") or not isinstance(text, str):
+            raise ValueError(
+                f"messages[{place}] is not of the roles system, user, assistant, tool with text as its content"
+            )
+        if role != "assistant":
+            shown.append(Message(role, text))
+            continue
+        said = "\n".join([*([text] if text else []), *(_call(call, place) for call in item.get("tool_calls") or ())])
+        if not shown or not said:
+            raise ValueError(
+                f"messages[{place}], an assistant's, " + ("says nothing" if shown else "answers no message")
+            )
+        transcript.steps.append(Step(shown, said, imitate=True))
+        shown = []
+    if shown or not transcript.steps:
+        raise ValueError("the last message is not an assistant's")
+    return transcript
+
+
+def _call(call: Any, place: int) -> str:
+    """A tool call as a model writes it."""
+    function = call.get("function") if isinstance(call, dict) else None
+    name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, dict) else (None, None)
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise ValueError(f'messages[{place}]: a tool call is {{"function": {{"name": "…", "arguments": {{…}}}}}}')
+    return f"{OPEN}\n{json.dumps({'name': name, 'arguments': arguments}, ensure_ascii=False)}\n{CLOSE}"

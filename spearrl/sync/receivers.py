@@ -1,0 +1,85 @@
+"""Receivers driven side by side, every wait bounded and every culprit named."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from spearrl.errors import EngineError, SpearError, WorkerLost
+from spearrl.rollout.protocol import Receiver
+
+GRACE_S = 1.0  # a receiver's own time limit comes first: its error says more
+Calls = Sequence[tuple[str, Callable[[Receiver], Any]]]
+
+
+@dataclass
+class Asked:
+    """What a receiver was asked, the phase it is in, and what it will have answered to the last call."""
+
+    receiver: Receiver
+    answer: Future[Any] = field(default_factory=Future)
+    phase: str = ""
+
+
+class Crowd:
+    """The receivers of one sync. One that is lost (its fleet replaces it) leaves; any other failure ends the sync."""
+
+    def __init__(self, receivers: Sequence[Receiver], timeout_s: float):
+        self.live, self.timeout_s = list(receivers), timeout_s
+        self.lost: list[str] = []
+
+    def start(self, calls: Calls) -> list[Asked]:
+        """Begin calls, one after the other on each receiver, all receivers at once."""
+        asked = [Asked(receiver) for receiver in self.live]
+        for one in asked:  # daemons: a receiver that never answers must not keep the process alive
+            threading.Thread(target=_drive, args=(one, calls), name=f"sync-{one.receiver.name}", daemon=True).start()
+        return asked
+
+    def wait(self, asked: list[Asked], calls: int = 1) -> list[tuple[Receiver, Any]]:
+        """Every receiver's last answer.
+
+        Raises:
+            EngineError: names each receiver that failed or did not answer in time, and the phase.
+        """
+        deadline = time.monotonic() + self.timeout_s * calls + GRACE_S
+        answers, problems = [], []
+        cause: Exception | None = None
+        for one in asked:
+            try:
+                answers.append((one.receiver, one.answer.result(max(0.0, deadline - time.monotonic()))))
+            except WorkerLost:
+                self.live = [receiver for receiver in self.live if receiver is not one.receiver]
+                self.lost.append(one.receiver.name)
+            except TimeoutError as error:
+                problems.append(f"{one.receiver.name} did not answer {one.phase} within {self.timeout_s:g} s")
+                cause = error
+            except Exception as error:  # whatever an engine raises ends the sync, under its name
+                said = error.message if isinstance(error, SpearError) else f"{type(error).__name__}: {error}"
+                problems.append(f"{one.receiver.name} failed at {one.phase}: {said}")
+                cause = error
+        if problems:
+            raise EngineError(
+                "; ".join(problems),
+                where="weight sync",
+                hint="see the engine's log; sync.timeout_s bounds every part of a sync",
+            ) from cause
+        return answers
+
+    def ask(self, phase: str, call: Callable[[Receiver], Any]) -> list[tuple[Receiver, Any]]:
+        """`start` and `wait` for one call."""
+        return self.wait(self.start([(phase, call)]))
+
+
+def _drive(one: Asked, calls: Calls) -> None:
+    result = None
+    try:
+        for one.phase, call in calls:
+            result = call(one.receiver)
+    except BaseException as error:
+        one.answer.set_exception(error)
+    else:
+        one.answer.set_result(result)

@@ -1,0 +1,97 @@
+"""The command line as a user types it: sft, train, resume, eval, in processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support.small_run import SETTINGS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def spearrl(*args: str, check: bool = True) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, "-m", "spearrl", *args], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def test_sft_then_train_then_eval(tmp_path):
+    model = tmp_path / "model"
+    done = spearrl("sft", "--preset", "tiny", *SETTINGS, "--output", str(model))
+    assert "success" in done.stdout and (model / "model.safetensors").exists()
+
+    settings = [*SETTINGS, f"run.output_dir={tmp_path}", "run.name=r", "sft.enabled=false"]
+    done = spearrl("train", "--preset", "tiny", "--model", str(model), "--algo", "grpo+spear", *settings)
+    assert "done" in done.stdout
+    lines = [line for line in done.stderr.splitlines() if line.lstrip().startswith(("1/4", "2/4", "3/4", "4/4"))]
+    assert len(lines) == 4
+
+    run = tmp_path / "r"
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    last = [e for e in events if e["event"] == "eval"][-1]
+    result = json.loads(spearrl("eval", str(run), "--split", "val", "--json").stdout)
+    assert result["panel"] == last["panel"] and result["success"]["rate"] == last["success"]
+    assert result["success"]["low"] <= result["success"]["rate"] <= result["success"]["high"]
+    episode = json.loads((run / "trajectories/step-000001.jsonl").read_text().splitlines()[0])
+    assert episode["turns"][0]["observation"] and "reply" in episode["turns"][0]
+
+
+def test_ctrl_c_saves_and_the_run_resumes(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "spearrl",
+        "train",
+        "--preset",
+        "tiny",
+        *SETTINGS,
+        f"run.output_dir={tmp_path}",
+        "run.name=r",
+        "run.steps=4000",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (line := process.stderr.readline()).lstrip().startswith("3/"):
+        assert process.poll() is None, line
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(300) == 130 and "Continue with" in rest
+    done = spearrl("train", "--resume", str(tmp_path / "r"), "run.steps=6")
+    assert "resumed from" in done.stderr and "6/6" in done.stderr
+
+
+def test_kill_9_loses_nothing_before_the_last_checkpoint(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "spearrl",
+        "train",
+        "--preset",
+        "tiny",
+        *SETTINGS,
+        f"run.output_dir={tmp_path}",
+        "run.name=r",
+        "run.steps=4000",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (line := process.stderr.readline()).lstrip().startswith("5/"):
+        assert process.poll() is None, line
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = spearrl("train", "--resume", str(tmp_path / "r"), "run.steps=6")
+    assert "resumed from" in done.stderr and "6/6" in done.stderr
+
+
+def test_errors_are_one_clear_message(tmp_path):
+    done = spearrl("train", "--env", "no.such:Thing", f"run.output_dir={tmp_path}", check=False)
+    assert done.returncode == 2 and "no.such:Thing" in done.stderr and "Traceback" not in done.stderr
+    done = spearrl("eval", str(tmp_path / "nothing"), check=False)
+    assert done.returncode == 3 and "fix:" in done.stderr
+    done = spearrl("train", "--resume", str(tmp_path / "nothing"), check=False)
+    assert done.returncode in (2, 3) and "Traceback" not in done.stderr

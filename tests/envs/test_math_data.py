@@ -1,0 +1,214 @@
+"""Math problems: generated ones, files of every shape, and no test problem among those for training."""
+
+from __future__ import annotations
+
+import builtins
+import json
+
+import pytest
+
+from spearrl.envs.math import Math
+from spearrl.envs.math.data import WRAPPED, open_problems
+from spearrl.envs.math.generate import KINDS, generated
+from spearrl.errors import ConfigError
+from spearrl.types import Task
+from tests.support.shared_data import shared
+
+
+def written(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("digits", [2, 5])
+def test_generated_problems_are_right_and_their_splits_have_no_numbers_in_common(digits):
+    train, val = generated(0, digits, "train", 800), generated(0, digits, "val", 100)
+    assert len({t.id for t in train}) == 800 and {t.data["stratum"] for t in val} == set(KINDS)
+    assert not {t.data["steps"] for t in train} & {t.data["steps"] for t in val}
+    assert (
+        generated(1, digits, "train", 8) != train[:8]
+        and train[:8] == generated.__wrapped__(0, digits, "train", 800)[:8]
+    )
+    assert len({t.data["problem"] for t in train}) > 700
+    for task in (*train[:200], *val):  # our own templates, not a model's text
+        import math
+
+        printed: list[object] = []
+        exec(task.data["steps"][0], {**vars(math), "pow": builtins.pow, "print": printed.append})
+        assert str(printed[0]) == task.data["answer"], task.id
+
+
+def test_a_file_of_any_usual_shape(tmp_path):
+    dapo = "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer (without quotes)"
+    dapo += ' where $Answer is the answer to the problem.\n\nWhat is $2+2$?\n\nRemember to put your answer on its own line after "Answer:".'
+    rows = [
+        {
+            "prompt": [{"role": "system", "content": "x"}, {"role": "user", "content": dapo}],
+            "reward_model": {"ground_truth": "4", "style": "rule"},
+        },
+        {"question": "Half of 9?", "answer": 4.5},
+        {"problem": "What is $ 2+2 $?", "answer": "4"},
+        {"problem": "What is $2-2$?", "answer": 0},
+        {"problem": "unanswered", "answer": ""},
+        {"question": "half?", "answer": "1,000/2 = <<1000/2=500>>500\n#### 500"},
+        {"problem": "sum?", "answer": "72", "solution": "48/2 = <<48/2=24>>24\n48+24=<<48+24=72>>72\n#### 72"},
+    ]
+    found = open_problems(written(tmp_path / "mine.jsonl", *rows), "aime")
+    tasks = {task.id: task.data for split in ("train", "val") for task in found.splits[split]}
+    assert WRAPPED.match(dapo)[1] == "What is $2+2$?"
+    assert tasks["mine-0"] == {"problem": "What is $2+2$?", "answer": "4"} and tasks["mine-1"]["answer"] == "4.5"
+    assert set(tasks) == {"mine-0", "mine-1", "mine-3", "mine-5", "mine-6"} and (
+        found.duplicates,
+        found.contaminated,
+    ) == (1, 0)
+    assert tasks["mine-5"] == {"problem": "half?", "answer": "500", "steps": ("print( 1000 / 2 )",)}
+    assert tasks["mine-6"]["steps"] == ("print( 48 / 2 )", "print( 48 + 24 )")
+
+
+def test_a_single_file_holds_some_out_and_the_same_ones_every_time(tmp_path):
+    path = written(tmp_path / "mine.jsonl", *({"problem": f"What is {n} + 1?", "answer": n + 1} for n in range(400)))
+    found = open_problems(path, "aime")
+    assert 5 < len(found.splits["val"]) < 60 and len(found.splits["val"]) + len(found.splits["train"]) == 400
+    assert [t.id for t in open_problems.__wrapped__(path, "aime").splits["val"]] == [t.id for t in found.splits["val"]]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+def test_a_small_file_still_holds_one_out(tmp_path, count):
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(f'{{"problem": "Compute {i}*{i}.", "answer": {i * i}}}' for i in range(count)))
+    splits = open_problems(str(path), "").splits
+    assert len(splits["val"]) == 1 and len(splits["train"]) == count - 1
+
+
+def test_training_never_sees_a_test_problem(tmp_path):
+    written(
+        tmp_path / "aime24.jsonl", {"problem": "Let $x = \\dfrac{1}{2}$. Find $\\left(x\\right)^2$.", "answer": "1/4"}
+    )
+    written(
+        tmp_path / "aime_1983_2023_train.jsonl",
+        {"problem": "let $x=\\frac{1}{2}$. Find $(x)^2$", "answer": "1/4"},
+        {"problem": "Let $x = \\frac{1}{2}$. Find $(x)^3$.", "answer": "1/8"},
+    )
+    written(
+        tmp_path / "own.jsonl", {"problem": "Let x = 1.5", "answer": "1.5"}, {"problem": "Let x = 15", "answer": "15"}
+    )
+    with pytest.warns(UserWarning, match="1 training problems .* left out"):
+        found = open_problems(str(tmp_path), "aime, own")
+    assert [t.id for t in found.splits["train"]] == ["aime_1983_2023_train-1", "own-0", "own-1"]
+    assert (found.contaminated, found.duplicates) == (1, 0) and [t.split for t in found.splits["aime24"]] == ["aime24"]
+    beside = open_problems(str(tmp_path / "aime_1983_2023_train.jsonl"), "")
+    assert beside.contaminated == 1 and set(beside.splits) == {"train", "aime24"}
+
+
+def test_integer_answers_only_where_the_source_says_so(tmp_path):
+    written(
+        tmp_path / "math_train.jsonl",
+        {"problem": "a", "answer": "-7", "type": "Algebra"},
+        {"problem": "b", "answer": "\\frac{1}{2}"},
+    )
+    assert {"a"} == {t.data["problem"] for split in open_problems(str(tmp_path), "math").splits.values() for t in split}
+    assert {"a", "b"} == {
+        t.data["problem"] for split in open_problems(str(tmp_path), "math_train").splits.values() for t in split
+    }
+
+
+def test_parquet(tmp_path, monkeypatch):
+    rows = [
+        {"prompt": [{"role": "user", "content": f"What is {n}?"}], "reward_model": {"ground_truth": str(n)}}
+        for n in range(40)
+    ]
+    path = tmp_path / "mine.parquet"
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert {t.data["answer"] for split in open_problems(str(path), "").splits.values() for t in split} == {
+        str(n) for n in range(40)
+    }
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "mine.parquet").write_bytes(b"PAR1")
+    real = builtins.__import__
+    monkeypatch.setattr(
+        builtins,
+        "__import__",
+        lambda name, *rest: (_ for _ in ()).throw(ImportError(name)) if name == "pyarrow" else real(name, *rest),
+    )
+    with pytest.raises(ConfigError, match="pyarrow") as told:
+        open_problems(str(tmp_path / "mine.parquet"), "")
+    assert "spearrl[envs]" in told.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"problem": "a"}', "answer, ground_truth"),
+        ('{"text": "a", "answer": "b"}', "problem, question"),
+        ('{"problem": "a", "answer": {"b": 1}}', "answer"),
+        ("[1]", "JSON object"),
+        ("{", "cannot be read"),
+        ("\n", "no problems"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, text, words):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words) as told:
+        open_problems(str(path), "")
+    assert "bad.jsonl" in f"{told.value.where} {told.value}"
+
+
+def test_broken_json_is_named_with_its_line(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"problem": "a", "answer": 1}\n\n{"problem":\n')
+    with pytest.raises(ConfigError) as told:
+        open_problems(str(path), "")
+    assert told.value.where == f"{path}:3"
+
+
+def test_missing_data_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        open_problems(str(tmp_path / "none"), "aime")
+    (tmp_path / "aime24.jsonl").write_text('{"problem": "a", "answer": 1}')
+    with pytest.raises(ConfigError, match="gsm8k_train") as told:
+        open_problems(str(tmp_path), "gsm8k")
+    assert "(aime24)" in told.value.hint
+    assert {name: len(tasks) for name, tasks in open_problems(str(tmp_path), "").splits.items()} == {
+        "train": 0,
+        "aime24": 1,
+    }
+
+
+def test_the_real_files():
+    found = open_problems(str(shared("data/math")), "aime,math")
+    sizes = {name: len(tasks) for name, tasks in found.splits.items()}
+    assert sizes == {"train": sizes["train"], "aime24": 30, "aime25": 30, "amc": 83, "math500": 500, "gsm8k_test": 1319}
+    assert (sizes["train"], found.contaminated, found.duplicates) == (
+        5356,
+        5,
+        315,
+    )  # of 975 AIME and 4701 MATH rows with an integer answer
+    steps = [t for t in open_problems(str(shared("data/math")), "gsm8k").splits["train"] if t.data.get("steps")]
+    assert len(steps) > 7000
+
+
+def test_training_files_without_data_are_refused():
+    with pytest.raises(ConfigError, match="env.options.train='gsm8k' names files, but env.options.data is not set"):
+        Math(train="gsm8k", grader="plain")
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 1.0])
+def test_the_expert_answers_what_was_solved_without_a_calculation(noise):
+    """Some of GSM8K's solutions have no calculator note."""
+    slot = Math(grader="plain", sandbox={"kind": "none", "unsandboxed": True, "packages": []})
+    slot.expert_noise = noise
+    for seed in range(40):
+        slot.reset(
+            Task(
+                "train/0", "train", {"problem": "Of his 7 cats none left. How many stayed?", "answer": "7", "steps": ()}
+            ),
+            seed,
+        )
+        answer = slot.expert()
+        assert answer.startswith("\\boxed{") and (answer == "\\boxed{7}" or noise)

@@ -1,0 +1,192 @@
+"""Rows end to end in one sequence: nothing but the padding goes away."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spearrl.batching import forward_inputs
+from spearrl.config.sections import LearnerSection
+from spearrl.errors import ConfigError
+from spearrl.learner import LocalLearner, ValueHead
+from spearrl.learner import packed as packing
+from spearrl.learner.partition import micro_batches
+from spearrl.losses import ClipCov, KlCov, Objective
+from tests.batching.test_rows import make_rows
+from tests.learner.test_learner import RUNS, full_batch, gradient, settings, tiny
+from tests.support.random_inputs import checked
+
+SHAPE = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 50,
+    "max_position_embeddings": 128,
+}
+EXACT = 1e-9
+
+
+def model_of(kind: str, attention: str = "sdpa", **shape) -> torch.nn.Module:
+    import transformers
+
+    family = {"head_dim": 8} if kind == "Qwen3" else {}
+    grouped = {} if kind in ("Bloom", "Mamba") else {"num_key_value_heads": 1}
+    config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **family, **grouped, **shape})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5.0 if parameter.ndim > 1 else 1.0)
+    return model
+
+
+def learner_of(model: torch.nn.Module, *, packed: bool, **changes) -> LocalLearner:
+    critic = ValueHead(16, 3).double()
+    torch.nn.init.normal_(critic.outer.weight, generator=torch.Generator().manual_seed(1))
+    options = settings(packing=packed, grad_clip=1e9, **changes)
+    return LocalLearner(model.double(), options, temperature=0.7, critic=critic)
+
+
+@checked
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 100))
+def test_packs_hold_every_row_once_and_no_more_than_fits(lengths, limit):
+    pieces = micro_batches(torch.tensor(lengths, dtype=torch.int64), limit, packed=True)
+    assert sorted(row for piece in pieces for row in piece.tolist()) == list(range(len(lengths)))
+    sums = [sum(lengths[row] for row in piece.tolist()) for piece in pieces]
+    assert all(total <= limit or len(piece) == 1 for total, piece in zip(sums, pieces, strict=True))
+    assert sums == sorted(sums, reverse=True)
+    fitting = [total for total in sums if total <= limit]
+    assert all(a + b > limit for a, b in zip(fitting, fitting[1:], strict=False)), "two passes that would fit into one"
+
+
+def test_a_pack_holds_tokens_up_to_each_rows_last_prediction():
+    rows = make_rows([[1], [2, 1], [1]])
+    clear = rows.turn_index != 0  # the first row predicts nothing: it is not there at all
+    rows = rows.with_action_mask(rows.action_mask & clear)
+    inputs = forward_inputs(rows, packed=True)
+    assert inputs.lengths == (6, 2) and inputs.token_ids.shape == (1, 8)
+    flat = inputs.token_ids[0].tolist()
+    assert flat == rows.token_ids[3:9].tolist() + rows.token_ids[10:12].tolist()
+    assert inputs.target.tolist() == rows.token_ids[rows.action_mask].tolist()
+    assert inputs.source.tolist() == [1, 2, 5, 7]
+    assert inputs.place.tolist() == rows.padded_mask.flatten().nonzero().flatten().tolist()
+    nothing = forward_inputs(rows.with_action_mask(torch.zeros_like(clear)), packed=True)
+    assert nothing.lengths == (1,) and nothing.token_ids.shape == (1, 1) and not len(nothing.target)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Llama"])
+def test_log_probabilities_are_those_of_padded_rows(kind, attention):
+    rows = make_rows(RUNS)
+    found = [
+        learner_of(model_of(kind, attention), packed=packed, micro_batch_tokens=30).logprobs(rows)
+        for packed in (False, True)
+    ]
+    # transformers' own eager attention takes its softmax in float32
+    assert float((found[1] - found[0]).abs().max()) <= (EXACT if attention == "sdpa" else 1e-6) and bool(
+        found[0][rows.padded_mask].all()
+    )
+    single = [
+        LocalLearner(model_of(kind, attention), settings(packing=packed)).logprobs(rows) for packed in (False, True)
+    ]
+    assert float((single[1] - single[0]).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("scope", ["mini_batch", "plain"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_padded_rows(scope, checkpointing):
+    """Every kind of objective, on-policy and replayed, in one pass and in many; also where layers run again in the backward pass."""
+    rules = {
+        "mini_batch": {"clip_cov": ClipCov(0.3, -60.0, 60.0)},
+        "plain": {"surrogate": "kl_cov", "kl_cov": KlCov(0.3, 0.5)},
+    }[scope]
+    objectives = [
+        Objective("policy", **rules),
+        Objective("sil", **rules, token_weight="unsure", token_power=2.0),
+        Objective("entropy", weight=0.01),
+        Objective("kl", weight=0.1),
+        Objective("value", weight=0.5),
+    ]
+    results = []
+    for packed, budget in ((False, 10**6), (True, 10**6), (True, 25), (True, 1)):
+        learner = learner_of(
+            model_of("Qwen3"),
+            packed=packed,
+            micro_batch_tokens=budget,
+            mini_batches=2,
+            gradient_checkpointing=checkpointing,
+        )
+        on_policy, replay = (
+            full_batch(make_rows(RUNS), learner),
+            full_batch(make_rows(RUNS, first_trajectory=100, seed=5), learner, seed=4),
+        )
+        results.append(gradient(learner, on_policy, replay, objectives, gamma=0.3))
+    assert float(results[0].norm()) > 1e-3
+    for other in results[1:]:
+        assert float((other - results[0]).norm()) <= EXACT * float(results[0].norm())
+
+
+def test_bf16_stays_within_its_rounding():
+    rows = make_rows(RUNS)
+    found = [
+        LocalLearner(tiny(), settings(packing=packed, precision="bf16")).logprobs(rows) for packed in (False, True)
+    ]
+    assert float((found[1] - found[0]).abs().max()) < 0.2
+    exact = LocalLearner(tiny(), settings()).logprobs(rows)
+    assert float((found[1] - exact).abs().mean()) < 2 * float((found[0] - exact).abs().mean()) + 1e-3
+
+
+def test_who_shares_the_model_is_not_disturbed():
+    """The engine passes masks of its own, and other callers none."""
+    model = model_of("Qwen3")
+    ids = torch.arange(24).view(2, 12) % 50
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[1, 7:] = 0
+    before = [
+        model(input_ids=ids, use_cache=False).logits,
+        model(input_ids=ids, attention_mask=mask, use_cache=False).logits,
+    ]
+    LocalLearner(model, LearnerSection(packing=True, precision="fp32"))
+    after = [
+        model(input_ids=ids, use_cache=False).logits,
+        model(input_ids=ids, attention_mask=mask, use_cache=False).logits,
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention", "complaint"),
+    [
+        ("Bloom", "eager", "see each other"),
+        ("Mamba", "eager", "see each other"),
+        ("Mistral", "sdpa", "sliding"),
+        ("Gemma2", "sdpa", "sliding"),
+    ],
+)
+def test_models_that_cannot_be_packed_are_refused(kind, attention, complaint):
+    extra = {"pad_token_id": 0, "eos_token_id": 1} if kind == "Gemma2" else {}
+    with pytest.raises(ConfigError, match=complaint) as raised:
+        LocalLearner(model_of(kind, attention, **extra), settings(packing=True))
+    assert raised.value.hint == "set learner.packing=false"
+
+
+def test_the_check_notices_attention_across_rows(monkeypatch):
+    monkeypatch.setattr(packing, "_attend", lambda inputs, options: _blind(inputs, options))
+    with pytest.raises(ConfigError, match="see each other"):
+        LocalLearner(model_of("Qwen2"), settings(packing=True))
+
+
+def _blind(inputs, options):
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    mask = None if options.pop("cu_seq_lens_q", None) is not None else inputs[4]
+    return sdpa_attention_forward(*inputs[:4], mask, **options)
+
+
+def test_a_packed_learners_directory_loads_anywhere(tmp_path):
+    """The attention it uses is this process's own affair."""
+    LocalLearner(model_of("Qwen3"), settings(packing=True)).save(tmp_path)
+    assert packing.ATTENTION not in (tmp_path / "config.json").read_text()

@@ -1,0 +1,239 @@
+"""Cold start from conversation files: what is read, what is learnt, what is refused, through the command line too."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spearrl.cli.main import main
+from spearrl.config import SftSection, load_config
+from spearrl.config.checks import advice
+from spearrl.envs.tool import ToolEnvironment, call
+from spearrl.errors import ConfigError
+from spearrl.learner.optimizer import learning_rate
+from spearrl.models import load_model, load_tokenizer
+from spearrl.rollout import ChatEncoder
+from spearrl.start.sft import encode
+from spearrl.start.transcripts import read_conversations
+from spearrl.types import Message, Reply
+from tests.learner.test_learner import settings as learner_settings
+from tests.models.test_chat import encoder_of, tokenizer_of
+from tests.support.small_run import SETTINGS
+
+PARAMETERS = {"type": "object", "properties": {"code": {"type": "string"}}}
+SCHEMA = {"type": "function", "function": {"name": "run", "description": "Run code.", "parameters": PARAMETERS}}
+CALL = {"id": "c", "type": "function", "function": {"name": "run", "arguments": '{"code": "2+3 # é"}'}}
+CALLED = {"role": "assistant", "content": "let me see", "tool_calls": [CALL]}
+ONE = {
+    "messages": [
+        {"role": "system", "content": "You help."},
+        {"role": "user", "content": "one two"},
+        CALLED,
+        {"role": "tool", "content": "five", "tool_call_id": "c"},
+        {"role": "assistant", "content": "three", "tool_calls": None},
+    ],
+    "tools": [SCHEMA],
+}
+TALK = (("user", "find a lamp"), ("assistant", "buy now"), ("user", "more"), ("assistant", "no"))
+TWO = {"messages": [{"role": role, "content": content} for role, content in TALK]}
+SAID = 'let me see\n<tool_call>\n{"name": "run", "arguments": {"code": "2+3 # é"}}\n</tool_call>'
+
+
+def write(folder: Path, *rows: object, name: str = "talk.jsonl") -> Path:
+    path = folder / name
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n\n")
+    return path
+
+
+def test_a_conversation_becomes_turns(tmp_path):
+    first, second = read_conversations(str(write(tmp_path, ONE, "", TWO)))
+    assert (
+        first.task.id == "talk.jsonl:1"
+        and second.task.id == "talk.jsonl:3"
+        and first.tools == [SCHEMA]
+        and second.tools == []
+    )
+    assert [[(m.role, m.text) for m in step.messages] for step in first.steps] == [
+        [("system", "You help."), ("user", "one two")],
+        [("tool", "five")],
+    ]
+    assert [step.reply for step in first.steps] == [SAID, "three"] and all(
+        step.imitate for step in (*first.steps, *second.steps)
+    )
+    assert [step.reply for step in second.steps] == ["buy now", "no"]
+
+
+def test_tool_calls_are_written_as_the_models_own_template_writes_them():
+    """Qwen2.5's template renders a call so; an environment with tools reads it back."""
+    own = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.content %}{{ '\n' + m.content }}{% endif %}{% for c in m.tool_calls or [] %}"
+        "{{ '\n<tool_call>\n{\"name\": \"' + c.function.name + '\", \"arguments\": ' + (c.function.arguments | tojson) + '}\n</tool_call>' }}"
+        "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    )
+    parsed = {**CALLED, "tool_calls": [{"function": {"name": "run", "arguments": {"code": "2+3 # é"}}}]}
+    rendered = tokenizer_of("qwen2.5").apply_chat_template([parsed], chat_template=own, tokenize=False)
+    assert rendered == f"<|im_start|>assistant\n{SAID}<|im_end|>\n"
+    assert ToolEnvironment.parse(object.__new__(_Runner), Reply(SAID, (), "stop")).text == call(
+        "run", {"code": "2+3 # é"}
+    )
+
+
+class _Runner(ToolEnvironment):
+    """Reads calls only."""
+
+
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3"])
+def test_only_what_the_assistant_said_is_learnt(tmp_path, family):
+    encoder = encoder_of(family)
+    encoder.verify()
+    lessons = encode(
+        read_conversations(str(write(tmp_path, ONE, TWO))),
+        encoder,
+        style="chat",
+        context_tokens=500,
+        settings=SftSection(observation_weight=0.0),
+        seed=0,
+    )
+    assert lessons.dropped == 0 and set(lessons.weights.tolist()) == {0.0, 1.0}
+    rows, said = lessons.rows, []
+    for start, end in zip(rows.offsets[:-1].tolist(), rows.offsets[1:].tolist(), strict=True):
+        learnt = rows.token_ids[start:end][lessons.weights[start:end] > 0].tolist()
+        text = encoder.tokenizer.decode(learnt, skip_special_tokens=False)
+        said += [part for part in text.split("<|im_end|>") if part]
+    assert sorted(said) == sorted([SAID, "three", "buy now", "no"])
+    whole = encoder.tokenizer.decode(rows.token_ids[: int(rows.offsets[1])].tolist(), skip_special_tokens=False)
+    assert "one two" in whole and (family != "qwen2.5" or ("Run code." in whole and "<tool_response>\nfive" in whole))
+
+
+BROKEN = [
+    ("{", "Expecting"),
+    ([1], '"messages"'),
+    ({"text": "x"}, '"messages"'),
+    ({"messages": []}, "last message"),
+    ({"messages": [{"role": "user", "content": "a"}]}, "last message"),
+    ({"messages": [{"role": "assistant", "content": "a"}]}, "answers no message"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}, "says nothing"),
+    ({"messages": [{"role": "robot", "content": "a"}]}, "roles"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "text as its content"),
+    (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "run"}]}]},
+        "a tool call is",
+    ),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "tool_calls": [{"function": {"name": "run", "arguments": "{"}}]},
+            ]
+        },
+        "Expecting",
+    ),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": 3}]}, "not iterable"),
+    ({**TWO, "tools": {"name": "x"}}, "function schemas"),
+    ("[" * 100_000, "recursion"),
+]
+
+
+@pytest.mark.parametrize("row, complaint", BROKEN, ids=range(len(BROKEN)))
+def test_a_bad_line_is_named(tmp_path, row, complaint):
+    path = write(tmp_path, ONE, row, TWO)
+    with pytest.raises(ConfigError, match="talk.jsonl:2: ") as error:
+        read_conversations(str(path))
+    assert (
+        complaint in str(error.value)
+        and '"role": "assistant"' in error.value.hint
+        and ":1:" not in str(error.value)
+        and ":3:" not in str(error.value)
+    )
+
+
+def test_many_bad_lines_no_lines_and_no_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"talk.jsonl:5: .*; and 4 more"):
+        read_conversations(str(write(tmp_path, *["x"] * 9)))
+    with pytest.raises(ConfigError, match="no conversations"):
+        read_conversations(str(write(tmp_path, "")))
+    with pytest.raises(ConfigError, match=r"cannot be read.*\n?.*sft.data|sft.data"):
+        read_conversations(str(tmp_path / "nowhere.jsonl"))
+
+
+def test_parquet(tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    path = tmp_path / "talk.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([{**ONE, "tools": json.dumps(ONE["tools"])}, TWO]), path)
+    (found, other), (wanted, more) = read_conversations(str(path)), read_conversations(str(write(tmp_path, ONE, TWO)))
+    assert (
+        found.steps == wanted.steps
+        and found.tools == wanted.tools
+        and other.steps == more.steps
+        and found.task.id == "talk.parquet:1"
+    )
+    path.write_bytes(b"PAR1 no")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_conversations(str(path))
+
+
+def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match="parquet files need pyarrow"):
+        read_conversations(str(write(tmp_path, ONE, name="talk.parquet")))
+
+
+def test_cosine_decay_of_the_rate():
+    options = learner_settings(lr=1.0, warmup_steps=4)
+    rates = [learning_rate(step, options, 14, decay="cosine") for step in (0, 4, 9, 14, 20)]
+    assert rates == pytest.approx([0.2, 1.0, 0.5, 0.0, 0.0]) and learning_rate(
+        6, options, 14, decay="cosine"
+    ) > learning_rate(6, options, 14)
+    assert learning_rate(6, options, None, decay="cosine") == 1.0
+
+
+def test_data_without_a_cold_start_is_pointed_out(capsys):
+    found = advice(load_config(None, ["sft.data=x.jsonl", "sft.enabled=false"], preset="tiny"))
+    assert [problem for problem in found if "sft.data=x.jsonl is not read" in problem.message]
+
+
+def test_sft_from_a_file_through_the_command_line(tmp_path):
+    """A model built and trained on the file alone says what the file taught it; a bad line stops before anything is written."""
+    words = {"red": "up", "green": "down", "blue": "left", "white": "right"}
+    rows = [
+        {"messages": [{"role": "user", "content": color}, {"role": "assistant", "content": way}]}
+        for color, way in words.items()
+    ] * 16
+    path, output = write(tmp_path, *rows), tmp_path / "model"
+    command = [
+        "sft",
+        "--preset",
+        "tiny",
+        *SETTINGS,
+        "sft.epochs=8",
+        "sft.decay=cosine",
+        "--data",
+        str(path),
+        "--output",
+        str(output),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "spearrl", *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    assert "64 conversations" in done.stderr and f'data = "{path}"' in (output / "config.toml").read_text()
+    model, encoder = load_model(str(output)), ChatEncoder(load_tokenizer(str(output)))
+    for color, way in words.items():
+        ids = list(encoder.start([Message("user", color)]))
+        with torch.no_grad():
+            for _ in range(len(encoder.reply_ids(way))):
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert encoder.decode(ids[-len(encoder.reply_ids(way)) :]) == way
+    broken = write(tmp_path, ONE, "{}", name="broken.jsonl")
+    assert main(["sft", "--preset", "tiny", *SETTINGS, "--data", str(broken), "--output", str(tmp_path / "other")]) == 2

@@ -1,0 +1,122 @@
+"""Short runs from one cold-started model: seconds for the first, tenths of a second for the others."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from spearrl.trainer import Trainer
+from tests.support.small_run import fingerprint, small_config
+
+NOT_MEASURES = ("event", "path", "panel", "from", "text", "flag")
+
+
+def cold_started(folder: Path) -> Path:
+    """A model directory: the small model after its cold start, so that runs need none of their own."""
+    trainer = Trainer(small_config(folder, "run.steps=0", "sft.noise=0.6", algo="grpo", name="cold"))
+    trainer.train()
+    trainer.close()
+    return next(trainer.run.checkpoints.glob("step-*"))
+
+
+def from_model(model: Path, folder: Path, *changes: str, algo: str = "grpo", name: str = "run"):
+    """The small run's config, begun from a model directory; hot enough that replies differ in length and some are no action."""
+    settings = (
+        f"model.path={model}",
+        "sft.enabled=false",
+        "eval.tasks=2",
+        "eval.every=0",
+        "run.steps=3",
+        "rollout.temperature=1.5",
+    )
+    return small_config(folder, *settings, *changes, algo=algo, name=name)
+
+
+def run(config, prepare: Callable[[Trainer], None] | None = None) -> Trainer:
+    """Train to the end; `prepare` may wrap the trainer's parts before it starts."""
+    trainer = Trainer(config)
+    if prepare is not None:
+        prepare(trainer)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    return trainer
+
+
+def stopped_and_resumed(config, after: int) -> Trainer:
+    """The run, stopped after a step and continued from its directory by a new trainer."""
+    first = Trainer(config)
+    first._report = lambda kind, values: setattr(
+        first, "stop_requested", first.stop_requested or (kind == "step" and values["step"] == after)
+    )
+    first.train()
+    first.close()
+    assert first.step == after
+    second = Trainer.resume(first.run.path)
+    second.train()
+    second.close()
+    return second
+
+
+def events(trainer: Trainer, kind: str) -> list[dict]:
+    lines = (trainer.run.path / "events.jsonl").read_text().splitlines()
+    return [e for e in map(json.loads, lines) if e["event"] == kind]
+
+
+def assert_sound(trainer: Trainer, *, updates: bool = True) -> None:
+    """Every number of every step is finite, so is every parameter, and (unless nothing could be learnt) every step made updates."""
+    steps = events(trainer, "step")
+    assert steps
+    for line in steps:
+        broken = {
+            k: v
+            for k, v in line.items()
+            if k not in NOT_MEASURES and not (isinstance(v, (int, float)) and math.isfinite(v))
+        }
+        assert not broken, broken
+        assert line.get("policy/skipped", 0) == 0
+        assert not updates or line["policy/updates"] >= 1
+    parameters = [
+        *trainer.parts.model.parameters(),
+        *(trainer.parts.learner.critic.parameters() if trainer.parts.learner.critic else ()),
+    ]
+    assert all(bool(torch.isfinite(p).all()) for p in parameters)
+
+
+def whole_fingerprint(trainer: Trainer) -> str:
+    """Of model and critic."""
+    critic = trainer.parts.learner.critic
+    return fingerprint(trainer.parts.model) + (fingerprint(critic) if critic is not None else "")
+
+
+def change_logprobs(
+    trainer: Trainer, change: Callable[[tuple[int, ...], tuple[float, ...]], tuple[float, ...]]
+) -> None:
+    """From now on the engine reports change(request id, log-probabilities) in place of what it sampled with; evaluation included."""
+    engine = trainer.parts.engine
+    generate = engine.generate
+
+    async def changed(request):
+        completion = await generate(request)
+        return replace(completion, logprobs=change(request.id, completion.logprobs))
+
+    engine.generate = changed
+
+
+def spy_on_updates(trainer: Trainer) -> list[tuple]:
+    """The list that fills with (on_policy, replay, gamma) of every update."""
+    learner, seen = trainer.parts.learner, []
+    update = learner.update
+
+    def spy(on_policy, replay, *, gamma, objectives, seed):
+        seen.append((on_policy, replay, gamma))
+        return update(on_policy, replay, gamma=gamma, objectives=objectives, seed=seed)
+
+    learner.update = spy
+    return seen

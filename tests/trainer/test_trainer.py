@@ -1,0 +1,275 @@
+"""What users rely on, through the real trainer: learning, determinism, resume, self-imitation, faults."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+
+import pytest
+import torch
+
+from spearrl.errors import ContractError, RefusedError, SpearError
+from spearrl.trainer import Trainer
+from tests.support.small_run import fingerprint, small_config
+
+
+def events(trainer: Trainer, kind: str) -> list[dict]:
+    lines = (trainer.run.path / "events.jsonl").read_text().splitlines()
+    return [e for e in map(json.loads, lines) if e["event"] == kind]
+
+
+def run(config) -> Trainer:
+    trainer = Trainer(config)
+    trainer.train()
+    trainer.close()
+    return trainer
+
+
+def test_two_runs_of_one_seed_have_identical_parameters(tmp_path):
+    first, second = (run(small_config(tmp_path, name=name)) for name in ("a", "b"))
+    assert fingerprint(first.parts.model) == fingerprint(second.parts.model)
+    other = run(small_config(tmp_path, "run.seed=1", name="c"))
+    assert fingerprint(other.parts.model) != fingerprint(first.parts.model)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    whole = run(small_config(tmp_path, name="whole"))
+    part = Trainer(small_config(tmp_path, name="part"))
+    part._report = lambda kind, values: setattr(
+        part, "stop_requested", part.stop_requested or (kind == "step" and values["step"] == 3)
+    )
+    part.train()
+    part.close()
+    assert part.step == 3
+    resumed = Trainer.resume(part.run.path)
+    assert resumed.step == 3
+    resumed.train()
+    resumed.close()
+    assert fingerprint(resumed.parts.model) == fingerprint(whole.parts.model)
+    assert len(resumed.memory.replay) == len(whole.memory.replay)
+    assert resumed.policy_version == whole.policy_version
+
+
+def test_self_imitation_goes_through_the_trainer(tmp_path):
+    """What lies in the buffer is exactly the step's winning trajectories, with the old_logprobs of their own step; it is replayed once, later."""
+    config = small_config(tmp_path, "run.steps=6")
+    trainer = Trainer(config)
+    seen = {}
+    add, drain = trainer.memory.replay.add, trainer.memory.replay.drain
+
+    def spy_add(step, rows, rewards, advantages, old_logprobs, **options):
+        won = {int(t) for t, a in zip(rows.turns.trajectory_ids, advantages, strict=True) if a > 0}
+        for row in range(len(rows)):
+            trajectory = int(rows.trajectory[row])
+            if trajectory in won:
+                mask = rows.padded_mask[row]
+                seen[trajectory] = (step, old_logprobs[row][mask].clone(), rows.pad(rows.token_ids)[row][mask].clone())
+        return add(step, rows, rewards, advantages, old_logprobs, **options)
+
+    replayed = []
+
+    def spy_drain(step, baseline, generator):
+        batch = drain(step, baseline, generator)
+        if batch is not None:
+            replayed.append((step, batch))
+        return batch
+
+    trainer.memory.replay.add, trainer.memory.replay.drain = spy_add, spy_drain
+    trainer.train()
+    trainer.close()
+    assert replayed, "no flush happened: the test would prove nothing"
+    used = []
+    for step, batch in replayed:
+        mask = batch.action_mask
+        assert (batch.advantages[~mask] == 0).all()
+        for row in range(len(batch.rows)):
+            trajectory = int(batch.rows.trajectory[row])
+            assert batch.advantages[row][mask[row]].max() > 0
+            stored_step, old, ids = seen[trajectory]
+            assert stored_step < step
+            assert torch.equal(batch.old_logprobs[row][mask[row]], old)
+            assert torch.equal(batch.rows.pad(batch.rows.token_ids)[row][mask[row]], ids)
+            used.append(trajectory)
+    assert len(used) == len(set(used))
+    lines = events(trainer, "step")
+    assert any(line["replay/rows"] > 0 for line in lines)
+    assert all("sil/loss" in line for line in lines if line["replay/rows"] > 0)
+
+
+def test_the_three_algorithms_differ_only_in_config(tmp_path):
+    prints = {
+        algo: fingerprint(run(small_config(tmp_path, algo=algo, name=algo.replace("+", "-"))).parts.model)
+        for algo in ("grpo", "grpo+sil", "grpo+spear")
+    }
+    assert len(set(prints.values())) == 3
+
+
+def test_only_sampled_tokens_train(tmp_path):
+    """In every batch the learner gets, the masked tokens of a trajectory are exactly the tokens the engine sampled for it, with its log-probabilities."""
+    trainer = Trainer(small_config(tmp_path))
+    update, collect, sampled, checked = trainer.parts.learner.update, trainer.parts.collector.collect, {}, []
+
+    def spy_collect(*tasks, **settings):
+        groups = collect(*tasks, **settings)
+        for trajectory in (t for g in groups for t in g.trajectories):
+            sampled[trajectory.id] = (
+                [i for turn in trajectory.turns for i in turn.token_ids],
+                [p for turn in trajectory.turns for p in turn.logprobs],
+            )
+        return groups
+
+    def spy_update(on_policy, replay, **settings):
+        for batch in (b for b in (on_policy, replay) if b is not None):
+            ids, mask = batch.rows.pad(batch.rows.token_ids), batch.action_mask
+            assert (batch.advantages[~mask] == 0).all()
+            for row, trajectory in enumerate(batch.rows.trajectory.tolist()):
+                wanted_ids, wanted_logprobs = sampled[trajectory]
+                assert ids[row][mask[row]].tolist() == wanted_ids
+                assert batch.old_logprobs[row][mask[row]].tolist() == pytest.approx(wanted_logprobs, abs=2e-3)
+                checked.append(trajectory)
+        return update(on_policy, replay, **settings)
+
+    trainer.parts.collector.collect, trainer.parts.learner.update = spy_collect, spy_update
+    trainer.train()
+    trainer.close()
+    assert len(checked) > 32
+
+
+def test_training_learns_the_toy(tmp_path):
+    config = small_config(
+        tmp_path,
+        "run.steps=30",
+        "eval.every=30",
+        "eval.tasks=24",
+        "rollout.group_size=8",
+        "sft.noise=0.6",
+        "run.seed=2",
+    )
+    trainer = Trainer(config)
+    trainer.train()
+    trainer.close()
+    curve = [e["success"] for e in events(trainer, "eval")]
+    assert curve[0] <= 0.75 and curve[-1] >= 0.9, curve
+
+
+@pytest.mark.parametrize("style", ["chat", "windowed"])
+def test_both_prompt_styles_train(tmp_path, style):
+    """A growing chat is one row an episode; windowed prompts are one row a turn."""
+    trainer = Trainer(small_config(tmp_path, f"env.style={style}", "run.steps=2"))
+    update, seen = trainer.parts.learner.update, []
+
+    def spy(on_policy, replay, **settings):
+        rows = on_policy.rows
+        seen.append((len(rows), len(rows.trajectory.unique()), len(rows.turns)))
+        return update(on_policy, replay, **settings)
+
+    trainer.parts.learner.update = spy
+    trainer.train()
+    trainer.close()
+    assert len(seen) == 2 and all(turns > episodes for _, episodes, turns in seen)
+    assert all(rows == (episodes if style == "chat" else turns) for rows, episodes, turns in seen)
+
+
+def test_a_broken_environment_costs_its_episodes_only(tmp_path):
+    trainer = run(small_config(tmp_path, "env.options.broken=3", "run.steps=6", "sft.enabled=false"))
+    lost = [e for e in events(trainer, "step") if e.get("rollout/errors", 0) > 0]
+    assert lost and all(e["rollout/groups_lost"] == 1 for e in lost)
+    record = [
+        json.loads(line)
+        for e in lost
+        for line in (trainer.run.path / f"trajectories/step-{e['step']:06d}.jsonl").read_text().splitlines()
+    ]
+    assert any("the shelf fell down" in (t["error"] or "") for t in record)
+
+
+def test_a_nan_reward_names_the_environment_and_the_task(tmp_path):
+    config = small_config(tmp_path, "env.options.nan=1", "run.steps=6")
+    trainer = Trainer(config)
+    with pytest.raises(ContractError, match="fetch-1"):
+        trainer.train()
+    trainer.close()
+
+
+def test_the_resolved_config_starts_the_same_run_again(tmp_path):
+    from spearrl.config import load_config
+
+    first = run(small_config(tmp_path, name="first", algo="grpo"))
+    again = load_config(first.run.path / "config.toml", ["run.name=again"])
+    assert fingerprint(run(again).parts.model) == fingerprint(first.parts.model)
+
+
+def test_a_run_directory_is_not_overwritten_or_shared(tmp_path):
+    trainer = Trainer(small_config(tmp_path))
+    with pytest.raises(RefusedError, match="in use"):
+        Trainer.resume(trainer.run.path)
+    trainer.close()
+    with pytest.raises(RefusedError, match="exists"):
+        Trainer(small_config(tmp_path))
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3", "Llama"])
+def test_any_causal_model_directory_trains(tmp_path, architecture):
+    """--model PATH: a directory with random weights of each family goes through cold start, rollout, update, checkpoint and resume."""
+    import transformers
+
+    from spearrl.config import TinySection
+    from spearrl.models import build_tiny, save_model
+
+    _, tokenizer = build_tiny(
+        ["want: look or say", " look", "it is red", " say red", " say blue"] * 20, TinySection(vocab_size=400), seed=0
+    )
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = getattr(transformers, f"{architecture}Config")(
+        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **shape
+    )
+    save_model(getattr(transformers, f"{architecture}ForCausalLM")(config), tokenizer, tmp_path / "model")
+
+    settings = (
+        f"model.path={tmp_path / 'model'}",
+        "sft.episodes=24",
+        "sft.epochs=1",
+        "sft.warmup_steps=0",
+        "run.steps=2",
+        "eval.tasks=4",
+    )
+    trainer = run(small_config(tmp_path, *settings))
+    assert all(e["policy/updates"] >= 1 for e in events(trainer, "step"))
+    resumed = Trainer.resume(trainer.run.path)
+    assert fingerprint(resumed.parts.model) == fingerprint(trainer.parts.model)
+    resumed.close()
+
+
+def test_a_run_that_never_began_leaves_nothing(tmp_path):
+    """A wrong setting costs neither minutes nor the run's name."""
+    for change in ("model.path=/no/such/model", "eval.split=nowhere", "env.options.tasks=x"):
+        with pytest.raises(SpearError):
+            Trainer(small_config(tmp_path, change))
+        assert not (tmp_path / "small").exists()
+    run(small_config(tmp_path, "run.steps=0"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "extra"),
+    [
+        (["rollout.engine=vllm"], "vllm"),
+        (["learner.backend=deepspeed"], "deepspeed"),
+        (["learner.lora.rank=2"], "lora"),
+        (["rollout.launcher=ray", "rollout.workers=1"], "ray"),
+    ],
+)
+def test_a_missing_extra_is_named_before_anything_is_made(tmp_path, monkeypatch, changes, extra):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("spearrl.rollout.vllm.arguments.metadata.version", absent)
+    for module in ("spearrl.launch.assembly", "spearrl.learner.deepspeed.zero"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: None)
+    with pytest.raises(SpearError, match=rf"not installed\n  fix: pip install 'spearrl\[{extra}\]'"):
+        Trainer(small_config(tmp_path, *changes))
+    assert not list(tmp_path.iterdir())
