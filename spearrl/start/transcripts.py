@@ -11,13 +11,14 @@ from typing import Any
 
 from spearrl.envs import Environment
 from spearrl.envs.pool.slot import Seat
+from spearrl.envs.text.records import read_records
 from spearrl.envs.tool import CLOSE, OPEN
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive
 from spearrl.types import Message, Reply, Task
 
 LISTED = 5  # bad lines of a file that are named
-LAYOUT = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "tools": […]} a line; an assistant\'s message comes last'
+LAYOUT = 'a .jsonl or .parquet file with {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "tools": […]} a line; an assistant\'s message comes last'
 
 
 @dataclass
@@ -72,16 +73,11 @@ def read_conversations(path: str) -> list[Transcript]:
         ConfigError: no such file, nothing in it, or lines that are no conversations; the first ones are named.
     """
     file, found, problems = Path(path).expanduser(), [], []
-    try:
-        for number, row in enumerate(_rows(file), 1):
-            try:
-                found += [_conversation(row, f"{file.name}:{number}")] if row.strip() else []
-            except (ValueError, TypeError, RecursionError) as error:
-                problems.append(f"{file}:{number}: {error}")
-    except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
-        raise ConfigError(
-            f"cannot be read: {error}", where=f"sft.data={path}", hint=f"name a .jsonl or .parquet file with {LAYOUT}"
-        ) from error
+    for number, row in read_records(file, layout=LAYOUT, where=f"sft.data={path}", on_broken_line=problems.append):
+        try:
+            found.append(_conversation(row, f"{file.name}:{number}"))
+        except (ValueError, TypeError, RecursionError) as error:
+            problems.append(f"{file}:{number}: {error}")
     if problems or not found:
         more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise ConfigError(
@@ -124,26 +120,7 @@ def _episode(seat: Seat, task: Task, recovery: float, seed: int) -> Transcript:
     return transcript
 
 
-def _rows(file: Path) -> Iterator[str]:
-    """A conversation's JSON each."""
-    if file.suffix != ".parquet":
-        with file.open(encoding="utf-8", errors="replace") as lines:
-            yield from lines
-        return
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ConfigError(
-            "parquet files need pyarrow, which is not installed",
-            where=str(file),
-            hint='pip install "spearrl[envs]", or write .jsonl',
-        ) from error
-    for batch in parquet.ParquetFile(file).iter_batches():
-        yield from (json.dumps(row, default=str) for row in batch.to_pylist())
-
-
-def _conversation(line: str, name: str) -> Transcript:
-    row = json.loads(line)
+def _conversation(row: Any, name: str) -> Transcript:
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list):
         raise ValueError('there is no list under "messages"')

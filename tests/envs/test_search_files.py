@@ -166,10 +166,10 @@ def test_a_single_file_is_divided_by_question(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"question": "q"}\n', "record 1: no question"),
-        ('{"question": "q", "answer": "a"}\n{oops\n', "record 2: "),
-        ('{"question": 1, "answer": "a"}', "record 1"),
-        ("[]", "record 1"),
+        ('{"question": "q"}\n', "qa.jsonl:1: no question"),
+        ('{"question": "q", "answer": "a"}\n{oops\n', "qa.jsonl:2: "),
+        ('{"question": 1, "answer": "a"}', "qa.jsonl:1: "),
+        ("[3]", "qa.jsonl:1: "),
     ],
 )
 def test_broken_questions_are_named(tmp_path, text, said):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spearrl.envs import make
+from spearrl.envs.text import records
 from spearrl.envs.webshop import WebShop, catalogue
 from spearrl.envs.webshop.compact import short_instruction, words
 from spearrl.envs.webshop.generate import COLORS, FAMILIES, SIZES, STYLES, generate
@@ -373,7 +374,7 @@ def write_original(folder, count=60) -> None:
 
 @pytest.mark.parametrize("chunk", [7, 1000, 1 << 20])
 def test_original_files_are_streamed(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(catalogue, "CHUNK", chunk)
+    monkeypatch.setattr(records, "CHUNK", chunk)
     write_original(tmp_path)
     loaded = WebShop(data=str(tmp_path), val_goals=5)._shop
     assert loaded.catalogue.products == WebShop(num_products=60)._shop.catalogue.products

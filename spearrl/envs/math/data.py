@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spearrl.config.tables import table
+from spearrl.envs.text.records import read_records
 from spearrl.errors import ConfigError
 from spearrl.types import Task
 
@@ -33,6 +33,7 @@ STEP = re.compile(r"<<([0-9.+*/()\s-]{1,200})=[^<>]*>>")  # GSM8K's calculator n
 MARKUP = re.compile(r"[\s$~,:;?]|\.(?!\d)|\\(?:left|right|displaystyle|[!,;: ])|(?<=\\)[dt](?=frac)")
 HELD_OUT = 20  # one problem in so many, where a single file has no test file beside it
 WHERE = "env.options.data"
+LAYOUT = "one JSON object a line, with problem and answer"
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,7 @@ def open_problems(data: str, train: str) -> Problems:
             stacklevel=2,
         )
     if not (kept or splits):
-        raise ConfigError(
-            f"there are no problems in {data}", where=WHERE, hint="one JSON object a line, with problem and answer"
-        )
+        raise ConfigError(f"there are no problems in {data}", where=WHERE, hint=f"expected {LAYOUT}")
     if not splits:
         # Where chance holds none of a small file out, one is.
         held = {task.id for task in kept if _held_out(task)} or {
@@ -117,7 +116,7 @@ def _file(folder: Path, stem: str) -> Path | None:
 
 
 def _tasks(file: Path, split: str, *, integers: bool = False) -> Iterator[Task]:
-    for number, row in enumerate(_rows(file)):
+    for number, row in enumerate(row for _, row in read_records(file, layout=LAYOUT)):
         where = f"{file}, row {number + 1}"
         problem, answer = _text(row, PROBLEMS, where), _text(row, ANSWERS, where)
         solution = row.get("solution", answer)
@@ -133,43 +132,10 @@ def _tasks(file: Path, split: str, *, integers: bool = False) -> Iterator[Task]:
         yield Task(f"{file.stem}-{number}", split, data)
 
 
-def _rows(file: Path) -> Iterator[Mapping[str, Any]]:
-    where = str(file)
-    try:
-        if file.suffix == ".parquet":
-            yield from _parquet(file)
-            return
-        text = file.read_text(encoding="utf-8")
-        if text.lstrip()[:1] == "[":
-            yield from json.loads(text)
-            return
-        for number, line in enumerate(text.split("\n"), 1):
-            where = f"{file}:{number}"
-            if line.strip():
-                yield json.loads(line)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot be read: {error}", where=where, hint="one JSON object a line, with problem and answer"
-        ) from error
-
-
-def _parquet(file: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ConfigError(
-            "parquet files need pyarrow, which is not installed", where=str(file), hint="pip install 'spearrl[envs]'"
-        ) from error
-    for batch in parquet.ParquetFile(file).iter_batches():
-        yield from batch.to_pylist()
-
-
 def _text(row: Any, names: tuple[str, ...], where: str) -> str:
     """The first of the fields that a row has, as text; a chat's last user message; verl's reward_model.ground_truth."""
     if not isinstance(row, Mapping):
-        raise ConfigError(
-            "a row is no JSON object", where=where, hint="one JSON object a line, with problem and answer"
-        )
+        raise ConfigError("a row is no JSON object", where=where, hint=f"expected {LAYOUT}")
     nested = row.get("reward_model")
     fields = {**(nested if isinstance(nested, Mapping) else {}), **row}
     value = next((fields[name] for name in names if name in fields), ...)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import lzma
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spearrl.envs.text.records import read_records
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive
 from spearrl.types import Task
@@ -17,7 +15,7 @@ from spearrl.types import Task
 ALIASES = {"val": ("val", "dev", "test")}
 HELD_OUT = 10  # one in so many questions of a single file is the split val
 _DOCUMENTS = '{"title": …, "text": …}, or HotpotQA\'s records; questions without contexts need env.options.corpus or env.options.retriever_url'
-_OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+_FORMAT = "JSON lines, or a JSON list (.gz and .xz too)"
 
 
 class Document(NamedTuple):
@@ -45,7 +43,7 @@ def document(record: Any) -> Document:
 def documents(files: Iterable[Path]) -> Iterator[Document]:
     """The documents of corpus files, and those in the contexts of HotpotQA's questions. Raises ConfigError."""
     for path in files:
-        for number, record in _records(path):
+        for number, record in read_records(path, layout=_FORMAT):
             try:
                 yield from (
                     _context(record["context"])
@@ -53,7 +51,7 @@ def documents(files: Iterable[Path]) -> Iterator[Document]:
                     else [document(record)]
                 )
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise _unreadable(path, number, f"no document: {error}", _DOCUMENTS) from error
+                raise _misfit(path, number, f"no document: {error}", _DOCUMENTS) from error
 
 
 def find(data: str) -> list[Path]:
@@ -89,7 +87,7 @@ def questions(data: str, split: str) -> tuple[Task, ...]:
         )
     else:
         paths = find(data)
-    found = [_question(paths[0], number, record) for number, record in _records(paths[0])]
+    found = [_question(paths[0], number, record) for number, record in read_records(paths[0], layout=_FORMAT)]
     if not Path(data).is_dir():
         found = [item for item in found if (derive(item["question"]) % HELD_OUT == 0) == (split == "val")]
     return tuple(Task(f"{split}-{number}", split, item) for number, item in enumerate(found))
@@ -105,7 +103,7 @@ def _question(path: Path, number: int, record: Any) -> dict[str, Any]:
         or not all(isinstance(answer, str) for answer in answers)
         or not answers
     ):
-        raise _unreadable(
+        raise _misfit(
             path, number, "no question with an answer", '{"question": …, "golden_answers": […]}, or HotpotQA\'s records'
         )
     stratum = next((str(fields[name]) for name in ("data_source", "type") if fields.get(name)), None)
@@ -118,22 +116,5 @@ def _context(context: Any) -> list[Document]:
     return [Document(title.strip(), "".join(sentences).strip()) for title, sentences in pairs]
 
 
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number, record) of a JSON list or of JSON lines."""
-    number = 0
-    try:
-        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
-            if ".jsonl" not in path.name:
-                yield from enumerate(json.load(lines), 1)
-                return
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except (OSError, ValueError, EOFError, TypeError, lzma.LZMAError) as error:
-        raise _unreadable(
-            path, number, str(error), "JSON lines in .jsonl files, a list in .json files (.gz and .xz too)"
-        ) from error
-
-
-def _unreadable(path: Path, number: int, reason: str, layout: str) -> ConfigError:
-    return ConfigError(f"record {number}: {reason}" if number else reason, where=str(path), hint=f"expected {layout}")
+def _misfit(path: Path, number: int, reason: str, layout: str) -> ConfigError:
+    return ConfigError(reason, where=f"{path}:{number}", hint=f"expected {layout}")

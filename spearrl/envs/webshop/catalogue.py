@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import lzma
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache
@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from spearrl.envs.text.bm25 import Index, product_text
+from spearrl.envs.text.records import read_records
 from spearrl.envs.webshop.generate import generate
 from spearrl.errors import ConfigError
 
 Product = dict[str, Any]
-CHUNK = 1 << 20  # characters read at a time from a product file: the full one has several GB
-LONGEST_RECORD = 1 << 24
-_DECODER = json.JSONDecoder()
 LAYOUT = "a folder with items_shuffle*.json, items_ins_v2*.json (and items_human_ins.json for human goals), or with products_*.jsonl.xz"
 
 
@@ -59,9 +57,12 @@ def load(data: str | None, num_products: int | None, seed: int) -> Catalogue:
     attributes = _attributes(folder, source.name)
     human = folder / "items_human_ins.json"
     instructions = _json(human) if human.exists() else {}
+    records = read_records(source, layout=LAYOUT, where=f"env.options.data={source}")
     try:
-        products = list(_cleaned(_first(_records(source), num_products), attributes, instructions))
-    except (KeyError, TypeError, AttributeError, ValueError, EOFError, lzma.LZMAError) as error:
+        products = list(
+            _cleaned((record for _, record in itertools.islice(records, num_products)), attributes, instructions)
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"{source.name} is not in WebShop's format: {error!r}", where="env.options.data", hint=f"use {LAYOUT}"
         ) from error
@@ -96,45 +97,6 @@ def _json(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path.name} is not JSON: {error}", where="env.options.data", hint="download the file again"
         ) from error
-
-
-def _first(records: Iterator[Product], count: int | None) -> Iterator[Product]:
-    for number, record in enumerate(records):
-        if number == count:
-            return
-        yield record
-
-
-def _records(path: Path) -> Iterator[Product]:
-    """Raw product records, one at a time: a JSON array is streamed, so the full set never lies in memory as text."""
-    if path.name.endswith(".jsonl.xz"):
-        with lzma.open(path, "rt", encoding="utf-8") as lines:
-            yield from map(json.loads, lines)
-        return
-    rest, end = "", ""
-    with path.open(encoding="utf-8") as stream:
-        while (more := stream.read(CHUNK)) and len(rest) <= LONGEST_RECORD:
-            records, rest = _whole(rest + more)
-            end = more.rstrip()[-1:] or end
-            yield from records
-    if rest or end != "]":
-        raise ValueError("not a whole JSON array of products")
-
-
-def _whole(text: str) -> tuple[list[Product], str]:
-    """The complete records at the start of `text`, and what is left of it."""
-    records: list[Product] = []
-    place = 0
-    while True:
-        while place < len(text) and text[place] in "[], \r\n\t":
-            place += 1
-        if place == len(text):
-            return records, ""
-        try:
-            record, place = _DECODER.raw_decode(text, place)
-        except json.JSONDecodeError:
-            return records, text[place:]
-        records.append(record)
 
 
 def _cleaned(records: Iterable[Product], attributes: dict[str, Any], human: dict[str, Any]) -> Iterator[Product]:
