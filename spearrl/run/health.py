@@ -1,22 +1,18 @@
-"""Alarms over a run's metrics: what looks wrong, in plain words, and which setting to try. docs/health.md lists them."""
+"""Alarms over a run's metrics: what looks wrong, in plain words, and which setting to try (docs/health.md)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-from spearrl.config.tables import table
-
 WINDOW = 10  # steps that one mean is taken over
 NORMS = 100  # gradient norms remembered for the median
-CALM = 3  # a condition that was away for so many steps has cleared; one that flaps around its limit is told once
+CALM = 3  # steps without its condition until an alarm has cleared: one that flaps around its limit is given once
 ENTROPY_STEPS = 50  # a fall of the entropy counts as a collapse up to this step
-_SAID = table(__file__, "health.toml")
-_LIMITS: dict[str, dict[str, Any]] = _SAID["limit"]
-_TEXTS: dict[str, str] = _SAID["text"]
 
 
 @dataclass(frozen=True)
@@ -27,19 +23,28 @@ class Alarm:
     text: str
 
 
+@dataclass
 class Health:
     """Watches the metrics of each step.
 
-    A metric that is missing or not finite proves nothing: alarms that need it are neither raised nor cleared in that step.
+    A metric that is missing or not finite proves nothing: in that step alarms that need it are neither raised nor
+    cleared.
+
+    Args:
+        entropy_start: the first policy entropy above 0.
+        replies: [tokens per reply, reward] of the last 2 WINDOW steps.
+        tools: [tool calls per episode, success] of the last WINDOW steps.
+        best: the means of `tools` over the WINDOW steps of highest success.
+        norms: gradient norms of the last NORMS steps that learnt.
+        active: flag -> steps for which its condition has been away.
     """
 
-    def __init__(self) -> None:
-        self._entropy_start: float | None = None  # the first one above 0
-        self._replies: list[list[float]] = []  # [tokens per reply, reward] of the last 2 WINDOW steps
-        self._tools: list[list[float]] = []  # [tool calls per episode, success] of the last WINDOW steps
-        self._best: list[float] | None = None  # the same as means over the WINDOW steps of highest success
-        self._norms: list[float] = []
-        self._active: dict[str, int] = {}  # flag: steps for which its condition has been away
+    entropy_start: float | None = None
+    replies: list[list[float]] = field(default_factory=list)
+    tools: list[list[float]] = field(default_factory=list)
+    best: list[float] | None = None
+    norms: list[float] = field(default_factory=list)
+    active: dict[str, int] = field(default_factory=dict)
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
         """Alarms that begin with this step; a flag comes again only after its condition was away for CALM steps.
@@ -48,129 +53,197 @@ class Health:
             step: 1-based training step.
             metrics: what the step logged (docs/metrics.md).
         """
-        seen = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         alarms = []
-        judged = {
-            flag: _over(seen.get(limit["metric"]), limit["above"], limit["text"]) for flag, limit in _LIMITS.items()
-        }
-        judged |= {flag: check(self, step, seen) for flag, check in _CHECKS.items()}
-        for flag, text in judged.items():
-            if text and flag not in self._active:
-                alarms.append(Alarm(flag, text))
+        for flag, check in CHECKS.items():
+            text = check(self, step, finite)
             if text:
-                self._active[flag] = 0
-            elif text is not None and flag in self._active:
-                self._active[flag] += 1
-                if self._active[flag] == CALM:
-                    del self._active[flag]
+                if flag not in self.active:
+                    alarms.append(Alarm(flag, text))
+                self.active[flag] = 0
+            elif text is not None and flag in self.active:
+                self.active[flag] += 1
+                if self.active[flag] == CALM:
+                    del self.active[flag]
         return alarms
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values; `load_state_dict` restores them exactly."""
-        return {
-            "entropy_start": self._entropy_start,
-            "replies": [list(pair) for pair in self._replies],
-            "tools": [list(pair) for pair in self._tools],
-            "best": self._best,
-            "norms": list(self._norms),
-            "active": dict(self._active),
-        }
+        return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._entropy_start, self._best = state["entropy_start"], state["best"]
-        self._replies, self._tools = [list(pair) for pair in state["replies"]], [list(pair) for pair in state["tools"]]
-        self._norms, self._active = list(state["norms"]), dict(state["active"])
-
-    # A check returns what to say, "" where all is well, None where this step cannot tell.
-
-    def _entropy_collapse(self, step: int, seen: Mapping[str, float]) -> str | None:
-        entropy = seen.get("policy/entropy")
-        if self._entropy_start is None and entropy is not None and entropy > 0:
-            self._entropy_start = entropy
-        if entropy is None or self._entropy_start is None:
-            return None
-        if step > ENTROPY_STEPS or entropy >= 0.3 * self._entropy_start:
-            return ""
-        return _TEXTS["entropy_collapse"].format(
-            now=entropy, share=entropy / self._entropy_start, start=self._entropy_start
-        )
-
-    def _equal_groups(self, step: int, seen: Mapping[str, float]) -> str | None:
-        mixed, success = seen.get("rollout/mixed_groups"), seen.get("rollout/success")
-        if mixed is None:
-            return None
-        if 1 - mixed <= 0.6:
-            return ""
-        why = "equal_somehow" if success is None else "equal_easy" if success >= 0.5 else "equal_hard"
-        return _TEXTS["equal_groups"].format(share=1 - mixed, why=_TEXTS[why].format(success=success))
-
-    def _length_growth(self, step: int, seen: Mapping[str, float]) -> str | None:
-        if "rollout/reply_tokens" not in seen or "rollout/reward" not in seen:
-            return None
-        self._replies = [*self._replies, [seen["rollout/reply_tokens"], seen["rollout/reward"]]][-2 * WINDOW :]
-        if len(self._replies) < 2 * WINDOW:
-            return None
-        (length, reward), (long, later) = _means(self._replies[:WINDOW]), _means(self._replies[WINDOW:])
-        flat = later <= reward or later - reward < 0.02 * abs(reward)
-        if long <= 1.25 * length or not flat:
-            return ""
-        return _TEXTS["length_growth"].format(length=length, long=long, steps=WINDOW, reward=reward, later=later)
-
-    def _truncation(self, step: int, seen: Mapping[str, float]) -> str | None:
-        episodes = sum(value for name, value in seen.items() if name.startswith("status/"))
-        if episodes <= 0:
-            return None
-        context, overlong = seen.get("status/context_limit", 0.0), seen.get("status/overlong", 0.0)
-        if (context + overlong) / episodes <= 0.1:
-            return ""
-        why = _TEXTS["cut_context" if context >= overlong else "cut_reply"]
-        return _TEXTS["truncation"].format(share=(context + overlong) / episodes, why=why)
-
-    def _grad_norm(self, step: int, seen: Mapping[str, float]) -> str | None:
-        norm = seen.get("policy/grad_norm")
-        if norm is None or norm <= 0:  # nothing was learnt: no measure of what is usual
-            return None
-        before, self._norms = self._norms, [*self._norms, norm][-NORMS:]
-        if len(before) < WINDOW:
-            return None
-        usual = median(before)
-        if norm <= 10 * usual:
-            return ""
-        return _TEXTS["grad_norm"].format(norm=norm, times=norm / usual, usual=usual)
-
-    def _tool_bonus(self, step: int, seen: Mapping[str, float]) -> str | None:
-        if "rollout/tool_calls" not in seen or "rollout/success" not in seen:
-            return None
-        self._tools = [*self._tools, [seen["rollout/tool_calls"], seen["rollout/success"]]][-WINDOW:]
-        if len(self._tools) < WINDOW:
-            return None
-        calls, success = _means(self._tools)
-        if self._best is None or success > self._best[1]:
-            self._best = [calls, success]
-        if calls <= 1.5 * self._best[0] or success >= 0.5 * self._best[1]:
-            return ""
-        cure = _TEXTS["bonus_over" if seen.get("mu") == 0 else "bonus_paid"]
-        return _TEXTS["tool_bonus"].format(
-            before=self._best[0], calls=calls, best=self._best[1], success=success, steps=WINDOW, cure=cure
-        )
+        """Go on where `state_dict` was taken."""
+        for name, value in state.items():
+            setattr(self, name, deepcopy(value))
 
 
-def _over(value: float | None, limit: float, text: str) -> str | None:
-    if value is None:
+# A check returns the alarm's text, "" where all is well, None where this step cannot tell.
+Check = Callable[[Health, int, Mapping[str, float]], str | None]
+
+
+def above(metric: str, limit: float, text: str) -> Check:
+    """A check of one metric against a limit; `text` is formatted with its value."""
+
+    def check(health: Health, step: int, metrics: Mapping[str, float]) -> str | None:
+        value = metrics.get(metric)
+        return None if value is None else text.format(value) if value > limit else ""
+
+    return check
+
+
+def entropy_collapse(health: Health, step: int, metrics: Mapping[str, float]) -> str | None:
+    entropy = metrics.get("policy/entropy")
+    if health.entropy_start is None and entropy is not None and entropy > 0:
+        health.entropy_start = entropy
+    start = health.entropy_start
+    if entropy is None or start is None:
         return None
-    return text.format(value) if value > limit else ""
+    if step > ENTROPY_STEPS or entropy >= 0.3 * start:
+        return ""
+    return (
+        f"policy entropy fell to {entropy:.3g}, {entropy / start:.0%} of what it was at the start ({start:.3g}): "
+        "the policy stops exploring; lower learner.lr, or try algo.policy.entropy_coef = 0.001"
+    )
+
+
+def equal_groups(health: Health, step: int, metrics: Mapping[str, float]) -> str | None:
+    mixed, success = metrics.get("rollout/mixed_groups"), metrics.get("rollout/success")
+    if mixed is None:
+        return None
+    if 1 - mixed <= 0.6:
+        return ""
+    if success is None:
+        why = "the tasks are too easy or too hard; play more siblings per task, try a larger rollout.group_size"
+    elif success >= 0.5:
+        why = f"the tasks are too easy ({success:.0%} succeed); use harder ones, or try algo.dynamic.enabled = true"
+    else:
+        why = (
+            f"the tasks are too hard ({success:.0%} succeed); use easier ones, a larger rollout.group_size, "
+            "or try a (longer) cold start, sft.enabled = true"
+        )
+    return f"in {1 - mixed:.0%} of the groups all siblings earned the same, so they teach nothing: {why}"
+
+
+def length_growth(health: Health, step: int, metrics: Mapping[str, float]) -> str | None:
+    if "rollout/reply_tokens" not in metrics or "rollout/reward" not in metrics:
+        return None
+    health.replies = [*health.replies, [metrics["rollout/reply_tokens"], metrics["rollout/reward"]]][-2 * WINDOW :]
+    if len(health.replies) < 2 * WINDOW:
+        return None
+    (length, reward), (long, later) = _means(health.replies[:WINDOW]), _means(health.replies[WINDOW:])
+    flat = later <= reward or later - reward < 0.02 * abs(reward)
+    if long <= 1.25 * length or not flat:
+        return ""
+    return (
+        f"replies grew from {length:.0f} to {long:.0f} tokens (means of {WINDOW} steps) while the reward stayed flat "
+        f"({reward:.3g} to {later:.3g}): the words earn nothing; "
+        'try algo.policy.aggregation = "seq-mean-token-sum-norm"'
+    )
+
+
+def truncation(health: Health, step: int, metrics: Mapping[str, float]) -> str | None:
+    episodes = sum(value for name, value in metrics.items() if name.startswith("status/"))
+    if episodes <= 0:
+        return None
+    context, overlong = metrics.get("status/context_limit", 0.0), metrics.get("status/overlong", 0.0)
+    share = (context + overlong) / episodes
+    if share <= 0.1:
+        return ""
+    why = (
+        "most did not fit into the context; try a larger rollout.context_tokens"
+        if context >= overlong
+        else "most used up their reply tokens; try a larger rollout.max_response_tokens"
+    )
+    return f"{share:.0%} of the episodes were cut off before they could end: {why}"
+
+
+def grad_norm(health: Health, step: int, metrics: Mapping[str, float]) -> str | None:
+    norm = metrics.get("policy/grad_norm")
+    if norm is None or norm <= 0:  # nothing was learnt: no measure of what is usual
+        return None
+    before, health.norms = health.norms, [*health.norms, norm][-NORMS:]
+    if len(before) < WINDOW:
+        return None
+    usual = median(before)
+    if norm <= 10 * usual:
+        return ""
+    return (
+        f"the gradient norm is {norm:.3g}, {norm / usual:.0f} times the usual {usual:.3g}: one step may undo many; "
+        "lower learner.grad_clip, or lower learner.lr"
+    )
+
+
+def tool_bonus_farmed(health: Health, step: int, metrics: Mapping[str, float]) -> str | None:
+    if "rollout/tool_calls" not in metrics or "rollout/success" not in metrics:
+        return None
+    health.tools = [*health.tools, [metrics["rollout/tool_calls"], metrics["rollout/success"]]][-WINDOW:]
+    if len(health.tools) < WINDOW:
+        return None
+    calls, success = _means(health.tools)
+    if health.best is None or success > health.best[1]:
+        health.best = [calls, success]
+    calls_before, best = health.best
+    if calls <= 1.5 * calls_before or success >= 0.5 * best:
+        return ""
+    cure = (
+        "no bonus is paid any more; lower learner.lr"
+        if metrics.get("mu") == 0
+        else 'lower algo.intrinsic.per_call, or try algo.intrinsic.condition = "correct_only"'
+    )
+    return (
+        f"tool calls per episode rose from {calls_before:.2g} to {calls:.2g} while success fell from {best:.0%} to "
+        f"{success:.0%} (means of {WINDOW} steps): the tools are called for their own sake, not for the task; {cure}"
+    )
 
 
 def _means(pairs: list[list[float]]) -> tuple[float, float]:
     return fmean(first for first, _ in pairs), fmean(second for _, second in pairs)
 
 
-_CHECKS: dict[str, Callable[[Health, int, Mapping[str, float]], str | None]] = {
-    "entropy_collapse": Health._entropy_collapse,
-    "equal_groups": Health._equal_groups,
-    "length_growth": Health._length_growth,
-    "truncation": Health._truncation,
-    "grad_norm": Health._grad_norm,
-    "tool_bonus_farmed": Health._tool_bonus,
+CHECKS: dict[str, Check] = {
+    "sampler_gap": above(
+        "policy/sampler_gap",
+        0.05,
+        "engine and learner differ by {:.3g} in the log-probability of a sampled token, on average: the update trusts "
+        'the wrong probabilities; try learner.precision = "fp32", or correct for the gap with '
+        'algo.correction.mode = "tis"',
+    ),
+    "clipping": above(
+        "policy/clip_fraction",
+        0.2,
+        "{:.0%} of the tokens hit the clip of the probability ratio: a step moves the policy too far; "
+        "use fewer learner.mini_batches, or lower learner.lr",
+    ),
+    "invalid_actions": above(
+        "rollout/invalid",
+        0.3,
+        "{:.0%} of the turns held no well-formed action or tool call: the model does not know the format; "
+        "raise algo.invalid_penalty, or teach the format first: sft.enabled = true, a larger sft.episodes",
+    ),
+    "outage": above(
+        "rollout/faults",
+        0.1,
+        "in {:.0%} of the episodes a tool, sandbox or server did not work, through no fault of the policy "
+        "(trajectories/ has its words, spearrl doctor tries the sandbox): it learns from failures that are not its "
+        "own; mend it, or see to env.options",
+    ),
+    "skipped_updates": above(
+        "policy/skipped",
+        0.0,
+        "optimiser steps skipped because their loss or gradient was not finite: {:.0f}; "
+        'lower learner.lr, or try learner.precision = "fp32"',
+    ),
+    "nonfinite_rollout": above(
+        "guard/nonfinite_rollout_logprobs",
+        0.0,
+        "sampled tokens whose log-probability the engine reported as not finite, left out of the loss: {:.0f}; "
+        'lower learner.lr, or try learner.precision = "fp32"',
+    ),
+    "entropy_collapse": entropy_collapse,
+    "equal_groups": equal_groups,
+    "length_growth": length_growth,
+    "truncation": truncation,
+    "grad_norm": grad_norm,
+    "tool_bonus_farmed": tool_bonus_farmed,
 }
-FLAGS = (*_LIMITS, *_CHECKS)
+FLAGS = tuple(CHECKS)
