@@ -77,7 +77,7 @@ class LocalLearner(Updates):
             )
         self.critic = None if critic is None else critic.to(device)
         self.passes = Passes(
-            self.policy, self.device, critic=self.critic, packed=settings.packing, sight=self.policy.sight
+            self.policy, self.device, critic=self.critic, packed=settings.packing, vision=self.policy.vision
         )
         check_head(self.policy, type(model).__name__, self.device)
         if settings.packing:

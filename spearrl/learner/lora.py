@@ -18,7 +18,7 @@ import torch
 
 from spearrl.config import LoraSection
 from spearrl.errors import CheckpointError, ConfigError
-from spearrl.models.vision import sight_of
+from spearrl.models.vision import vision_of
 from spearrl.models.weights import Stored, copy_weights, read_weights
 
 FOLDER = "adapter"  # of a checkpoint, in peft's format
@@ -71,7 +71,7 @@ def add_adapters(model: Any, settings: LoraSection, seed: int) -> None:
     targets = _targets(model, settings.targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
-        spared = TOWER if sight_of(model) is not None else None
+        spared = TOWER if vision_of(model) is not None else None
         inject_adapter_in_model(
             LoraConfig(
                 r=settings.rank,

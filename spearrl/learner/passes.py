@@ -11,7 +11,7 @@ from spearrl.batching import Rows, forward_inputs
 from spearrl.errors import ContractError
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.minibatch import LossInputs, Share, Tally, selected_tokens
-from spearrl.models.vision import Sight
+from spearrl.models.vision import Vision
 
 EPISODE_KINDS = ("policy", "sil", "sft")  # prefixes under which the policy's entropy is reported
 
@@ -31,7 +31,7 @@ class Passes:
         policy: a `Policy`, or what wraps one.
         critic: reads the policy's hidden states.
         backward: adds the gradient of a loss.
-        sight: of the model, where it sees.
+        vision: of the model, where it sees.
         packed: rows lie end to end in a pass.
     """
 
@@ -43,14 +43,14 @@ class Passes:
         critic: ValueHead | None,
         packed: bool = False,
         backward: Callable[[torch.Tensor], Any] = torch.Tensor.backward,
-        sight: Sight | None = None,
+        vision: Vision | None = None,
     ):
-        self.sight = sight
+        self.vision = vision
         self.policy, self.device, self.critic, self.packed, self.run_backward = policy, device, critic, packed, backward
 
     def forward(self, rows: Rows, policy: Any = None) -> Outputs:
         """One pass over all rows at once; of `policy` instead of the trained one, where it is given. Raises ContractError for pictures of no use."""
-        if self.sight is None and rows.pictures:
+        if self.vision is None and rows.pictures:
             raise ContractError(
                 "rows with pictures", where="learner", hint="train a model that sees: one of the Qwen2-VL family"
             )
@@ -60,7 +60,7 @@ class Passes:
         )  # a pass for company: sharded weights are gathered by all
         given = (tensor.to(self.device) for tensor in (token_ids, inputs.source, inputs.target))
         allowed = tuple(tensor.to(self.device) for tensor in inputs.allowed)
-        seen = () if self.sight is None else self.sight.seen(token_ids, rows.images, rows.pictures).to(self.device)
+        seen = () if self.vision is None else self.vision.inputs(token_ids, rows.images, rows.pictures).to(self.device)
         logprobs, entropy, hidden = (self.policy if policy is None else policy)(
             *given, inputs.lengths, allowed, seen=seen
         )

@@ -13,7 +13,7 @@ from spearrl.errors import ConfigError
 from spearrl.learner.attention import Float32Attention
 from spearrl.learner.logprobs import token_logprobs
 from spearrl.learner.packed import HINT, attend_by_rows, packed_arguments
-from spearrl.models.vision import NEVER, sight_of
+from spearrl.models.vision import FORBIDDEN_LOGIT, vision_of
 
 
 class Policy(torch.nn.Module):
@@ -29,8 +29,8 @@ class Policy(torch.nn.Module):
 
     def __init__(self, model: Any, settings: LearnerSection, *, temperature: float, bf16: bool = False):
         super().__init__()
-        self.model, self.sight = model, sight_of(model)
-        if settings.packing and self.sight is not None:
+        self.model, self.vision = model, vision_of(model)
+        if settings.packing and self.vision is not None:
             raise ConfigError("rows with pictures are not packed", where="learner.packing", hint=HINT)
         self.bf16, self.checkpointing = bf16, settings.gradient_checkpointing
         _without_dropout(model)
@@ -42,7 +42,7 @@ class Policy(torch.nn.Module):
             model.get_output_embeddings(),
             temperature,
             settings.lm_head_chunk,
-            self.sight.forbidden if self.sight else (),
+            self.vision.forbidden if self.vision else (),
         )
 
     @property
@@ -62,15 +62,15 @@ class Policy(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(log-probabilities [n], entropies [n], hidden states [n, d] without a gradient) of `target` [n] at places `source` [n] of the flattened [b, L].
 
-        `lengths`: of the rows that lie end to end in token_ids [1, L]. `allowed`: as `token_logprobs` takes it. `seen`: a `vision.Seen`, where the model
+        `lengths`: of the rows that lie end to end in token_ids [1, L]. `allowed`: as `token_logprobs` takes it. `seen`: a `vision.ImageInputs`, where the model
         sees. Without a target it is the probe of `check_head`: the model's logits, and those of its head, [b, L, V].
         """
         if target is None:
             return self._probe(token_ids)
         with self._precision(token_ids.device.type):
             given = {"input_ids": token_ids, **packed_arguments(self.model, lengths, token_ids.device)}
-            if self.sight is not None and seen:
-                given = {"inputs_embeds": self.sight.embed(self.model, token_ids, *seen[1:]), "position_ids": seen[0]}
+            if self.vision is not None and seen:
+                given = {"inputs_embeds": self.vision.embed(self.model, token_ids, *seen[1:]), "position_ids": seen[0]}
             states = self.model.base_model(**given, use_cache=False).last_hidden_state
         hidden = states.reshape(-1, states.shape[-1])[source]
         return *self.scorer(hidden, target, allowed), hidden.detach()
@@ -120,7 +120,7 @@ class _Scorer(torch.nn.Module):
             self.register_buffer(
                 "bias",
                 torch.zeros(size, device=head.weight.device).index_fill(
-                    0, torch.tensor(forbidden).to(head.weight.device), NEVER
+                    0, torch.tensor(forbidden).to(head.weight.device), FORBIDDEN_LOGIT
                 ),
                 False,
             )

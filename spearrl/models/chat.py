@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from spearrl.errors import ConfigError
-from spearrl.models.vision import sight_of
+from spearrl.models.vision import vision_of
 from spearrl.types import Message, Text
 
 # Private-use characters stand in for control tokens that occur in message text while the template is rendered.
@@ -44,7 +44,7 @@ class ChatEncoder:
                 where="model.path",
                 hint="use an instruct model, or set tokenizer.chat_template and save it",
             )
-        self.tokenizer, self.sight = tokenizer, sight_of(tokenizer)
+        self.tokenizer, self.vision = tokenizer, vision_of(tokenizer)
         self.rewrites_history = False
         # The opening stand-in is itself replaced, so that no text can be mistaken for a stand-in.
         self._specials = [*(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), _OPEN]
@@ -147,17 +147,17 @@ class ChatEncoder:
         counts = [
             part for _, content in key if not isinstance(content, str) for part in content if isinstance(part, int)
         ]
-        if not counts or self.sight is None:
+        if not counts or self.vision is None:
             return ids
-        if ids.count(self.sight.image_id) != len(counts):
-            text = f"the chat template shows {ids.count(self.sight.image_id)} of {len(counts)} pictures"
+        if ids.count(self.vision.image_id) != len(counts):
+            text = f"the chat template shows {ids.count(self.vision.image_id)} of {len(counts)} pictures"
             raise ConfigError(
                 text,
                 where="model.path",
                 hint="set the template that the model's processor comes with as the tokenizer's, and save it",
             )
         left = iter(counts)
-        return [i for token in ids for i in ([token] * next(left) if token == self.sight.image_id else [token])]
+        return [i for token in ids for i in ([token] * next(left) if token == self.vision.image_id else [token])]
 
     def _key(self, messages: Sequence[Message]) -> Key:
         return tuple(
@@ -167,12 +167,12 @@ class ChatEncoder:
     def _part(self, part: Any) -> str | int:
         if isinstance(part, Text):
             return part.text
-        if self.sight is None:
+        if self.vision is None:
             hint = "give a model of the Qwen2-VL family (model.tiny.vision=true for the tiny one), or have the environment show text"
             raise ConfigError(
                 "the environment shows pictures, which this model does not take", where="model.path", hint=hint
             )
-        return self.sight.count(part)
+        return self.vision.count(part)
 
     def _stand_in(self, match: re.Match[str]) -> str:
         return f"{_OPEN}{self._specials.index(match.group())}{_CLOSE}"

@@ -1,6 +1,6 @@
 """Models and tokenizers: building the tiny ones, loading and saving any causal language model as a plain transformers directory.
 
-A model that sees (`spearrl.models.vision`), and its tokenizer, have the attribute `sight`.
+A model that sees (`spearrl.models.vision`), and its tokenizer, have the attribute `vision`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from spearrl.config import RunConfig, TinySection
 from spearrl.errors import ConfigError
-from spearrl.models.vision import KINDS, Sight, load_sight, make_processor, model_kind, sight_of
+from spearrl.models.vision import KINDS, Vision, load_vision, make_processor, model_kind, vision_of
 from spearrl.seeds import derive
 
 END, PAD = "<|end|>", "<|pad|>"
@@ -78,8 +78,8 @@ def build_tiny(corpus: Iterable[str], tiny: TinySection, seed: int) -> tuple[tor
     size = -(-len(tokenizer) // ROUND) * ROUND
     if not tiny.vision:
         return _fresh_model(tiny, size, tokenizer, seed), tokenizer
-    model: Any = _fresh_sighted(tiny, size, tokenizer, seed)
-    model.sight = tokenizer.sight = Sight(
+    model: Any = _fresh_vision_model(tiny, size, tokenizer, seed)
+    model.vision = tokenizer.vision = Vision(
         make_processor(patch=PATCH, merge=MERGE, most_pixels=MOST_PIXELS), model.config
     )
     return model, tokenizer
@@ -111,7 +111,7 @@ def load_model(path: str, *, dtype: torch.dtype = torch.float32) -> torch.nn.Mod
             where=path,
             hint="save the model again, all files of it",
         )
-    model.sight = load_sight(path)
+    model.vision = load_vision(path)
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -126,7 +126,7 @@ def load_tokenizer(path: str) -> Any:
         raise ConfigError(
             f"no tokenizer can be loaded: {error}", where=path, hint="the directory needs tokenizer.json"
         ) from error
-    tokenizer.sight = load_sight(path)
+    tokenizer.vision = load_vision(path)
     return tokenizer
 
 
@@ -145,11 +145,11 @@ def save_weights(model: Any, folder: str | Path, weights: dict[str, torch.Tensor
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if (sight := sight_of(model)) is None:
+    if (vision := vision_of(model)) is None:
         model.save_pretrained(folder, state_dict=weights)
     else:  # under the names that its parameters have, whatever those of the first release were
         model.save_pretrained(folder, state_dict=weights, save_original_format=False)
-        sight.save(folder)
+        vision.save(folder)
 
 
 def _check_directory(path: str) -> None:
@@ -208,7 +208,7 @@ def _fresh_model(tiny: TinySection, vocab_size: int, tokenizer: Any, seed: int) 
         return Qwen3ForCausalLM(config).eval()
 
 
-def _fresh_sighted(tiny: TinySection, vocab_size: int, tokenizer: Any, seed: int) -> torch.nn.Module:
+def _fresh_vision_model(tiny: TinySection, vocab_size: int, tokenizer: Any, seed: int) -> torch.nn.Module:
     """A vision tower of two layers, one within windows and one of the whole picture, before a language model of the tiny shape."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 

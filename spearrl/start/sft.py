@@ -60,8 +60,8 @@ def encode(
         weights[draws >= settings.observation_fraction] = 0.0
     weights[rows.action_mask] = imitated[rows.turn_index[rows.action_mask]].float()
     weights[rows.offsets[:-1]] = 0.0  # the first token of a row has no prediction
-    if encoder.sight is not None:
-        weights[rows.token_ids == encoder.sight.image_id] = 0.0  # nobody says a picture
+    if encoder.vision is not None:
+        weights[rows.token_ids == encoder.vision.image_id] = 0.0  # nobody says a picture
     return Lessons(rows, weights, dropped)
 
 

@@ -19,7 +19,7 @@ from spearrl.losses import Objective
 from spearrl.models import load_model, save_model
 from spearrl.rollout import ChatEncoder
 from tests.models.test_vision import engine_of, played, rows_of
-from tests.support.vision_models import sighted
+from tests.support.vision_models import vision_model
 
 LIMIT_S = 120.0
 
@@ -33,7 +33,7 @@ def ranks():
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
-    model, tokenizer = sighted()
+    model, tokenizer = vision_model()
     folder = tmp_path_factory.mktemp("model")
     save_model(model, tokenizer, folder)
     return folder, rows_of(played(engine_of(model), ChatEncoder(tokenizer), *range(6)))
@@ -77,5 +77,5 @@ def test_the_local_learners_pass_and_gradient(ranks, scene, tmp_path, stage: int
     assert float(wanted.norm()) > 0 and float((found - wanted).norm()) <= 1e-4 * float(wanted.norm())
     other.export(tmp_path)
     again = load_model(str(tmp_path))
-    assert again.sight is not None
+    assert again.vision is not None
     torch.testing.assert_close(LocalLearner(again, options).logprobs(rows), other.logprobs(rows), atol=1e-5, rtol=0)

@@ -13,11 +13,11 @@ from spearrl.learner import LocalLearner
 from spearrl.losses import Objective
 from spearrl.rollout import ChatEncoder
 from tests.models.test_vision import SETTINGS, engine_of, played, rows_of
-from tests.support.vision_models import sighted
+from tests.support.vision_models import vision_model
 
 
 def test_adapters_leave_the_vision_tower_alone(tmp_path):
-    model, tokenizer = sighted()
+    model, tokenizer = vision_model()
     rows = rows_of(played(engine_of(model), ChatEncoder(tokenizer), *range(3)))
     old = LocalLearner(model, LearnerSection(**SETTINGS)).logprobs(rows)
     learner = LocalLearner(

@@ -37,12 +37,12 @@ def build(folder):
         bos_token_id=5,
         eos_token_id=5,
     )
-    sight = t.Blip2VisionConfig(**shape, intermediate_size=96, image_size=SIDE, patch_size=14)
+    vision = t.Blip2VisionConfig(**shape, intermediate_size=96, image_size=SIDE, patch_size=14)
     queries = t.Blip2QFormerConfig(**shape, intermediate_size=96, vocab_size=vocabulary, encoder_hidden_size=64)
     image = tokenizer.convert_tokens_to_ids("<image>")
     config = t.Blip2Config(
         text_config=text.to_dict(),
-        vision_config=sight.to_dict(),
+        vision_config=vision.to_dict(),
         qformer_config=queries.to_dict(),
         num_query_tokens=QUERIES,
         image_token_index=image,

@@ -25,6 +25,6 @@ def test_conversations_with_pictures_and_a_weight_sync(tmp_path):
         else [str(ROOT), str(ROOT / "tests/engines/torchvision_on_cpu"), str(UNPACKED)]
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
-    command = [sys.executable, "-m", "tests.engines.sight_in_vllm", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.engines.vision_in_vllm", str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

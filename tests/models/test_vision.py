@@ -19,7 +19,7 @@ from spearrl.models import load_model, load_tokenizer, save_model
 from spearrl.rollout import ChatEncoder, Completion, LocalEngine, Request, Sampling
 from spearrl.rollout.local.prompt import whole_pictures
 from spearrl.types import Action, Group, Image, Message, Task, Text, Trajectory, Turn
-from tests.support.vision_models import own_logprobs, picture, sighted
+from tests.support.vision_models import own_logprobs, picture, vision_model
 
 CONTEXT = 400
 
@@ -33,73 +33,73 @@ def engine_of(model, **changes) -> LocalEngine:
 
 
 def test_positions_are_transformers_own():
-    model, _ = sighted()
-    sight, draws = model.sight, random.Random(3)
+    model, _ = vision_model()
+    vision, draws = model.vision, random.Random(3)
     for _ in range(30):
         grids = [(1, 2 * draws.randrange(1, 9), 2 * draws.randrange(1, 9)) for _ in range(draws.randrange(1, 4))]
         ids = [9] * draws.randrange(3)
         for grid in grids:
-            ids += [11, *[sight.image_id] * sight.tokens(grid), *[12] * draws.randrange(1, 5)]
+            ids += [11, *[vision.image_id] * vision.tokens(grid), *[12] * draws.randrange(1, 5)]
         ids = torch.tensor(ids)
-        wanted, shift = model.model.get_rope_index(ids[None], (ids == sight.image_id).int()[None], torch.tensor(grids))
-        found = sight.positions(ids, grids)
+        wanted, shift = model.model.get_rope_index(ids[None], (ids == vision.image_id).int()[None], torch.tensor(grids))
+        found = vision.positions(ids, grids)
         assert torch.equal(found, wanted[:, 0]) and int(found[0, -1]) + 1 - len(ids) == int(shift)
 
 
 def test_image_tokens_without_their_pictures_are_refused():
-    sight = sighted()[0].sight
+    vision = vision_model()[0].vision
     with pytest.raises(ContractError, match="2 image tokens for pictures of"):
-        sight.positions(torch.tensor([1, sight.image_id, sight.image_id]), [(1, 4, 4)])
+        vision.positions(torch.tensor([1, vision.image_id, vision.image_id]), [(1, 4, 4)])
     for broken in (Image(b"no picture"), picture(1, 1000, 4)):
         with pytest.raises(ContractError, match="no picture"):
-            sight.count(broken)
+            vision.count(broken)
     half = Image(picture(1).data[:2000])
-    assert sight.count(half) == 4
+    assert vision.count(half) == 4
     with pytest.raises(ContractError, match="no picture"):
-        sight.picture(half.digest, half.data)
+        vision.process(half.digest, half.data)
 
 
 def test_the_cache_of_patches_is_bounded(monkeypatch):
-    sight = sighted()[0].sight
+    vision = vision_model()[0].vision
     pictures = [picture(seed) for seed in range(4)]
-    each = sight.picture(pictures[0].digest, pictures[0].data).patches
+    each = vision.process(pictures[0].digest, pictures[0].data).patches
     monkeypatch.setattr("spearrl.models.vision.CACHE_BYTES", 2 * each.nbytes)
     for image in pictures:
-        sight.picture(image.digest, image.data)
-    assert list(sight._cache) == [image.digest for image in pictures[2:]]
-    assert torch.equal(sight.picture(pictures[0].digest, pictures[0].data).patches, each)
+        vision.process(image.digest, image.data)
+    assert list(vision._cache) == [image.digest for image in pictures[2:]]
+    assert torch.equal(vision.process(pictures[0].digest, pictures[0].data).patches, each)
 
 
 def test_the_encoder_makes_as_many_image_tokens_as_the_processor_patches():
-    model, tokenizer = sighted()
-    encoder, sight = ChatEncoder(tokenizer), model.sight
+    model, tokenizer = vision_model()
+    encoder, vision = ChatEncoder(tokenizer), model.vision
     encoder.verify()
     assert not encoder.rewrites_history
     for width, height in ((28, 28), (56, 84), (100, 60), (500, 300), (10, 10)):
         image = picture(1, width, height)
         ids = encoder.start([user("look ", image, " again")])
         assert (
-            ids.count(sight.image_id) == sight.count(image) == len(sight.picture(image.digest, image.data).patches) // 4
+            ids.count(vision.image_id) == vision.count(image) == len(vision.process(image.digest, image.data).patches) // 4
         )
     first, second = picture(1), picture(2, 84, 56)
     start = encoder.start([user("look", first)])
     grown = encoder.extend(start, encoder.reply_ids(" red"), [user("again", second, picture(3))])
-    assert grown[: len(start)] == start and grown.count(sight.image_id) == 4 + 6 + 4
+    assert grown[: len(start)] == start and grown.count(vision.image_id) == 4 + 6 + 4
     assert grown == encoder.start(
         [user("look", first), Message("assistant", " red"), user("again", second, picture(3))]
     )
 
 
 def test_vision_tokens_in_text_stay_text():
-    _, tokenizer = sighted()
+    _, tokenizer = vision_model()
     encoder, hostile = ChatEncoder(tokenizer), "a <|vision_start|><|image_pad|><|image_pad|><|vision_end|> b"
     ids = encoder.start([user(hostile, picture(1)), Message("user", hostile)])
-    assert ids.count(encoder.sight.image_id) == 4 and tokenizer.decode(ids).count(hostile) == 2
-    assert encoder.sight.image_id not in encoder.reply_ids(hostile)
+    assert ids.count(encoder.vision.image_id) == 4 and tokenizer.decode(ids).count(hostile) == 2
+    assert encoder.vision.image_id not in encoder.reply_ids(hostile)
 
 
 def test_a_template_that_leaves_pictures_out_is_refused():
-    _, tokenizer = sighted()
+    _, tokenizer = vision_model()
     tokenizer.chat_template = tokenizer.chat_template.replace("<|image_pad|>", "")
     with pytest.raises(ConfigError, match="shows 0 of 1 pictures"):
         ChatEncoder(tokenizer).start([user("look", picture(1))])
@@ -175,7 +175,7 @@ def assert_own(model, chats: list[Conversation]) -> None:
 @pytest.mark.parametrize("slots", [16, 3])
 def test_the_engine_samples_from_transformers_own_distribution(slots: int):
     """Several pictures in conversations of several turns, together with some that have none; slots are reused and evicted."""
-    model, tokenizer = sighted()
+    model, tokenizer = vision_model()
     engine = engine_of(model, slots=slots)
     chats = played(engine, ChatEncoder(tokenizer), *range(6))
     assert_own(model, chats)
@@ -191,7 +191,7 @@ def test_the_family_before_samples_from_its_own_distribution():
     """Qwen2-VL: the same positions and tokens before another vision tower."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    newer, tokenizer = sighted()
+    newer, tokenizer = vision_model()
     text, ids = (
         newer.config.text_config,
         {name: getattr(newer.config, name) for name in ("image_token_id", "video_token_id", "vision_start_token_id")},
@@ -212,7 +212,7 @@ def test_the_family_before_samples_from_its_own_distribution():
     tower = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "initializer_range": 0.3}
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=shape, vision_config=tower, **ids)).eval()
-    model.sight = newer.sight
+    model.vision = newer.vision
     chats = played(engine_of(model), ChatEncoder(tokenizer), *range(3))
     assert_own(model, chats)
     rows = rows_of(chats)
@@ -226,7 +226,7 @@ def test_the_family_before_samples_from_its_own_distribution():
 
 def test_chunks_never_cut_a_picture(monkeypatch):
     monkeypatch.setattr("spearrl.rollout.local.engine.CHUNK", 5)
-    model, tokenizer = sighted()
+    model, tokenizer = vision_model()
     assert_own(model, played(engine_of(model), ChatEncoder(tokenizer), 0, 1))
     a, b = [-7] * 4, [-8] * 9
     assert whole_pictures([1, 2, *a, 3, *b, 4], 5) == 2 and whole_pictures([*a, 3, *b, 4], 5) == 5
@@ -239,7 +239,7 @@ def test_chunks_never_cut_a_picture(monkeypatch):
 
 def test_equal_prompts_with_other_pictures_share_nothing_wrong():
     """Token ids alone are the same for any two pictures of one size."""
-    model, tokenizer = sighted()
+    model, tokenizer = vision_model()
     engine, encoder = engine_of(model), ChatEncoder(tokenizer)
 
     async def ask(number: int, image: Image, turn: int = 0) -> Completion:
@@ -262,7 +262,7 @@ def test_equal_prompts_with_other_pictures_share_nothing_wrong():
 
 
 def test_requests_that_cannot_be_served():
-    model, tokenizer = sighted()
+    model, tokenizer = vision_model()
     engine, prompt = engine_of(model), ChatEncoder(tokenizer).start([user("look", picture(1))])
     cases = [
         ((picture(1), picture(2)), prompt, "4 image tokens for pictures of"),
@@ -270,7 +270,7 @@ def test_requests_that_cannot_be_served():
     ]
     cases += [
         ((Image(b"no picture"),), prompt, "no picture"),
-        ((picture(1),), prompt[: prompt.index(engine._sight.image_id) + 4], "ends inside a picture"),
+        ((picture(1),), prompt[: prompt.index(engine._vision.image_id) + 4], "ends inside a picture"),
     ]
     for images, ids, text in cases:
         with pytest.raises(EngineError, match=text):
@@ -290,7 +290,7 @@ SETTINGS = {"precision": "fp32", "micro_batch_tokens": 64, "lr": 1e-3, "gradient
 
 @pytest.fixture(scope="module")
 def scene():
-    model, tokenizer = sighted()
+    model, tokenizer = vision_model()
     return model, tokenizer, played(engine_of(model), ChatEncoder(tokenizer), *range(6))
 
 
@@ -298,7 +298,7 @@ def test_the_learner_computes_transformers_own_log_probabilities(scene):
     model, _, chats = scene
     rows = rows_of(chats)
     assert len(rows) == len(chats) and [len(images) for images in rows.images] == [4, 4, 0] * 2
-    assert not (rows.token_ids[rows.action_mask] == model.sight.image_id).any()
+    assert not (rows.token_ids[rows.action_mask] == model.vision.image_id).any()
     for size in (64, 2048):
         found = LocalLearner(model, LearnerSection(**{**SETTINGS, "micro_batch_tokens": size})).logprobs(rows)
         for row, chat in enumerate(chats):
@@ -353,7 +353,7 @@ def test_rows_carry_their_pictures(scene, tmp_path):
     assert "pictures" not in rows.select([2]).state_dict()
     rows.pictures = {}
     with pytest.raises(ContractError, match="are not there"):
-        LocalLearner(sighted()[0], LearnerSection(**SETTINGS)).logprobs(rows)
+        LocalLearner(vision_model()[0], LearnerSection(**SETTINGS)).logprobs(rows)
 
 
 def test_windowed_prompts_that_differ_in_their_picture_are_rows_of_their_own():
@@ -379,7 +379,7 @@ def test_what_does_not_go_with_pictures_is_refused(scene):
 def test_a_directory_of_a_model_that_sees(tmp_path):
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    model, tokenizer = sighted(seed=4)
+    model, tokenizer = vision_model(seed=4)
     save_model(model, tokenizer, tmp_path)
     again, words = load_model(str(tmp_path)), load_tokenizer(str(tmp_path))
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path)
@@ -387,7 +387,7 @@ def test_a_directory_of_a_model_that_sees(tmp_path):
         assert torch.equal(parameter, again.get_parameter(name)) and torch.equal(parameter, plain.get_parameter(name))
     message = user("look", picture(1, 100, 60))
     assert ChatEncoder(words).start([message]) == ChatEncoder(tokenizer).start([message])
-    pixels = [m.sight.picture(picture(1).digest, picture(1).data).patches for m in (model, again)]
+    pixels = [m.vision.process(picture(1).digest, picture(1).data).patches for m in (model, again)]
     assert torch.equal(*pixels)
     # As on the hub: the first release's names of weights and of the processor's settings.
     model.save_pretrained(tmp_path / "hub", save_original_format=True)
@@ -401,7 +401,7 @@ def test_a_directory_of_a_model_that_sees(tmp_path):
     assert all(torch.equal(parameter, hub.get_parameter(name)) for name, parameter in model.named_parameters())
     large = picture(2, 300, 200)
     assert torch.equal(
-        hub.sight.picture(large.digest, large.data).patches, model.sight.picture(large.digest, large.data).patches
+        hub.vision.process(large.digest, large.data).patches, model.vision.process(large.digest, large.data).patches
     )
     (tmp_path / "hub" / "preprocessor_config.json").write_text(json.dumps({**settings, "patch_size": 16}))
     with pytest.raises(ConfigError, match=r"makes \(patch, merge\) \(16, 2\)"):

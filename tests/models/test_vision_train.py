@@ -66,7 +66,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     resumed.train()
     resumed.close()
     assert fingerprint(resumed.parts.model) == fingerprint(whole.parts.model)
-    assert resumed.parts.model.sight is not None
+    assert resumed.parts.model.vision is not None
 
 
 def test_a_worker_plays_with_pictures_and_is_synced(tmp_path):

@@ -28,7 +28,7 @@ def picture(seed: int, width: int = 56, height: int = 56) -> Image:
     return Image(file.getvalue())
 
 
-def sighted(seed: int = 0, *, gain: float = 3.0) -> tuple[Any, Any]:
+def vision_model(seed: int = 0, *, gain: float = 3.0) -> tuple[Any, Any]:
     """A tiny model that sees and its tokenizer; weights large enough that pictures and positions matter."""
     model, tokenizer = build_tiny(WORDS, TINY, seed)
     with torch.no_grad():
@@ -42,17 +42,17 @@ def own_logprobs(model: Any, ids: Sequence[int], images: Sequence[Image]) -> tor
     """Log-probabilities of ids[1:] by transformers alone: its processor's patches, its positions; image tokens can not be said."""
     import PIL.Image
 
-    sight = model.sight
+    vision = model.vision
     given: dict[str, Any] = {"input_ids": torch.tensor([list(ids)])}
     if images:
-        done = sight.processor(
+        done = vision.processor(
             images=[PIL.Image.open(io.BytesIO(image.data)).convert("RGB") for image in images], return_tensors="pt"
         )
         given |= {"pixel_values": done["pixel_values"], "image_grid_thw": done["image_grid_thw"]}
-        given["mm_token_type_ids"] = (given["input_ids"] == sight.image_id).int()
+        given["mm_token_type_ids"] = (given["input_ids"] == vision.image_id).int()
     with torch.no_grad():
         logits = model(**given, use_cache=False).logits[0].float()
-    logits[:, sight.forbidden] = -torch.inf
+    logits[:, vision.forbidden] = -torch.inf
     return logits.log_softmax(-1)[:-1].gather(1, given["input_ids"][0, 1:, None])[:, 0]
 
 

@@ -25,7 +25,7 @@ from spearrl.learner.minibatch import LossInputs, Share, Tally
 from spearrl.learner.optimizer import MASTER, STATE, named_state, save_counters
 from spearrl.learner.partition import deal, micro_batches
 from spearrl.learner.updates import Updates
-from spearrl.models.vision import sight_of
+from spearrl.models.vision import vision_of
 from spearrl.models.weights import write_tensors
 
 BUCKET_BYTES = 512 << 20  # gathered at a time
@@ -120,8 +120,8 @@ class DeepSpeedLearner(Updates):
         self.model.config.save_pretrained(folder)
         if self.model.can_generate():
             self.model.generation_config.save_pretrained(folder)
-        if (sight := sight_of(self.model)) is not None:
-            sight.save(folder)
+        if (vision := vision_of(self.model)) is not None:
+            vision.save(folder)
         write_tensors(folder, "model", self.full_parameters(), index=True)
 
     def export_adapter(self, folder: str | Path) -> None:

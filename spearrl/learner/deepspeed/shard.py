@@ -96,7 +96,7 @@ class Shard:
             critic=self.critic,
             backward=self._backward,
             packed=settings.packing,
-            sight=policy.sight,
+            vision=policy.vision,
         )
         self.left, self.finite = 0, True
         check_head(self.engine, type(self.model).__name__, device)

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from spearrl.errors import ConfigError, EngineError
-from spearrl.models.vision import NEVER, sight_of
+from spearrl.models.vision import FORBIDDEN_LOGIT, vision_of
 from spearrl.rollout.local.cache import SlotCache
-from spearrl.rollout.local.prompt import view_of, whole_pictures
+from spearrl.rollout.local.prompt import image_prompt, whole_pictures
 from spearrl.rollout.local.sampling import draw
 from spearrl.rollout.local.scheduler import Job, Slot, SlotTable
 from spearrl.rollout.protocol import Completion, Request, request_problem
@@ -51,7 +51,7 @@ class LocalEngine:
         self.version = 0
         self.context_tokens = context_tokens
         self.device = torch.device(device)
-        self._sight = sight_of(model)
+        self._vision = vision_of(model)
         config = self.model.config.get_text_config()
         self._dtype = next(model.parameters()).dtype
         self.cache = SlotCache(
@@ -84,10 +84,9 @@ class LocalEngine:
         """Sample one reply. Raises EngineError: malformed request, prompt and reply exceed the context, deadline, engine failed or closed."""
         self._check(request)
         loop = asyncio.get_running_loop()
-        view = view_of(request, self._sight)
-        job = Job(
-            request, view.prompt if view else list(request.token_ids), loop.create_future(), time.monotonic(), view=view
-        )
+        images = image_prompt(request, self._vision)
+        prompt = images.token_ids if images else list(request.token_ids)
+        job = Job(request, prompt, loop.create_future(), time.monotonic(), images=images)
         self._waiting.append(job)
         if self._task is None or self._task.done():
             self._task = loop.create_task(self._serve())
@@ -272,41 +271,37 @@ class LocalEngine:
             )
         positions = (starts[:, None] + torch.arange(width, device=self.device)).clamp(max=limit)
         given = {"input_ids": ids, "position_ids": positions}
-        if self._sight is not None and any(slot.job and slot.job.view for slot in rows):
-            given = self._looking(rows, ids, positions)
+        if self._vision is not None and any(slot.job and slot.job.images for slot in rows):
+            given = self._image_inputs(rows, ids, positions)
         hidden = self.model.base_model(
             **given, attention_mask=mask, past_key_values=self.cache, use_cache=True
         ).last_hidden_state
         last = hidden[:, 0] if width == 1 else hidden[torch.arange(len(rows), device=self.device), counts - 1]
         return self.model.get_output_embeddings()(last if len(places) == len(rows) else last[places])
 
-    def _looking(self, rows: list[Slot], ids: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _image_inputs(self, rows: list[Slot], ids: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
         """What a pass gives the model where some prompts have pictures: positions that follow from them, and embeddings where some are new."""
-        views = [slot.job.view if slot.job else None for slot in rows]
-        if ids.shape[1] == 1 and all(
-            len(slot.held) + 1 >= len(view.prompt) for slot, view in zip(rows, views, strict=True) if view
-        ):  # behind every picture
-            return {
-                "input_ids": ids,
-                "position_ids": positions
-                + torch.tensor([[view.shift if view else 0] for view in views], device=self.device),
-            }
-        positions, width, pictures = positions.repeat(3, 1, 1), ids.shape[1], []
-        for row, (slot, view) in enumerate(zip(rows, views, strict=True)):
-            if view:
+        prompts = [slot.job.images if slot.job else None for slot in rows]
+        after_all = all(not p or len(slot.held) + 1 >= len(p.token_ids) for slot, p in zip(rows, prompts, strict=True))
+        if ids.shape[1] == 1 and after_all:
+            shifts = torch.tensor([[p.shift if p else 0] for p in prompts], device=self.device)
+            return {"input_ids": ids, "position_ids": positions + shifts}
+        positions, width, images = positions.repeat(3, 1, 1), ids.shape[1], []
+        for row, (slot, prompt) in enumerate(zip(rows, prompts, strict=True)):
+            if prompt:
                 begin = len(slot.held)
-                part = view.positions[:, begin : begin + width]
+                part = prompt.positions[:, begin : begin + width]
                 positions[:, row, : part.shape[1]] = part.to(self.device)
-                pictures += view.within(begin, begin + width)
-        if not pictures or self._sight is None:
+                images += prompt.within(begin, begin + width)
+        if not images or self._vision is None:
             return {"input_ids": ids, "position_ids": positions}
-        patches, grids, places = (tensor.to(self.device) for tensor in self._sight.joined(pictures))
-        embedded = self._sight.embed(self.model, ids.masked_fill(ids < 0, self._sight.image_id), patches, grids, places)
+        tensors = (tensor.to(self.device) for tensor in self._vision.join(images))
+        embedded = self._vision.embed(self.model, ids.masked_fill(ids < 0, self._vision.image_id), *tensors)
         return {"inputs_embeds": embedded, "position_ids": positions}
 
     def _sample(self, slots: list[Slot], logits: torch.Tensor) -> None:
-        if self._sight is not None:
-            logits = logits.index_fill(1, torch.tensor(self._sight.forbidden, device=self.device), NEVER)
+        if self._vision is not None:
+            logits = logits.index_fill(1, torch.tensor(self._vision.forbidden, device=self.device), FORBIDDEN_LOGIT)
         jobs = [slot.job for slot in slots if slot.job]
         tokens, logprobs = draw(logits, [j.request.sampling for j in jobs], [len(j.tokens) for j in jobs])
         self.counters["sampled_tokens"] += len(jobs)

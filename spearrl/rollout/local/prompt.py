@@ -7,55 +7,63 @@ from dataclasses import dataclass
 import torch
 
 from spearrl.errors import ContractError, EngineError
-from spearrl.models.vision import Picture, Sight
+from spearrl.models.vision import ProcessedImage, Vision
 from spearrl.rollout.protocol import Request
 
 
 @dataclass
-class View:
-    """What a prompt shows."""
+class ImagePrompt:
+    """A prompt with pictures.
 
-    prompt: list[
-        int
-    ]  # token ids; those of a picture are a negative number that follows from its content, so that equal beginnings show equal pictures
-    positions: torch.Tensor  # int64 [3, prompt]
-    shift: int  # of the positions that follow, against their place
-    pictures: list[tuple[int, Picture]]  # with the place of each one's first token
+    Args:
+        token_ids: the prompt. A picture's tokens are a negative number that follows from its content, so that
+            equal beginnings show equal pictures.
+        positions: int64 [3, prompt], by M-RoPE.
+        shift: what is added to the index of a token after the prompt to get its position.
+        images: each picture, with the index of its first token.
+    """
 
-    def within(self, begin: int, end: int) -> list[Picture]:
-        """Pictures that begin at these places of the prompt."""
-        return [picture for place, picture in self.pictures if begin <= place < end]
+    token_ids: list[int]
+    positions: torch.Tensor
+    shift: int
+    images: list[tuple[int, ProcessedImage]]
+
+    def within(self, begin: int, end: int) -> list[ProcessedImage]:
+        """Pictures whose first token has an index from `begin` to `end` - 1."""
+        return [image for first, image in self.images if begin <= first < end]
 
 
-def view_of(request: Request, sight: Sight | None) -> View | None:
-    """None where the request has no pictures. Raises EngineError: pictures that the model does not take, or that the prompt has no tokens for."""
-    if not request.images and (sight is None or sight.image_id not in request.token_ids):
+def image_prompt(request: Request, vision: Vision | None) -> ImagePrompt | None:
+    """A request's prompt as the cache knows it; None where it has no pictures.
+
+    Raises:
+        EngineError: pictures that the model does not take, or that the prompt has no tokens for.
+    """
+    if not request.images and (vision is None or vision.image_id not in request.token_ids):
         return None
     where = f"request {request.id}"
-    if sight is None:
+    if vision is None:
         raise EngineError(
             "the model takes no images", where=where, hint="give a model directory of the Qwen2-VL family"
         )
-    if request.token_ids[-1] == sight.image_id:
+    if request.token_ids[-1] == vision.image_id:
         raise EngineError(
             "the prompt ends inside a picture", where=where, hint="a prompt ends with what asks for the reply"
         )
     try:
-        pictures = [sight.picture(image.digest, image.data) for image in request.images]
-        positions = sight.positions(torch.tensor(request.token_ids), [picture.grid for picture in pictures])
+        processed = [vision.process(image.digest, image.data) for image in request.images]
+        positions = vision.positions(torch.tensor(request.token_ids), [image.grid for image in processed])
     except ContractError as error:
         raise EngineError(str(error), where=where) from error
-    prompt, places = (
-        list(request.token_ids),
-        (i for i, token in enumerate(request.token_ids) if token == sight.image_id),
-    )
-    shown = []
-    for image, picture in zip(request.images, pictures, strict=True):
-        own = [next(places) for _ in range(sight.tokens(picture.grid))]
-        for place in own:
-            prompt[place] = -1 - int(image.digest[:15], 16)
-        shown.append((own[0], picture))
-    return View(prompt, positions, int(positions[0, -1]) + 1 - len(prompt), shown)
+    prompt = list(request.token_ids)
+    free = (i for i, token in enumerate(request.token_ids) if token == vision.image_id)
+    images = []
+    for source, image in zip(request.images, processed, strict=True):
+        indices = [next(free) for _ in range(vision.tokens(image.grid))]
+        for index in indices:
+            prompt[index] = -1 - int(source.digest[:15], 16)
+        images.append((indices[0], image))
+    return ImagePrompt(prompt, positions, int(positions[0, -1]) + 1 - len(prompt), images)
 
 
 def whole_pictures(tokens: list[int], most: int) -> int:

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from spearrl.rollout.local.cache import SlotCache
-from spearrl.rollout.local.prompt import View
+from spearrl.rollout.local.prompt import ImagePrompt
 from spearrl.rollout.protocol import Completion, Request
 
 WORTH_COPYING = 16  # a shorter common beginning is computed again
@@ -24,7 +24,7 @@ class Job:
     logprobs: list[float] = field(default_factory=list)
     min_version: int = 0
     cached: int = 0  # prompt tokens that were not computed
-    view: View | None = None  # where the prompt has pictures
+    images: ImagePrompt | None = None  # where the prompt has pictures
 
 
 @dataclass

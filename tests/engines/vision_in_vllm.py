@@ -14,7 +14,7 @@ from spearrl.rollout import ChatEncoder
 from spearrl.rollout.vllm import VLLMEngine
 from spearrl.sync import Bridge, probe_prompt
 from tests.models.test_vision import played
-from tests.support.vision_models import own_logprobs, sighted
+from tests.support.vision_models import own_logprobs, vision_model
 
 
 def compare(model, engine, encoder, seeds) -> None:
@@ -24,11 +24,11 @@ def compare(model, engine, encoder, seeds) -> None:
             -len(completion.token_ids) :
         ]
         torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, atol=2e-4, rtol=0)
-        assert not set(completion.token_ids) & set(model.sight.forbidden)
+        assert not set(completion.token_ids) & set(model.vision.forbidden)
 
 
 def main(folder: Path) -> None:
-    model, tokenizer = sighted()
+    model, tokenizer = vision_model()
     save_model(model, tokenizer, folder / "model")
     engine = VLLMEngine(
         folder / "model", VllmSection(), RolloutSection(context_tokens=400, cache_mib=64, slots=8), threads=1
