@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from spearrl.config import fidelity, grammar, presets
@@ -29,6 +30,10 @@ def markdown() -> str:
         if rows:
             parts.append(_table(("key", "value", "default", "meaning"), rows))
     return "\n\n".join(parts) + "\n"
+
+
+def _paragraph(text: str) -> str:
+    return fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def json_schema() -> dict[str, Any]:
@@ -60,10 +65,13 @@ def _grammar() -> list[str]:
         "`base[+module...]`, for example `grpo+spear`; the order of modules does not matter. Every base also sets "
         + _assignments(grammar.PLAIN)
     )
-    words += ". A base with a clip range of its own keeps it under `drbot`. Clip ranges and aggregations that a base does not set are hyper-parameters."
+    words += (
+        ". A base with a clip range of its own keeps it under `drbot`. "
+        "Clip ranges and aggregations that a base does not set are hyper-parameters."
+    )
     return [
         "## Algorithm names",
-        words,
+        _paragraph(words),
         _table(("name", "role", "what it does", "sets, below `algo`"), rows),
         "Refused:",
         _table(("words", "because"), list(refused.items())),
@@ -82,12 +90,13 @@ def _fidelity() -> list[str]:
         keys = ", ".join(f"`{key}`" for key in row.fields) or "–"
         rows.append((row.switch, keys, *cells, row.note))
     words = (
-        "`algo.fidelity` says whose reading of SPEAR (arXiv 2509.22601) is followed where the paper, its released agent code and its released math code "
-        "differ. A column sets the fields below, under the settings of the place that gives it. *as set*: left to the algorithm's name, preset, file and "
-        "command line. *by name*: see the remark. A row without a setting is no choice here: the release stops with an error there, or cannot be repeated."
+        "`algo.fidelity` says whose reading of SPEAR (arXiv 2509.22601) is followed where the paper, its released "
+        "agent code and its released math code differ. A column sets the fields below, under the settings of the place that "
+        "gives it. *as set*: left to the algorithm's name, preset, file and command line. *by name*: see the remark. "
+        "A row without a setting is no choice here: the release stops with an error there, or cannot be repeated."
     )
     head = ("switch", "setting", *(f"`{name}`" for name in fidelity.COLUMNS), "remark")
-    return ["## Fidelity", words, _table(head, rows)]
+    return ["## Fidelity", _paragraph(words), _table(head, rows)]
 
 
 def _column_cell(row: fidelity.Row, place: int) -> str:

@@ -92,14 +92,14 @@ NAME = r"`((?:[a-z_]+|\+)+)`"
 
 
 def refused_names() -> set[str]:
-    """Names in the first column of the table of refusals."""
+    """Names that stand before the colon of each refusal."""
     page = PAGES["algorithms.md"]
     rows = page[page.index("## Refused") : page.index("Allowed, but")].splitlines()
-    return {name for row in rows if row.startswith("|") for name in re.findall(NAME, row.split("|")[1])}
+    return {name for row in rows if row.startswith("- ") for name in re.findall(NAME, row.split(": ")[0])}
 
 
 def test_every_word_of_the_grammar_has_its_row_and_every_refusal_is_there():
-    assert set(re.findall(r"^\| " + NAME + r" \|", PAGES["algorithms.md"], re.MULTILINE)) >= {*BASES, *MODULES}
+    assert set(re.findall(r"^- " + NAME + r" \(", PAGES["algorithms.md"], re.MULTILINE)) >= {*BASES, *MODULES}
     told = [set(name.split("+")) for name in refused_names()]
     missing = [
         (c.one, other) for c in CONFLICTS for other in c.others if not any({c.one, other} <= words for words in told)
@@ -191,9 +191,9 @@ def test_a_wrong_signature_is_refused_in_the_words_of_the_page_before_there_is_a
     (written / "my_loss.py").write_text(
         blocks("your-loss.md")["my_loss.py"]
         .replace("denominator, drop, ", "denominator, ")
-        .replace("soft_trust", "forgetful")
+        .replace("soft_trust", "wrong")
     )
     with pytest.raises(ConfigError) as error:
-        Trainer(small_config(written, "algo.loss=my_loss:forgetful"))
+        Trainer(small_config(written, "algo.loss=my_loss:wrong"))
     assert str(error.value) in PAGES["your-loss.md"]
     assert not (written / "small").exists()

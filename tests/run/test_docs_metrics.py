@@ -36,9 +36,8 @@ def test_every_metric_is_documented(tmp_path, algo):
     )
     trainer.train()
     trainer.close()
-    names = re.findall(
-        r"`([^`]+)`", "".join(line.split("|")[1] for line in PAGE.read_text().splitlines() if line.startswith("| `"))
-    )
+    entries = re.findall(r"^- (`.*?`):", PAGE.read_text(), re.MULTILINE)
+    names = re.findall(r"`([^`]+)`", "".join(entries))
     lines = [json.loads(line) for line in (trainer.run.path / "events.jsonl").read_text().splitlines()]
     keys = {key for line in lines if line["event"] == "step" for key in line} - {"event", "step", "steps", "time"}
     assert any(line.get("replay/rows") for line in lines) or algo == "ppo"
