@@ -91,9 +91,9 @@ def _fidelity() -> list[str]:
         rows.append((row.switch, keys, *cells, row.note))
     words = (
         "`algo.fidelity` says whose reading of SPEAR (arXiv 2509.22601) is followed where the paper, its released "
-        "agent code and its released math code differ. A column sets the fields below, under the settings of the place that "
-        "gives it. *as set*: left to the algorithm's name, preset, file and command line. *by name*: see the remark. "
-        "A row without a setting is no choice here: the release stops with an error there, or cannot be repeated."
+        "agent code and its released math code differ. A column sets the fields below, under the settings of the place "
+        "that gives it. *as set*: left to the algorithm's name, preset, file and command line. *by name*: see the "
+        "remark. A row without a setting is no choice here: the release fails there, or cannot be repeated."
     )
     head = ("switch", "setting", *(f"`{name}`" for name in fidelity.COLUMNS), "remark")
     return ["## Fidelity", _paragraph(words), _table(head, rows)]
