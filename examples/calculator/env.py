@@ -1,8 +1,6 @@
 """A calculation in three tool calls: the result of one is an argument of the next."""
 
-from spearrl.envs import Done, ToolEnvironment, call, tool
-from spearrl.errors import ConfigError
-from spearrl.types import Task
+from spearrl import ConfigError, Done, Task, ToolEnvironment, call, tool
 
 
 class Calculator(ToolEnvironment):
@@ -40,6 +38,6 @@ class Calculator(ToolEnvironment):
             return call("answer", {"value": self.draw.randint(6, 90)})
         if self.product is None:
             return call("multiply", {"a": self.a, "b": self.b})
-        return (
-            call("add", {"a": self.product, "b": self.c}) if self.sum is None else call("answer", {"value": self.sum})
-        )
+        if self.sum is None:
+            return call("add", {"a": self.product, "b": self.c})
+        return call("answer", {"value": self.sum})

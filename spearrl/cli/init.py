@@ -92,5 +92,5 @@ def _filled(file: str, package: str, name: str) -> str:
     from importlib.resources import files
     from string import Template
 
-    text = files("spearrl").joinpath("scaffold", f"{file}.txt").read_text(encoding="utf-8")
+    text = files("spearrl.cli").joinpath("scaffold", f"{file}.txt").read_text(encoding="utf-8")
     return Template(text).substitute(package=package, name=name, run=package.replace("_", "-"))

@@ -138,7 +138,7 @@ def test_what_it_raises_while_a_model_plays_is_said_in_three_lines(model_folder,
     assert (
         "env_error: reward 0" in captured.out
         and "error: KeyError: 'shelf'\n  where: File " in captured.err
-        and "zoo.py" in captured.err
+        and "contract_breakers.py" in captured.err
     )
     assert "Traceback" not in captured.err
 
@@ -159,7 +159,7 @@ def test_what_an_environment_raises_is_one_error_with_its_place(
         said.startswith(f"error: tests.support.contract_breakers:{animal}")
         and where in said
         and what in said
-        and "zoo.py:" in said
+        and "contract_breakers.py:" in said
     )
     assert "Traceback" not in said and "\n  fix: mend that line" in said
 

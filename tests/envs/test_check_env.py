@@ -194,7 +194,7 @@ def test_an_environment_that_cannot_be_built_is_a_finding():
     assert (
         (found.rule, found.level) == ("build", "fail")
         and "FileNotFoundError: catalogue.json" in found.seen
-        and "zoo.py:" in found.where
+        and "contract_breakers.py:" in found.where
     )
 
 

@@ -184,7 +184,7 @@ def processes(subject: Subject) -> str:
     }
     found = []
     for number in ("1", "2"):
-        command = [sys.executable, "-c", "from spearrl.envs.check import print_traces; print_traces()"]
+        command = [sys.executable, "-c", "from spearrl.envs.check.check import print_traces; print_traces()"]
         settings = {**child_environment(), "PYTHONHASHSEED": number}
         run = subprocess.run(
             command,
