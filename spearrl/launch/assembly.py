@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -25,12 +25,12 @@ from spearrl.learner.deepspeed.zero import require
 from spearrl.learner.policy import use_bf16
 from spearrl.models import load_model, prepare_torch
 from spearrl.rollout import ChatEncoder, Engine, Player
-from spearrl.rollout.protocol import Receiver
 from spearrl.rollout.vllm.arguments import installed_version
 from spearrl.rollout.workers.fleet import Fleet
 from spearrl.seeds import derive
 from spearrl.start.origin import Origin, Report, silent
 from spearrl.sync import Bridge, InProcess, Publisher, probe_prompt
+from spearrl.sync.receivers import Receiver
 from spearrl.sync.sleep import put_to_sleep, wake_up
 from spearrl.types import Group
 
@@ -82,8 +82,12 @@ class Parts:
 
     def hand_over(self) -> None:
         """The learner's turn: in a colocated run engines give their memory back, until the next `publish`."""
-        for text in put_to_sleep(list(self.players.receivers), self.placement).warnings:
-            self.report("warning", {"text": text})
+        if self.placement.sleeps:
+            slept = put_to_sleep(
+                list(self.players.receivers), self.placement.engines, expected=self.placement.engine_bytes
+            )
+            for text in slept.warnings:
+                self.report("warning", {"text": text})
 
     def publish(self, version: int) -> dict[str, float]:
         """Bring the learner's weights to everything that samples, verified; what it took. Raises EngineError, WorkerError."""
@@ -91,7 +95,7 @@ class Parts:
             self.players.fleet.announce(version)
         if self.placement.sleeps:
             self.learner.release()
-        wake_up(list(self.players.receivers), self.placement)
+            wake_up(list(self.players.receivers))
         return self.bridge.publish(version)
 
     def close(self) -> None:
@@ -134,6 +138,9 @@ def assemble(
             if config.rollout.engine == "local" and isinstance(learner, LocalLearner) and not config.rollout.workers
             else None
         )
+        bridge: (
+            Publisher  # made after the workers that it sends to, which ask for weights only when episodes are played
+        )
         players = make_players(
             config,
             origin,
@@ -144,16 +151,14 @@ def assemble(
             placement=placement,
             run_folder=run_folder,
             stack=stack,
+            on_start=lambda receiver: bridge.catch_up(receiver),
+            report=lambda text: report("warning", {"text": text}),
         )
-        bridge: Publisher
         if shared is not None and players.engine is not None:
             bridge = InProcess(players.engine)
         else:
             bridge = _bridge(config, origin, learner, players, device=device, run_folder=run_folder, report=report)
         stack.callback(bridge.close)
-        if players.fleet is not None:
-            players.fleet.on_start = bridge.catch_up
-            players.fleet.report = lambda text: report("warning", {"text": text})
         return Parts(
             environment, origin.tokenizer, encoder, learner, players, bridge, placement, report, stack.pop_all()
         )
@@ -225,12 +230,14 @@ def make_players(
     model: torch.nn.Module | None = None,
     placement: Placement | None = None,
     run_folder: Path | None = None,
+    on_start: Callable[[Receiver], None] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> Players:
-    """What plays episodes. `model`: one to share parameters with; `stack` closes what is made here."""
+    """What plays episodes. `model`: one to share parameters with; `stack` closes what is made here; `on_start`, `report`: of a Fleet."""
     training, evaluation = (config.rollout.temperature, 1.0), (config.eval.temperature, config.eval.top_p)
     if config.rollout.workers:
         logs = run_folder or Path(stack.enter_context(TemporaryDirectory()))
-        fleet = Fleet(config, _launcher(config, str(origin.folder), placement, logs))
+        fleet = Fleet(config, _launcher(config, str(origin.folder), placement, logs), on_start=on_start, report=report)
         stack.callback(fleet.close)
         return Players(fleet.collector(*training), fleet.collector(*evaluation), fleet, fleet=fleet)
     engine = make_engine(config, model if model is not None else str(origin.folder), device=device)
@@ -255,7 +262,7 @@ def _launcher(config: RunConfig, folder: str, placement: Placement | None, run_f
         return actors(
             config, folder, run_folder, gpus=len(placement.engines[0]) if placement and placement.engines else 0
         )
-    from spearrl.rollout.workers.link import processes
+    from spearrl.launch.worker import processes
 
     return processes(config, folder, run_folder, environments)
 

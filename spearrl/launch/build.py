@@ -16,10 +16,11 @@ from spearrl.models.chat import ChatEncoder
 from spearrl.rollout.collector import Collector
 from spearrl.rollout.local import LocalEngine
 from spearrl.rollout.local.receiver import LocalWeights
-from spearrl.rollout.protocol import Engine, Receiver
+from spearrl.rollout.protocol import Engine
 from spearrl.rollout.vllm import VLLMEngine
 from spearrl.rollout.vllm.arguments import engine_arguments
 from spearrl.seeds import derive
+from spearrl.sync.receivers import Receiver
 
 
 def make_environment(config: RunConfig) -> Environment:

@@ -49,6 +49,11 @@ class Placement:
             and self.config.rollout.max_staleness == 0
         )
 
+    @property
+    def engine_bytes(self) -> float:
+        """Of each of its GPUs, what an engine of ours may take."""
+        return self.config.vllm.memory_fraction * self.gpu.memory
+
     def rank_environment(self, rank: int) -> dict[str, str]:
         """Variables that show a learner rank its GPU; {} on processors."""
         return visible([self.learner[rank] % self.per_machine]) if self.learner else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -91,44 +91,3 @@ class Engine(Protocol):
     def health(self) -> bool: ...
 
     def close(self) -> None: ...
-
-
-class Receiver(Protocol):
-    """What the weight bridge asks of everything that takes weights: an engine in this process, or the proxy of a worker.
-
-    Every call is bounded by its timeout_s and raises EngineError (or WorkerError) naming itself. Arguments and results are JSON-able.
-    """
-
-    name: str  # "engine", "worker 2 (vllm)"
-    transports: tuple[str, ...]  # what it can take, best first: "adapter", "ipc", "nccl", "shared_memory"
-    shards: int  # GPUs the model is split over
-
-    def pause(self, timeout_s: float) -> None:
-        """Freeze generation; requests in flight stay."""
-        ...
-
-    def begin(self, plan: dict[str, Any], timeout_s: float) -> None:
-        """Open an update: {"version", "transport", "digest"}, with "init" where a connection to the trainer has to be made first."""
-        ...
-
-    def take(self, bucket: dict[str, Any], timeout_s: float) -> dict[str, int]:
-        """Load {"path": a safetensors file}, {"update": what vLLM's transfer engine wants} or {"adapter": a folder}; digests of what was received."""
-        ...
-
-    def finish(self, version: int, timeout_s: float) -> list[int]:
-        """Make the weights live and flush every cache; a digest of the loaded weights for each shard, where the plan asked for it."""
-        ...
-
-    def probe(self, token_ids: list[int], timeout_s: float) -> list[float]:
-        """Log-probabilities at temperature 1 of token_ids[1:], each given what precedes it; of a receiver that is not paused."""
-        ...
-
-    def resume(self, timeout_s: float) -> None: ...
-
-    def sleep(self) -> None:
-        """Give device memory back, weights included; nothing to do where there is none."""
-        ...
-
-    def wake(self) -> None:
-        """Take memory for weights again; `finish` takes that of the caches."""
-        ...

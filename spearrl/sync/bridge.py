@@ -20,12 +20,11 @@ import torch
 
 from spearrl.config import SyncSection
 from spearrl.errors import ConfigError, EngineError
-from spearrl.rollout.protocol import Engine, Receiver
 from spearrl.sync.buckets import PORTIONS, bucket_folder, buckets
 from spearrl.sync.digests import digest, read_bucket, write_bucket
 from spearrl.sync.native import Native
 from spearrl.sync.probe import BF16, FP32, Probe
-from spearrl.sync.receivers import Asked, Crowd
+from spearrl.sync.receivers import Asked, Crowd, Receiver
 
 MIB = 1 << 20
 KEPT_ADAPTERS = 8  # folders: requests in flight read theirs again when vLLM evicted it
@@ -49,10 +48,18 @@ class Publisher(Protocol):
     def close(self) -> None: ...
 
 
+class SharedEngine(Protocol):
+    """What the bridge asks of an engine that shares the learner's parameters."""
+
+    def publish(self, version: int) -> None:
+        """The parameters changed in place; nothing cached before may be used again."""
+        ...
+
+
 class InProcess:
     """An engine that shares the learner's parameters: nothing travels, caches are flushed."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: SharedEngine):
         self.engine = engine
 
     def publish(self, version: int) -> dict[str, float]:

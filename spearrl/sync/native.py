@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import torch
 
 from spearrl.errors import ConfigError, EngineError
-from spearrl.rollout.protocol import Receiver
 from spearrl.sync.buckets import buckets, cast
 from spearrl.sync.digests import digest
-from spearrl.sync.receivers import GRACE_S, Crowd
+from spearrl.sync.receivers import GRACE_S, Crowd, Receiver
 
 
 class Meta(NamedTuple):

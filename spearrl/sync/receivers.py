@@ -7,12 +7,54 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from spearrl.errors import EngineError, SpearError, WorkerLost
-from spearrl.rollout.protocol import Receiver
 
 GRACE_S = 1.0  # a receiver's own time limit comes first: its error says more
+
+
+class Receiver(Protocol):
+    """What the weight bridge asks of everything that takes weights: an engine in this process, or the proxy of a worker.
+
+    Every call is bounded by its timeout_s and raises EngineError (or WorkerError) naming itself. Arguments and results are JSON-able.
+    """
+
+    name: str  # "engine", "worker 2 (vllm)"
+    transports: tuple[str, ...]  # what it can take, best first: "adapter", "ipc", "nccl", "shared_memory"
+    shards: int  # GPUs the model is split over
+
+    def pause(self, timeout_s: float) -> None:
+        """Freeze generation; requests in flight stay."""
+        ...
+
+    def begin(self, plan: dict[str, Any], timeout_s: float) -> None:
+        """Open an update: {"version", "transport", "digest"}, with "init" where a connection to the trainer has to be made first."""
+        ...
+
+    def take(self, bucket: dict[str, Any], timeout_s: float) -> dict[str, int]:
+        """Load {"path": a safetensors file}, {"update": what vLLM's transfer engine wants} or {"adapter": a folder}; digests of what was received."""
+        ...
+
+    def finish(self, version: int, timeout_s: float) -> list[int]:
+        """Make the weights live and flush every cache; a digest of the loaded weights for each shard, where the plan asked for it."""
+        ...
+
+    def probe(self, token_ids: list[int], timeout_s: float) -> list[float]:
+        """Log-probabilities at temperature 1 of token_ids[1:], each given what precedes it; of a receiver that is not paused."""
+        ...
+
+    def resume(self, timeout_s: float) -> None: ...
+
+    def sleep(self) -> None:
+        """Give device memory back, weights included; nothing to do where there is none."""
+        ...
+
+    def wake(self) -> None:
+        """Take memory for weights again; `finish` takes that of the caches."""
+        ...
+
+
 Calls = Sequence[tuple[str, Callable[[Receiver], Any]]]
 
 

@@ -6,22 +6,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
 
 from spearrl.errors import WorkerLost
-from spearrl.launch.placement import Placement, gib
+from spearrl.sync.receivers import Receiver
 
+GIB = 1 << 30
 RETURNED = 0.6  # least share of what an engine may take that a sleeping one must give back; CUDA's context, graphs and workspace stay
-
-
-class Sleeper(Protocol):
-    """What takes turns: an engine of this process, or the proxy of a worker."""
-
-    name: str
-
-    def sleep(self) -> None: ...
-
-    def wake(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -33,36 +23,38 @@ class Slept:
 
 
 def put_to_sleep(
-    sleepers: Sequence[Sleeper], placement: Placement, *, free: Callable[[int], int | None] | None = None
+    receivers: Sequence[Receiver],
+    gpus: Sequence[Sequence[int]],
+    *,
+    expected: float,
+    free: Callable[[int], int | None] | None = None,
 ) -> Slept:
     """All engines at once to sleep at level 2 (weights and cache given up: only a sync wakes them again), and whether memory really came back.
 
     Args:
-        free: GPU -> free bytes, None where this process cannot see it (another machine's); None: what CUDA says.
+        gpus: of each receiver's engine.
+        expected: bytes an engine may take of each of its GPUs.
+        free: GPU -> free bytes, None where this process cannot see it (another machine's); default: what CUDA says.
     """
-    if not placement.sleeps or not sleepers:
-        return Slept(0)
     read = free or free_bytes
-    gpus = sorted({gpu for group in placement.engines for gpu in group})
-    before = {gpu: read(gpu) for gpu in gpus}
-    _all([sleeper.sleep for sleeper in sleepers])
+    before = {gpu: read(gpu) for gpu in sorted({gpu for group in gpus for gpu in group})}
+    _all([receiver.sleep for receiver in receivers])
     gained = {
         gpu: after - held for gpu, held in before.items() if held is not None and (after := read(gpu)) is not None
     }
-    due = RETURNED * placement.config.vllm.memory_fraction * placement.gpu.memory
     warnings = [
-        f"{sleeper.name} sleeps, but GPU {gpu} got {gib(gained[gpu])} back of at least {gib(round(due))}: the learner may run out of memory"
-        for sleeper, group in zip(sleepers, placement.engines, strict=False)
+        f"{receiver.name} sleeps, but GPU {gpu} got {gained[gpu] / GIB:.1f} GiB back of at least {RETURNED * expected / GIB:.1f} GiB: "
+        "the learner may run out of memory"
+        for receiver, group in zip(receivers, gpus, strict=False)
         for gpu in group
-        if gpu in gained and gained[gpu] < due
+        if gpu in gained and gained[gpu] < RETURNED * expected
     ]
     return Slept(sum(gained.values()), tuple(warnings))
 
 
-def wake_up(sleepers: Sequence[Sleeper], placement: Placement) -> None:
+def wake_up(receivers: Sequence[Receiver]) -> None:
     """All engines at once take memory for weights again, just before a sync fills it; its end takes that of their caches."""
-    if placement.sleeps and sleepers:
-        _all([sleeper.wake for sleeper in sleepers])
+    _all([receiver.wake for receiver in receivers])
 
 
 def _all(calls: Sequence[Callable[[], None]]) -> None:
@@ -72,7 +64,7 @@ def _all(calls: Sequence[Callable[[], None]]) -> None:
         with suppress(WorkerLost):
             call()
 
-    with ThreadPoolExecutor(len(calls)) as threads:
+    with ThreadPoolExecutor(max(1, len(calls))) as threads:
         list(threads.map(unless_lost, calls))
 
 

@@ -33,9 +33,15 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
     return Gate(tmp_path_factory.mktemp("gate"))
 
 
+bridges: list[Bridge] = []  # made after the fleet that it sends to
+
+
 @pytest.fixture(scope="module")
 def fleet(model: str, gate: Gate, tmp_path_factory: pytest.TempPathFactory):
-    opened = open_fleet(model, tmp_path_factory.mktemp("run"), *FIXED, f"env.options.gate={gate.folder}")
+    changes = (*FIXED, f"env.options.gate={gate.folder}")
+    opened = open_fleet(
+        model, tmp_path_factory.mktemp("run"), *changes, on_start=lambda receiver: bridges[0].catch_up(receiver)
+    )
     yield opened
     pids = [pid for member in opened for pid in processes_of(member.pid)]
     assert len(pids) >= 4, "a worker and an engine's core each"
@@ -53,7 +59,7 @@ def bridge(fleet: Fleet, model: str, tmp_path_factory: pytest.TempPathFactory):
         probe_ids=probe_prompt(300, 0),
         run_folder=tmp_path_factory.mktemp("sync"),
     )
-    fleet.on_start = made.catch_up
+    bridges.append(made)
     yield made
     made.close()
 

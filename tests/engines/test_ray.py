@@ -76,9 +76,12 @@ def test_workers_land_on_different_nodes_and_a_dead_nodes_episodes_are_played_ag
     config = config_of(tmp_path, *ROGUE, f"env.options.gate={gate.folder}")
     gate.folder.mkdir()
     wanted = episodes(play(in_process(model, tmp_path, *ROGUE[:1]), NAMES))
-    fleet = Fleet(config, launching.actors(config, model, tmp_path))
+    fleet = Fleet(
+        config,
+        launching.actors(config, model, tmp_path),
+        on_start=lambda receiver: send_weights(receiver, model, fleet.version, tmp_path),
+    )
     try:
-        fleet.on_start = lambda receiver: send_weights(receiver, model, fleet.version, tmp_path)
         fleet.announce(1)
         collector = fleet.collector(1.0, 1.0)
         assert episodes(play(collector, NAMES)) == wanted

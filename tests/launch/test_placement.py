@@ -11,14 +11,13 @@ import pytest
 
 from spearrl.cli.main import main
 from spearrl.config import resolve
-from spearrl.errors import ConfigError, WorkerLost
+from spearrl.errors import ConfigError
 from spearrl.launch.assembly import Parts, Players
 from spearrl.launch.describe import arithmetic, describe
 from spearrl.launch.devices import EXTRAS, Gpu, Machine, detect, imagined, parameters_of, visible
 from spearrl.launch.launcher import follow
 from spearrl.launch.placement import GIB, place
 from spearrl.processes import under_launcher
-from spearrl.sync.sleep import put_to_sleep, wake_up
 
 QWEN_1_5B = 1_543_714_304
 
@@ -335,47 +334,6 @@ def test_other_ranks_serve_and_the_trainer_does_not(monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
-class FakeEngine:
-    """Holds GPU memory until it sleeps; `keeps`: its share that it does not give back."""
-
-    def __init__(self, name: str, gpu: int, memory: dict[int, int], keeps: float = 0.0):
-        self.name, self.gpu, self.memory, self.keeps = name, gpu, memory, keeps
-
-    def sleep(self) -> None:
-        self.memory[self.gpu] += round(0.85 * 80 * GIB * (1 - self.keeps))
-
-
-def test_sleeping_engines_must_give_their_memory_back():
-    placement = placed(machine(2))
-    memory = {0: 5 * GIB, 1: 5 * GIB}
-    sound = [FakeEngine("worker 0 (vllm)", 0, memory), FakeEngine("worker 1 (vllm)", 1, memory)]
-    slept = put_to_sleep(sound, placement, free=memory.get)
-    assert slept.warnings == () and slept.freed == 2 * round(0.85 * 80 * GIB)
-    memory = {0: 5 * GIB, 1: 5 * GIB}
-    leaking = [FakeEngine("worker 0 (vllm)", 0, memory), FakeEngine("worker 1 (vllm)", 1, memory, keeps=0.9)]
-    (warning,) = put_to_sleep(leaking, placement, free=memory.get).warnings
-    assert warning.startswith("worker 1 (vllm) sleeps, but GPU 1 got") and "may run out of memory" in warning
-    assert put_to_sleep(leaking, placement, free=lambda gpu: None).warnings == ()  # another machine's GPU
-    assert (
-        put_to_sleep(leaking, placed(machine(2), "rollout.max_staleness=1"), free=memory.get).freed == 0
-    )  # nobody sleeps
-
-
-def test_a_worker_that_died_holds_no_memory_and_stops_nothing():
-    """Its fleet replaces it; the others sleep."""
-
-    class Dead(FakeEngine):
-        def sleep(self) -> None:
-            raise WorkerLost("ended before it answered sleep", where=self.name)
-
-        wake = sleep
-
-    memory = {0: 5 * GIB, 1: 5 * GIB}
-    engines = [Dead("worker 0", 0, memory), FakeEngine("worker 1", 1, memory)]
-    assert put_to_sleep(engines, placed(machine(2)), free=memory.get).freed == round(0.85 * 80 * GIB)
-    wake_up(engines[:1], placed(machine(2)))
-
-
 def test_the_learner_gives_its_memory_back_before_engines_wake():
     """What torch keeps of an update's activations may be all that an engine gave back."""
     order: list[str] = []
@@ -391,12 +349,3 @@ def test_the_learner_gives_its_memory_back_before_engines_wake():
         order.clear()
         Parts(None, None, None, every, Players(None, None, [every]), every, placed(host)).publish(1)
         assert order == expected
-
-
-def test_a_failing_engine_is_not_hidden():
-    class Broken(FakeEngine):
-        def sleep(self) -> None:
-            raise RuntimeError("worker 0 did not answer")
-
-    with pytest.raises(RuntimeError, match="worker 0"):
-        put_to_sleep([Broken("worker 0", 0, {0: 0})], placed(machine(1)), free={0: 0}.get)

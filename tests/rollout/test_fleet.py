@@ -34,8 +34,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def fleet_of(model: str, tmp_path: Path):
     opened: list[Fleet] = []
 
-    def open_(*changes: str, name: str = "run") -> Fleet:
-        opened.append(open_fleet(model, tmp_path / name, *changes))
+    def open_(*changes: str, name: str = "run", on_start=None) -> Fleet:
+        opened.append(open_fleet(model, tmp_path / name, *changes, on_start=on_start))
         return opened[-1]
 
     yield open_
@@ -110,8 +110,11 @@ def test_a_worker_killed_in_mid_episode_costs_nothing(
 ):
     gate = Gate(tmp_path / "gate")
     gate.shut()
-    fleet = fleet_of(*ROGUE, f"env.options.gate={gate.folder}")
-    fleet.on_start = lambda receiver: send_weights(receiver, model, fleet.version, tmp_path)
+    fleet = fleet_of(
+        *ROGUE,
+        f"env.options.gate={gate.folder}",
+        on_start=lambda receiver: send_weights(receiver, model, fleet.version, tmp_path),
+    )
     fleet.announce(1)
     fleet.tend()
     names = ["fine-0", "fine-1", "fine-2"]

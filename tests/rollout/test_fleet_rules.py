@@ -162,8 +162,9 @@ def open_fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fleets, "TICK_S", 0.02)
     monkeypatch.setattr(fleets, "BACK_OFF_S", 0.001)
 
-    def open_(crew: Crew, *changes: str) -> Fleet:
-        opened.append(Fleet(small_config(tmp_path, "rollout.workers=2", "run.deterministic=false", *changes), crew))
+    def open_(crew: Crew, *changes: str, on_start=None) -> Fleet:
+        config = small_config(tmp_path, "rollout.workers=2", "run.deterministic=false", *changes)
+        opened.append(Fleet(config, crew, on_start=on_start))
         return opened[-1]
 
     yield open_
@@ -391,7 +392,6 @@ def sync(receiver, version: int) -> None:
 
 def test_a_replacement_gets_no_episode_before_it_has_the_current_weights(open_fleet):
     crew = Crew({"seconds": 0.05}, {"seconds": 0.05})
-    fleet = open_fleet(crew)
     caught: list[tuple[str, str]] = []
 
     def catch_up(receiver) -> None:
@@ -399,7 +399,7 @@ def test_a_replacement_gets_no_episode_before_it_has_the_current_weights(open_fl
         caught.append((receiver.name, threading.current_thread().name))
         sync(receiver, fleet.version)
 
-    fleet.on_start = catch_up
+    fleet = open_fleet(crew, on_start=catch_up)
     for version in (1, 2):
         fleet.announce(version)
         for receiver in fleet:
@@ -426,7 +426,8 @@ def test_workers_that_missed_a_sync_wait_even_if_none_took_part_in_it(open_fleet
     fleet.announce(1)
     with pytest.raises(WorkerError, match="it has weights of version 0, not 1"):
         play(fleet)
-    fleet.on_start = lambda receiver: sync(receiver, 1)
+    fleet = open_fleet(Crew(), on_start=lambda receiver: sync(receiver, 1))
+    fleet.announce(1)
     assert names(play(fleet)[0]) == WANTED
 
 

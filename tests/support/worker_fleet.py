@@ -8,9 +8,9 @@ from pathlib import Path
 
 from spearrl.config import RunConfig
 from spearrl.launch.build import make_environment
+from spearrl.launch.worker import processes
 from spearrl.models import build_tiny, save_model
 from spearrl.rollout.workers.fleet import Fleet
-from spearrl.rollout.workers.link import processes
 from tests.support.small_run import small_config
 
 WORDS = "look say red blue green pink gold gray want or nothing happens it is end now show turn fine hang once exit"
@@ -27,11 +27,11 @@ def config_of(folder: Path, *changes: str) -> RunConfig:
     return small_config(folder, "rollout.workers=2", "rollout.cache_mib=64", *changes)
 
 
-def open_fleet(model: str, folder: Path, *changes: str) -> Fleet:
+def open_fleet(model: str, folder: Path, *changes: str, on_start=None) -> Fleet:
     """Two workers that log into `folder`."""
     folder.mkdir(exist_ok=True)
     config = config_of(folder, *changes)
-    return Fleet(config, processes(config, model, folder))
+    return Fleet(config, processes(config, model, folder), on_start=on_start)
 
 
 def main(folder: Path) -> None:

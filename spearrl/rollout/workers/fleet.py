@@ -31,18 +31,26 @@ LOST = ("rollout/worker_deaths", "rollout/reissued", "rollout/stale")  # what is
 class Fleet:
     """Starts rollout.workers workers in parallel and keeps that many going, at most rollout.worker_restarts replacements long. Thread-safe.
 
-    `on_start` is called with a replacement that does not have the current weights, from the thread that calls `tend`: it has to bring them
-    (the bridge's catch_up). Until then the worker gets no episodes.
-
+    Args:
+        launch: starts the worker of an index.
+        on_start: called with a replacement that does not have the current weights, from the thread that calls `tend`: has to bring them
+            (the bridge's catch_up). Until then the worker gets no episodes.
+        report: told of what is noteworthy, from that thread too; default: standard error.
     Raises:
         SpearError: what kept a worker from starting: its error, or a WorkerError with its exit status and last log lines.
     """
 
-    def __init__(self, config: RunConfig, launch: Launcher):
+    def __init__(
+        self,
+        config: RunConfig,
+        launch: Launcher,
+        *,
+        on_start: Callable[[Member], None] | None = None,
+        report: Callable[[str], None] | None = None,
+    ):
         settings = config.rollout
         self.config, self.version = config, 0
-        self.on_start: Callable[[Member], None] | None = None
-        self.report: Callable[[str], None] = partial(print, file=sys.stderr)  # told of what is noteworthy, by `tend`
+        self._on_start, self._report = on_start, report or partial(print, file=sys.stderr)
         self._notes: deque[str] = deque()
         self._launch, self._slots, self._left = launch, settings.slots, settings.worker_restarts
         self._start_s, self._late_s = (
@@ -105,20 +113,20 @@ class Fleet:
         self._check()
         behind = [member for member in self if member.version != self.version]
         for member in behind:
-            if self.on_start is None:
+            if self._on_start is None:
                 raise WorkerError(
                     f"it has weights of version {member.version}, not {self.version}, and nothing brings them",
                     where=member.name,
                 )
             try:
-                self.on_start(member)
+                self._on_start(member)
             except WorkerLost as error:
                 self._notes.append(f"{error}, while it was given its first weights")
 
     def tell(self) -> None:
         """Report what happened since the last time."""
         while self._notes:
-            self.report(self._notes.popleft())
+            self._report(self._notes.popleft())
 
     def totals(self) -> dict[str, float]:
         """What all workers did since the start, and what was lost. "engine_seconds" is the mean over workers."""

@@ -1,16 +1,14 @@
-"""How the controller reaches a rollout worker. Here: a process of this machine, over a socket; Ray actors are in spearrl.launch.ray."""
+"""How the controller reaches a rollout worker. Here: a process of this machine, over a socket; Ray actors: spearrl.launch.ray."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from spearrl.config import RunConfig
 from spearrl.processes import Child
 from spearrl.rollout.workers.messages import Start
 
@@ -41,17 +39,13 @@ Launcher = Callable[[int], Link]  # starts the worker of an index
 
 
 class ProcessLink:
-    """A worker process of this machine that logs to a file. It ends with this process, whatever happens to that."""
+    """A worker process of this machine, `python -m module`, that logs to a file. It ends with this process, whatever happens to that."""
 
-    def __init__(self, start: Start, log: Path, environment: Mapping[str, str]):
+    def __init__(self, module: str, start: Start, log: Path, environment: Mapping[str, str]):
         self._log, self._lock = log, threading.Lock()
+        variables = {"PYTHONUNBUFFERED": "1", **environment}
         with log.open("ab") as output:
-            self._child = Child(
-                "spearrl.rollout.workers.worker",
-                {"PYTHONUNBUFFERED": "1", **environment},
-                output=output,
-                errors=subprocess.STDOUT,
-            )
+            self._child = Child(module, variables, output=output, errors=subprocess.STDOUT)
         self.send(pickle.dumps(("start", start)))
 
     def send(self, data: bytes) -> None:
@@ -82,24 +76,3 @@ def log_tail(log: Path) -> str:
         file.seek(max(0, log.stat().st_size - TAIL_BYTES))
         lines = file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
     return "".join([f"; the end of {log}:", *(f"\n  | {line}" for line in lines)])
-
-
-def processes(
-    config: RunConfig, model_dir: str, folder: Path, environments: Sequence[Mapping[str, str]] = ()
-) -> Launcher:
-    """Starts workers as processes of this machine.
-
-    Args:
-        model_dir: what they load their model from; must stay for as long as workers may have to be replaced.
-        folder: where worker-<index>.log goes.
-        environments: variables of each worker's process, CUDA_VISIBLE_DEVICES among them.
-    """
-    cores = max(1, (config.run.threads or os.cpu_count() or 1) // max(1, config.rollout.workers))
-
-    def launch(index: int) -> Link:
-        own = environments[index] if environments else {}
-        return ProcessLink(
-            Start(config, model_dir, index), folder / f"worker-{index}.log", {"OMP_NUM_THREADS": str(cores), **own}
-        )
-
-    return launch

@@ -36,7 +36,7 @@ class Pending:
 
 
 class Member:
-    """One worker process, from its launch to its end; a replacement is another Member. Takes weights: rollout.engine.Receiver.
+    """One worker process, from its launch to its end; a replacement is another Member. Takes weights: sync.receivers.Receiver.
 
     Args:
         delay_s: before it is launched.

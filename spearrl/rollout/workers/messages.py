@@ -27,7 +27,7 @@ class Hello:
     """What a worker says when it can take episodes."""
 
     engine: str
-    transports: tuple[str, ...]  # and shards: of rollout.engine.Receiver
+    transports: tuple[str, ...]  # and shards: of sync.receivers.Receiver
     shards: int
     version: int
     host: str

@@ -1,17 +1,14 @@
 """A rollout worker: an engine, environments and collectors in a process of their own, driven by messages.
 
-The same class serves as a process of this machine (`python -m spearrl.rollout.workers.worker`, started by `link`) and inside a Ray actor.
+spearrl.launch.worker builds one from a config; the same class serves in a process of this machine and inside a Ray actor.
 """
 
 from __future__ import annotations
 
 import asyncio
-import faulthandler
 import os
 import pickle
-import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -21,51 +18,52 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from spearrl.envs.pool import Pool
 from spearrl.errors import ContractError, SpearError, WorkerError
-from spearrl.launch.build import make_collector, make_engine, make_environment, make_pool, receiver_of
-from spearrl.models import load_tokenizer, prepare_torch
-from spearrl.models.chat import ChatEncoder
-from spearrl.processes import connection_to_parent
 from spearrl.rollout.collector import MAX_SIBLINGS, MEASURED, Collector
-from spearrl.rollout.workers.messages import Assignment, Hello, Report, Start
+from spearrl.rollout.protocol import Engine
+from spearrl.rollout.workers.messages import Assignment, Hello, Report
+from spearrl.sync.receivers import Receiver
 from spearrl.types import Status, Trajectory
 
 BEAT_S = 1.0
-GOODBYE_S = 3.0
-COMMANDS = ("pause", "begin", "take", "finish", "probe", "resume", "sleep", "wake")  # of rollout.engine.Receiver
+COMMANDS = ("pause", "begin", "take", "finish", "probe", "resume", "sleep", "wake")  # of sync.receivers.Receiver
 
 
 class RolloutWorker:
     """Plays assignments and carries out the bridge's commands at the same time.
 
     Args:
+        kind: of the engine, as rollout.engine has it.
+        receiver: takes the engine's weights.
+        pool: where environments step.
+        collector: makes a collector over engine and pool for a sampling (temperature, top_p).
         send: takes a message's bytes to the controller; called from several threads.
-    Raises:
-        SpearError: environment, model or engine cannot be built.
     """
 
-    def __init__(self, start: Start, send: Callable[[bytes], None]):
-        config = self._config = start.config
-        self._send_bytes = send
-        device = prepare_torch(config, share=max(1, config.rollout.workers))
-        self._encoder = ChatEncoder(load_tokenizer(start.model_dir))
-        self._encoder.verify()
-        self._pool = make_pool(config, make_environment(config))
-        self.engine: Any = make_engine(config, start.model_dir, device=device, index=start.index)
+    def __init__(
+        self,
+        kind: str,
+        engine: Engine,
+        receiver: Receiver,
+        pool: Pool,
+        *,
+        collector: Callable[[tuple[float, float]], Collector],
+        send: Callable[[bytes], None],
+    ):
+        self._kind, self.engine, self._receiver, self._pool = kind, engine, receiver, pool
+        self._make_collector, self._send_bytes = collector, send
         self._collectors: dict[tuple[float, float], Collector] = {}
         self._running: dict[int, asyncio.Task[None]] = {}
         self._turned, self._healthy = time.monotonic(), True
         self._closed = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._commands = ThreadPoolExecutor(1)  # weights come in beside the event loop, in order
-        self._receiver = receiver_of(self.engine)
 
     def serve(self) -> None:
         """Play until `close`, in this thread: environments step here, and some want the main one."""
         receiver, host = self._receiver, socket.gethostname()
-        hello = Hello(
-            self._config.rollout.engine, receiver.transports, receiver.shards, self.engine.version, host, os.getpid()
-        )
+        hello = Hello(self._kind, receiver.transports, receiver.shards, self.engine.version, host, os.getpid())
         self._loop.call_soon(self._turn)
         self._loop.call_soon(self._send, "ready", hello)
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
@@ -120,9 +118,7 @@ class RolloutWorker:
     async def _episode(self, assignment: Assignment) -> None:
         a, number = assignment, assignment.number
         if a.sampling not in self._collectors:
-            self._collectors[a.sampling] = make_collector(
-                self._config, self.engine, self._encoder, self._pool, sampling=a.sampling
-            )
+            self._collectors[a.sampling] = self._make_collector(a.sampling)
         try:
             trajectory = await self._collectors[a.sampling].play(
                 Trajectory(a.task, a.group, a.sibling, a.group * MAX_SIBLINGS + a.sibling), a.seed
@@ -130,7 +126,7 @@ class RolloutWorker:
         except Exception as error:
             traceback.print_exc()
             self._running.pop(number, None)
-            self._send("failed", number, _portable(error))
+            self._send("failed", number, portable(error))
             return
         except asyncio.CancelledError:
             self._running.pop(number, None)
@@ -156,7 +152,7 @@ class RolloutWorker:
             self._send("answer", number, answer)
         except Exception as error:
             traceback.print_exc()
-            self._send("refused", number, _portable(error))
+            self._send("refused", number, portable(error))
 
     def _take_carried(self, bucket: dict[str, Any], timeout_s: float) -> Any:
         """A bucket whose file is on the controller's machine came as bytes: the engine reads it from a file of this one."""
@@ -177,18 +173,7 @@ class RolloutWorker:
         self._send_bytes(data)
 
 
-def open_worker(data: bytes, send: Callable[[bytes], None]) -> RolloutWorker | None:
-    """A worker from its ("start", Start) message; where it cannot be built the controller is told why."""
-    _, start = pickle.loads(data)
-    try:
-        return RolloutWorker(start, send)
-    except Exception as error:
-        traceback.print_exc()
-        send(pickle.dumps(("failed", None, _portable(error))))
-        return None
-
-
-def _portable(error: Exception) -> SpearError:
+def portable(error: Exception) -> SpearError:
     """An error that the controller can raise: spearrl's own as they are, others as text."""
     if isinstance(error, SpearError):
         return error
@@ -197,42 +182,3 @@ def _portable(error: Exception) -> SpearError:
         where="rollout worker",
         hint="this is a fault of the environment or of spearrl",
     )
-
-
-def main() -> None:
-    """Serve the controller at the other end of a socket until it closes; nothing that was started here stays behind."""
-    faulthandler.enable()  # a crash leaves its stack in the log
-    connection, lock = connection_to_parent(_end), threading.Lock()
-
-    def send(data: bytes) -> None:
-        try:
-            with lock:
-                connection.send_bytes(data)
-        except OSError:
-            return  # nobody listens any more; the next receive ends the process
-
-    def listen(worker: RolloutWorker) -> None:
-        try:
-            while worker.deliver(connection.recv_bytes()):
-                continue
-        except (EOFError, OSError):
-            print("the controller is gone", file=sys.stderr)
-        worker.close()
-        time.sleep(GOODBYE_S)  # for environments and engine to be released
-        _end()
-
-    worker = open_worker(connection.recv_bytes(), send)
-    if worker is not None:
-        threading.Thread(target=listen, args=(worker,), name="controller", daemon=True).start()
-        worker.serve()
-    _end()
-
-
-def _end() -> None:
-    """End this process and its children, an engine's core among them."""
-    sys.stdout.flush()
-    os.killpg(0, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,114 @@
+"""A rollout worker's process: `python -m spearrl.launch.worker`, started by `processes`; builds the worker and serves the controller over a socket."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from spearrl.config import RunConfig
+from spearrl.launch.build import make_collector, make_engine, make_environment, make_pool, receiver_of
+from spearrl.models import load_tokenizer, prepare_torch
+from spearrl.models.chat import ChatEncoder
+from spearrl.processes import connection_to_parent
+from spearrl.rollout.workers.link import Launcher, Link, ProcessLink
+from spearrl.rollout.workers.messages import Start
+from spearrl.rollout.workers.worker import RolloutWorker, portable
+
+GOODBYE_S = 3.0
+
+
+def processes(
+    config: RunConfig, model_dir: str, folder: Path, environments: Sequence[Mapping[str, str]] = ()
+) -> Launcher:
+    """Starts workers as processes of this machine.
+
+    Args:
+        model_dir: what they load their model from; must stay for as long as workers may have to be replaced.
+        folder: where worker-<index>.log goes.
+        environments: variables of each worker's process, CUDA_VISIBLE_DEVICES among them.
+    """
+    cores = max(1, (config.run.threads or os.cpu_count() or 1) // max(1, config.rollout.workers))
+
+    def launch(index: int) -> Link:
+        variables = {"OMP_NUM_THREADS": str(cores), **(environments[index] if environments else {})}
+        return ProcessLink(
+            "spearrl.launch.worker", Start(config, model_dir, index), folder / f"worker-{index}.log", variables
+        )
+
+    return launch
+
+
+def build_worker(start: Start, send: Callable[[bytes], None]) -> RolloutWorker:
+    """The worker that a config names. Raises SpearError: environment, model or engine cannot be built."""
+    config = start.config
+    device = prepare_torch(config, share=max(1, config.rollout.workers))
+    encoder = ChatEncoder(load_tokenizer(start.model_dir))
+    encoder.verify()
+    pool = make_pool(config, make_environment(config))
+    engine = make_engine(config, start.model_dir, device=device, index=start.index)
+    return RolloutWorker(
+        config.rollout.engine,
+        engine,
+        receiver_of(engine),
+        pool,
+        collector=lambda sampling: make_collector(config, engine, encoder, pool, sampling=sampling),
+        send=send,
+    )
+
+
+def open_worker(data: bytes, send: Callable[[bytes], None]) -> RolloutWorker | None:
+    """A worker from its ("start", Start) message; where it cannot be built the controller is told why."""
+    _, start = pickle.loads(data)
+    try:
+        return build_worker(start, send)
+    except Exception as error:
+        traceback.print_exc()
+        send(pickle.dumps(("failed", None, portable(error))))
+        return None
+
+
+def main() -> None:
+    """Serve the controller at the other end of a socket until it closes; nothing that was started here stays behind."""
+    faulthandler.enable()  # a crash leaves its stack in the log
+    connection, lock = connection_to_parent(_end), threading.Lock()
+
+    def send(data: bytes) -> None:
+        try:
+            with lock:
+                connection.send_bytes(data)
+        except OSError:
+            return  # nobody listens any more; the next receive ends the process
+
+    def listen(worker: RolloutWorker) -> None:
+        try:
+            while worker.deliver(connection.recv_bytes()):
+                continue
+        except (EOFError, OSError):
+            print("the controller is gone", file=sys.stderr)
+        worker.close()
+        time.sleep(GOODBYE_S)  # for environments and engine to be released
+        _end()
+
+    worker = open_worker(connection.recv_bytes(), send)
+    if worker is not None:
+        threading.Thread(target=listen, args=(worker,), name="controller", daemon=True).start()
+        worker.serve()
+    _end()
+
+
+def _end() -> None:
+    """End this process and its children, an engine's core among them."""
+    sys.stdout.flush()
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
