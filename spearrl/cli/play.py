@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from spearrl.cli.target import OVERRIDES_HELP, TARGET_HELP, config_of, model_of
 
@@ -131,15 +131,15 @@ def _task(environment: Environment, split: str, wanted: str | None) -> Task:
 def _by_hand(
     environment: Environment, task: Task, style: str, args: argparse.Namespace, printer: _Printer
 ) -> dict[str, Any]:
-    """The episode of the person or the expert, through the same seat that the trainer uses."""
-    from spearrl.envs.pool.slot import Seat
+    """The episode of the person or the expert, through the same slot that the trainer uses."""
+    from spearrl.envs.pool.slot import Slot
     from spearrl.types import Reply
 
-    seat = Seat(environment, style)
+    slot = Slot(environment, style)
     turns: list[dict[str, Any]] = []
     status = "turn_limit"
     try:
-        shown = seat.start(task, args.seed)
+        shown = slot.start(task, args.seed)
         messages, observation = shown.messages, shown.observation
         for tool in shown.tools:
             printer.say(f"tool: {json.dumps(tool)}")
@@ -149,7 +149,7 @@ def _by_hand(
             if reply is None:
                 status = STOPPED
                 break
-            played = seat.act(Reply(reply, (), "stop"), number + 1 == environment.max_turns)
+            played = slot.act(Reply(reply, (), "stop"), number + 1 == environment.max_turns)
             outcome = played.outcome
             turns.append(_turn([[m.role, m.text] for m in messages], reply, played.action, outcome.reward))
             turns[-1]["pictures"] = sum(len(m.images) for m in messages)
@@ -162,7 +162,7 @@ def _by_hand(
                 printer.say(f"end: {observation.text}\ninfo: {json.dumps(dict(outcome.info), default=str)}")
                 break
     finally:
-        seat.close()
+        slot.close()
     return {"status": status, "reward": sum(turn["reward"] for turn in turns), "turns": turns}
 
 
@@ -198,15 +198,19 @@ def _reply(
 def _by_model(config: RunConfig, environment: Environment, task: Task, seed: int, printer: _Printer) -> dict[str, Any]:
     """The episode of a model, through the trainer's own collector; prompts are shown with their control tokens."""
     from spearrl.launch.assembly import playing
+    from spearrl.launch.build import make_collector, make_pool
     from spearrl.models import load_tokenizer, prepare_torch
 
     tokenizer = load_tokenizer(config.model.path)
     here = config.model_copy(update={"rollout": config.rollout.model_copy(update={"workers": 0})})
     with ExitStack() as stack:
-        collector: Any = playing(here, environment, prepare_torch(here), stack).evaluator
-        start, given = collector.pool.start, seed
+        players = playing(here, environment, prepare_torch(here), stack)
+        engine, encoder = cast(Any, players.engine), cast(Any, players.evaluator).encoder
         # The collector derives a seed of its own; here the episode is the one that --seed names, as by hand.
-        collector.pool.start = lambda place, task, seed: start(place, task, given)
+        pool = make_pool(here, environment, episode_seed=seed)
+        stack.callback(pool.close)
+        sampling = (here.eval.temperature, here.eval.top_p)
+        collector = make_collector(here, engine, encoder, pool, sampling=sampling)
         trajectory = collector.collect([task], 1, run_seed=seed, step=0, first_group_id=0, purpose="play")[
             0
         ].trajectories[0]

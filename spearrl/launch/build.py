@@ -31,8 +31,8 @@ def make_environment(config: RunConfig) -> Environment:
     return environment
 
 
-def make_pool(config: RunConfig, environment: Environment) -> Pool:
-    """Where the environment steps."""
+def make_pool(config: RunConfig, environment: Environment, *, episode_seed: int | None = None) -> Pool:
+    """Where the environment steps. `episode_seed`: the environment's seed in every episode, as of `Pool`."""
     settings = config.rollout
     return open_pool(
         environment,
@@ -41,6 +41,7 @@ def make_pool(config: RunConfig, environment: Environment) -> Pool:
         deadline_s=settings.env_deadline_s,
         restarts=settings.env_restarts,
         deterministic=config.run.deterministic,
+        episode_seed=episode_seed,
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from spearrl.envs import Environment
-from spearrl.envs.pool import Place, Pool, SlotLost, open_pool
+from spearrl.envs.pool import Pool, PooledSlot, SlotLost, open_pool
 from spearrl.errors import ConfigError, ContractError, EngineError, EnvironmentFault, WorkerError
 from spearrl.models.chat import ChatEncoder
 from spearrl.rollout.protocol import Engine, Request, Sampling
@@ -62,7 +62,7 @@ class _Episode:
     """The running state of one episode."""
 
     trajectory: Trajectory
-    place: Place
+    slot: PooledSlot
     sampling_seed: tuple[int | str, ...]
     observation: Observation
     messages: list[Message]  # of the next prompt, as the environment gives them
@@ -221,24 +221,24 @@ class Collector:
 
     async def _attempt(self, trajectory: Trajectory, seed: tuple[int | str, ...]) -> None:
         """Play the episode in a slot of the pool; a slot whose environment failed, or that was left in the middle of a call, is not used again."""
-        place = self.pool.take()
+        slot = self.pool.acquire()
         sound = False
         try:
-            await self._episode(trajectory, place, seed)
+            await self._episode(trajectory, slot, seed)
             sound = True
         except EngineError:
             sound = True
             raise
         finally:
             if sound:
-                self.pool.give(place)
+                self.pool.release(slot)
             else:
-                self._discard(place)
+                self._discard(slot)
 
-    async def _episode(self, trajectory: Trajectory, place: Place, seed: tuple[int | str, ...]) -> None:
-        shown = await self._timed(self.pool.start(place, trajectory.task, derive("env", *seed)))
+    async def _episode(self, trajectory: Trajectory, slot: PooledSlot, seed: tuple[int | str, ...]) -> None:
+        start = await self._timed(self.pool.start(slot, trajectory.task, derive("env", *seed)))
         episode = _Episode(
-            trajectory, place, (*seed, trajectory.sibling), shown.observation, shown.messages, shown.tools
+            trajectory, slot, (*seed, trajectory.sibling), start.observation, start.messages, start.tools
         )
         trajectory.status = Status.TURN_LIMIT
         for number in range(self.max_turns):
@@ -286,7 +286,7 @@ class Collector:
         self.measures["prefilled_tokens"] += len(prompt) - completion.cached_tokens
         text = self.encoder.decode(completion.token_ids)
         reply = Reply(text, completion.token_ids, completion.finish_reason)
-        played = await self._timed(self.pool.act(episode.place, reply, number + 1 == self.max_turns))
+        played = await self._timed(self.pool.act(episode.slot, reply, number + 1 == self.max_turns))
         outcome = played.outcome
         episode.said += len(completion.token_ids)
         turn = Turn(
@@ -352,10 +352,10 @@ class Collector:
         finally:
             self.measures["env_seconds"] += time.perf_counter() - start
 
-    def _discard(self, place: Place) -> None:
+    def _discard(self, slot: PooledSlot) -> None:
         """A slot that raised is not trusted again."""
         try:
-            self.pool.discard(place)
+            self.pool.discard(slot)
         except Exception:
             traceback.print_exc()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spearrl.envs import Environment
-from spearrl.envs.pool.slot import Seat
+from spearrl.envs.pool.slot import Slot
 from spearrl.envs.text.records import read_records
 from spearrl.envs.tool import CLOSE, OPEN
 from spearrl.errors import ConfigError
@@ -52,15 +52,15 @@ def play_expert(
     Raises:
         ConfigError: the environment has no expert.
     """
-    slot = environment.spawn()
-    slot.expert_noise, slot.max_turns = noise, environment.max_turns
+    player = environment.spawn()
+    player.expert_noise, player.max_turns = noise, environment.max_turns
     order = list(range(len(tasks)))
     random.Random(derive(seed, "expert-tasks")).shuffle(order)
-    seat = Seat(slot, style)
+    slot = Slot(player, style)
     try:
-        return [_episode(seat, tasks[order[i % len(order)]], recovery, derive(seed, "expert", i)) for i in range(count)]
+        return [_episode(slot, tasks[order[i % len(order)]], recovery, derive(seed, "expert", i)) for i in range(count)]
     finally:
-        seat.close()
+        slot.close()
 
 
 def read_conversations(path: str) -> list[Transcript]:
@@ -96,22 +96,24 @@ def texts(transcripts: Sequence[Transcript]) -> Iterator[str]:
             yield step.reply
 
 
-def _episode(seat: Seat, task: Task, recovery: float, seed: int) -> Transcript:
-    slot, transcript, draw = seat.environment, Transcript(task), random.Random(derive(seed, "recovery"))
-    shown = seat.start(task, seed)
+def _episode(slot: Slot, task: Task, recovery: float, seed: int) -> Transcript:
+    environment, transcript, draw = slot.environment, Transcript(task), random.Random(derive(seed, "recovery"))
+    shown = slot.start(task, seed)
     transcript.tools, messages, observation = shown.tools, shown.messages, shown.observation
-    for turn in range(1, slot.max_turns + 1):
-        wanted = slot.expert()
+    for turn in range(1, environment.max_turns + 1):
+        wanted = environment.expert()
         if wanted is None:
             raise ConfigError(
-                f"{type(slot).__name__} has no scripted expert",
+                f"{type(environment).__name__} has no scripted expert",
                 where="sft",
                 hint="set sft.enabled=false and give --model a trained model",
             )
         blunder = bool(observation.admissible) and draw.random() < recovery
-        reply = slot.format(draw.choice(observation.admissible) if blunder and observation.admissible else wanted)
+        reply = environment.format(
+            draw.choice(observation.admissible) if blunder and observation.admissible else wanted
+        )
         transcript.steps.append(Step(messages, reply, imitate=not blunder))
-        played = seat.act(Reply(reply, (), "stop"), turn == slot.max_turns)
+        played = slot.act(Reply(reply, (), "stop"), turn == environment.max_turns)
         outcome, messages, observation = played.outcome, played.messages, played.outcome.observation
         transcript.reward += outcome.reward
         if outcome.terminated or outcome.truncated:

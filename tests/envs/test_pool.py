@@ -12,7 +12,7 @@ import pytest
 
 from spearrl.envs import Environment, import_path, make
 from spearrl.envs.pool import open_pool
-from spearrl.envs.pool import workers as lanes
+from spearrl.envs.pool import workers
 from spearrl.errors import ConfigError, ContractError, EnvironmentFault, WorkerError
 from spearrl.rollout import Collector, LocalEngine, ScriptedEngine
 from spearrl.types import Reply, Status, Task
@@ -128,26 +128,26 @@ def test_restarts_wait_longer_each_time():
     pool = open_pool(make("tests.support.faulty_envs:Rogue"), style="chat", workers=1, deadline_s=5, restarts=9)
 
     async def die() -> float:
-        place = pool.take()
+        slot = pool.acquire()
         start = time.monotonic()
-        await pool.start(place, Task("exit", "train"), 0)
+        await pool.start(slot, Task("exit", "train"), 0)
         waited = time.monotonic() - start
-        await pool.act(place, REPLY, False)
+        await pool.act(slot, REPLY, False)
         with pytest.raises(EnvironmentFault, match="exit code 3"):
-            await pool.act(place, REPLY, False)
+            await pool.act(slot, REPLY, False)
         return waited
 
     waits: list[float] = []
-    lane_wait = lanes.threading.Event.wait
-    lanes.threading.Event.wait = lambda self, seconds=None: (waits.append(seconds), lane_wait(self, seconds))[1]
+    event_wait = workers.threading.Event.wait
+    workers.threading.Event.wait = lambda self, seconds=None: (waits.append(seconds), event_wait(self, seconds))[1]
     try:
         for _ in range(3):
             asyncio.run(die())
-        lane = pool.lanes[0]
-        lane._in_a_row = 20
+        worker = pool.workers[0]
+        worker._restarts_in_a_row = 20
         asyncio.run(die())
     finally:
-        lanes.threading.Event.wait = lane_wait
+        workers.threading.Event.wait = event_wait
         pool.close()
     assert [w for w in waits if w in (0.05, 5.0)] == [
         0.05,
@@ -222,12 +222,12 @@ from spearrl.envs.pool import open_pool
 from spearrl.types import Reply, Task
 pool = open_pool(make("tests.support.faulty_envs:Rogue"), style="chat", workers=1, deadline_s=60)
 async def main():
-    place = pool.take()
-    await pool.start(place, Task("hang", "train"), 0)
-    played = await pool.act(place, Reply("go", (1,), "stop"), False)
+    slot = pool.acquire()
+    await pool.start(slot, Task("hang", "train"), 0)
+    played = await pool.act(slot, Reply("go", (1,), "stop"), False)
     print(played.outcome.info["pid"], flush=True)
     asyncio.get_running_loop().call_later(0.3, os.kill, os.getpid(), signal.SIGKILL)
-    await pool.act(place, Reply("go", (1,), "stop"), False)
+    await pool.act(slot, Reply("go", (1,), "stop"), False)
 asyncio.run(main())
 """
 

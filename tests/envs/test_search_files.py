@@ -367,9 +367,9 @@ def test_many_slots_ask_at_once(tmp_path, peers):
     pool = open_pool(environment, style="chat", workers=6, deadline_s=30)
 
     async def play(number: int):
-        place = pool.take()
-        await pool.start(place, environment.tasks("train")[number], 0)
-        return await pool.act(place, Reply("<think>so</think><search>whale</search>", (), "stop"), False)
+        slot = pool.acquire()
+        await pool.start(slot, environment.tasks("train")[number], 0)
+        return await pool.act(slot, Reply("<think>so</think><search>whale</search>", (), "stop"), False)
 
     async def play_all():
         return await asyncio.gather(*(play(n) for n in range(6)))

@@ -432,9 +432,9 @@ def off_loop(subject: Subject) -> str:
     subject.at = f"{subject.cls.__name__} in a {kind} pool"
 
     async def play() -> Outcome:
-        place = pool.take()
-        await pool.start(place, task, subject.seed)
-        return (await pool.act(place, Reply("go on", (1,), "stop"), False)).outcome
+        slot = pool.acquire()
+        await pool.start(slot, task, subject.seed)
+        return (await pool.act(slot, Reply("go on", (1,), "stop"), False)).outcome
 
     try:
         pickle.dumps(task)

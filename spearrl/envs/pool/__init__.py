@@ -1,5 +1,5 @@
 """Where environments step: on the event loop, in threads, or in processes."""
 
-from spearrl.envs.pool.pool import Place, Pool, SlotLost, open_pool
+from spearrl.envs.pool.pool import Pool, PooledSlot, SlotLost, open_pool
 
-__all__ = ["Place", "Pool", "SlotLost", "open_pool"]
+__all__ = ["Pool", "PooledSlot", "SlotLost", "open_pool"]

@@ -1,7 +1,7 @@
 """Where environments step: on the event loop, in threads, or in a few processes that serve many slots each.
 
-An environment that hangs, raises or dies costs its own episode only. In a process pool its worker goes down with it; the other episodes that
-lived there raise SlotLost and are played again.
+An environment that hangs, raises or dies costs its own episode only. In a process pool its worker goes down with it;
+the other episodes that lived there raise SlotLost and are played again.
 """
 
 from __future__ import annotations
@@ -9,51 +9,63 @@ from __future__ import annotations
 import asyncio
 import os
 import traceback
-from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from queue import SimpleQueue
 from typing import Any
 
 from spearrl.envs.base import Environment, import_path
-from spearrl.envs.pool.slot import Played, Seat, Shown
-from spearrl.envs.pool.workers import Budget, Job, Lane, ProcessWorker, SlotLost, ThreadWorker, Worker
+from spearrl.envs.pool.slot import EpisodeStart, Slot, StepResult
+from spearrl.envs.pool.workers import PoolCall, ProcessWorker, RestartBudget, SlotLost, SupervisedWorker, ThreadWorker
 from spearrl.errors import ConfigError
 from spearrl.types import Reply, Task
 
-__all__ = ["Pool", "Place", "SlotLost", "open_pool"]
 BATCH = 32  # calls that go to a process in one message
 
 
 @dataclass(slots=True, eq=False)
-class Place:
-    """A slot of a pool: a `Seat` in this process, or the number of one in another and the `Lane` that leads there."""
+class PooledSlot:
+    """A slot of a pool. It lives in this process (`slot`), or under a number in the process of a worker.
 
-    seat: Any = None
-    lane: Any = None
+    `generation` says in which of the worker's processes; 0: no episode has begun in it yet. `task_id` is for error
+    messages.
+    """
+
+    slot: Any = None
+    worker: Any = None
     number: int = 0
     generation: int = 0
-    task: str = ""
+    task_id: str = ""
 
 
 class Pool:
-    """Slots of one environment, stepped on the event loop. `open_pool` chooses the kind that the environment declares."""
+    """Slots of one environment, stepped on the event loop.
 
-    def __init__(self, environment: Environment, *, style: str, restarts: int = 0):
+    `open_pool` opens the kind of pool that the environment declares.
+
+    Args:
+        style: of the prompts, "chat" or "windowed".
+        restarts: workers that may be replaced between two `budget.refill()`.
+        episode_seed: the environment's seed in every episode, in place of the one that `start` is given.
+    """
+
+    def __init__(self, environment: Environment, *, style: str, restarts: int = 0, episode_seed: int | None = None):
         self.environment, self.style = environment, style
-        self.budget = Budget(restarts)
-        self._free: list[Place] = []
+        self.budget = RestartBudget(restarts)
+        self._episode_seed = episode_seed
+        self._free: list[PooledSlot] = []
 
-    def take(self) -> Place:
+    def acquire(self) -> PooledSlot:
         """A free slot, spawned where there is none."""
         return self._free.pop() if self._free else self._new()
 
-    def give(self, place: Place) -> None:
-        """Hand a sound slot back."""
-        self._free.append(place)
+    def release(self, slot: PooledSlot) -> None:
+        """Take a sound slot back for other episodes."""
+        self._free.append(slot)
 
-    async def start(self, place: Place, task: Task, seed: int) -> Shown:
+    async def start(self, slot: PooledSlot, task: Task, seed: int) -> EpisodeStart:
         """Begin an episode.
 
         Raises (this and `act`):
@@ -61,72 +73,77 @@ class Pool:
             SlotLost: the worker went down through no fault of this slot.
             WorkerError: workers were replaced more often than the budget allows.
         """
-        return place.seat.start(task, seed)
+        slot.task_id = task.id
+        seed = seed if self._episode_seed is None else self._episode_seed
+        return await self._call(slot, "start", (task, seed), f"reset of task {task.id}")  # type: ignore[no-any-return]
 
-    async def act(self, place: Place, reply: Reply, last: bool) -> Played:
-        """Parse and step a reply; `last`: no further prompt is wanted."""
-        return place.seat.act(reply, last)
+    async def act(self, slot: PooledSlot, reply: Reply, last: bool) -> StepResult:
+        """Parse and step a reply; `last`: no further prompt is needed."""
+        return await self._call(slot, "act", (reply, last), f"step of task {slot.task_id}")  # type: ignore[no-any-return]
 
-    def discard(self, place: Place) -> None:
+    def discard(self, slot: PooledSlot) -> None:
         """Close a slot that is not trusted any more."""
-        place.seat.close()
+        slot.slot.close()
 
     def close(self) -> None:
         """Close every free slot and end the workers. May be called twice."""
-        places, self._free = self._free, []
-        for place in places:
-            self.discard(place)
+        free, self._free = self._free, []
+        for slot in free:
+            self.discard(slot)
 
-    def _new(self) -> Place:
-        return Place(Seat(self.environment.spawn(), self.style))
+    def _new(self) -> PooledSlot:
+        return PooledSlot(Slot(self.environment.spawn(), self.style))
+
+    async def _call(self, slot: PooledSlot, method: str, arguments: tuple[Any, ...], what: str) -> Any:
+        return getattr(slot.slot, method)(*arguments)
 
 
-class LanePool(Pool):
+class WorkerPool(Pool):
     """Slots stepped by workers beside the event loop.
 
-    `deterministic`: the loop waits for the calls submitted so far and delivers their results in the order of submission, so that what the engine
-    sees does not depend on how fast an environment is.
+    `deterministic`: the loop waits for the calls submitted so far and delivers their results in the order of
+    submission, so that what the engine receives does not depend on how fast an environment is.
     """
 
-    def __init__(self, environment: Environment, *, style: str, restarts: int, deadline_s: float, deterministic: bool):
-        super().__init__(environment, style=style, restarts=restarts)
+    def __init__(self, environment: Environment, *, deadline_s: float, deterministic: bool, **settings: Any):
+        super().__init__(environment, **settings)
         self.deadline_s, self.deterministic = deadline_s, deterministic
-        self.lanes: list[Lane] = []
+        self.workers: list[SupervisedWorker] = []
         self._pending: list[tuple[Future[Any], asyncio.Future[Any]]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def close(self) -> None:
         super().close()
-        lanes, self.lanes = self.lanes, []
-        for lane in lanes:
-            lane.close()
-        for lane in lanes:
-            lane.join()
+        workers, self.workers = self.workers, []
+        for worker in workers:
+            worker.close()
+        for worker in workers:
+            worker.join()
 
     @staticmethod
-    def _forget(lane: Lane, job: Job) -> None:
+    def _submit_and_forget(worker: SupervisedWorker, call: PoolCall) -> None:
         """Submit a call that nobody waits for; what it raises is printed."""
-        job.future.add_done_callback(_print_error)
-        lane.jobs.put(job)
+        call.future.add_done_callback(_print_error)
+        worker.calls.put(call)
 
-    async def _call(self, lane: Lane, job: Job) -> tuple[Any, int]:
-        """The job's result, and the generation of the worker it came from."""
-        lane.jobs.put(job)
+    async def _submit(self, worker: SupervisedWorker, call: PoolCall) -> tuple[Any, int]:
+        """The call's result, and the generation of the worker it came from."""
+        worker.calls.put(call)
         if not self.deterministic:
-            return await asyncio.wrap_future(job.future)  # type: ignore[no-any-return]
+            return await asyncio.wrap_future(call.future)  # type: ignore[no-any-return]
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[Any] = loop.create_future()
         if self._loop is not loop:  # another rollout; what an aborted one left is of no use
             self._loop, self._pending = loop, []
         if not self._pending:
-            loop.call_soon(self._drain)
-        self._pending.append((job.future, waiter))
+            loop.call_soon(self._deliver)
+        self._pending.append((call.future, waiter))
         return await waiter  # type: ignore[no-any-return]
 
-    def _drain(self) -> None:
+    def _deliver(self) -> None:
         pending, self._pending = self._pending, []
         for future, waiter in pending:
-            wait([future])  # every lane resolves its jobs within their deadlines
+            wait([future])  # every worker resolves its calls within their deadlines
             if waiter.done():  # its episode was cancelled
                 continue
             error = future.exception()
@@ -136,43 +153,39 @@ class LanePool(Pool):
                 waiter.set_result(future.result())
 
 
-class ThreadPool(LanePool):
-    """Threads of this process, for environments that wait (for a server, a subprocess)."""
+class ThreadPool(WorkerPool):
+    """Threads of this process, for environments that wait (for a server, a subprocess).
+
+    Any thread takes any call, from one queue.
+    """
 
     def __init__(self, environment: Environment, *, threads: int, **settings: Any):
         super().__init__(environment, **settings)
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._calls: SimpleQueue[PoolCall | None] = SimpleQueue()
         self._threads = threads
         self._names = count()
 
-    async def start(self, place: Place, task: Task, seed: int) -> Shown:
-        place.task = task.id
-        return await self._run(lambda: place.seat.start(task, seed), f"reset of task {task.id}")
-
-    async def act(self, place: Place, reply: Reply, last: bool) -> Played:
-        return await self._run(lambda: place.seat.act(reply, last), f"step of task {place.task}")
-
-    def discard(self, place: Place) -> None:
-        """Closing may block, and wait for a call that hangs: that is done by a worker."""
-        if self.lanes:
-            self._forget(self.lanes[0], Job(place.seat.close, f"close after task {place.task}"))
+    def discard(self, slot: PooledSlot) -> None:
+        """Close a slot, in a worker: closing may block, and wait for a call that hangs."""
+        if self.workers:
+            self._submit_and_forget(self.workers[0], PoolCall(slot.slot.close, f"close after task {slot.task_id}"))
         else:
-            place.seat.close()
+            slot.slot.close()
 
-    async def _run(self, function: Callable[[], Any], what: str) -> Any:
-        if not self.lanes:
-            self.lanes = [
-                Lane(self._worker, self._jobs, self.budget, deadline_s=self.deadline_s, name=f"env-{i}")
+    async def _call(self, slot: PooledSlot, method: str, arguments: tuple[Any, ...], what: str) -> Any:
+        if not self.workers:
+            self.workers = [
+                SupervisedWorker(self._worker, self._calls, self.budget, deadline_s=self.deadline_s, name=f"env-{i}")
                 for i in range(self._threads)
             ]
-        result, _ = await self._call(self.lanes[0], Job(function, what))
-        return result
+        value, _ = await self._submit(self.workers[0], PoolCall(partial(getattr(slot.slot, method), *arguments), what))
+        return value
 
-    def _worker(self) -> Worker:
+    def _worker(self) -> ThreadWorker:
         return ThreadWorker(f"env-{next(self._names)}")
 
 
-class ProcessPool(LanePool):
+class ProcessPool(WorkerPool):
     """A few processes that build the environment by its import path and options; a slot lives in one of them.
 
     Raises:
@@ -185,36 +198,30 @@ class ProcessPool(LanePool):
         self._processes = processes
         self._numbers = count()
 
-    async def start(self, place: Place, task: Task, seed: int) -> Shown:
-        place.task = task.id
-        job = Job(("start", place.number, (task, seed)), f"reset of task {task.id}")
-        shown, place.generation = await self._call(place.lane, job)
-        return shown  # type: ignore[no-any-return]
+    def discard(self, slot: PooledSlot) -> None:
+        slot.worker.slots -= 1
+        if slot.generation:
+            what = f"close after task {slot.task_id}"
+            self._submit_and_forget(slot.worker, PoolCall(("close", slot.number, ()), what, slot.generation))
 
-    async def act(self, place: Place, reply: Reply, last: bool) -> Played:
-        job = Job(("act", place.number, (reply, last)), f"step of task {place.task}", place.generation)
-        played, _ = await self._call(place.lane, job)
-        return played  # type: ignore[no-any-return]
+    async def _call(self, slot: PooledSlot, method: str, arguments: tuple[Any, ...], what: str) -> Any:
+        generation = None if method == "start" else slot.generation
+        call = PoolCall((method, slot.number, arguments), what, generation)
+        value, slot.generation = await self._submit(slot.worker, call)
+        return value
 
-    def discard(self, place: Place) -> None:
-        place.lane.slots -= 1
-        if place.generation:
-            self._forget(
-                place.lane, Job(("close", place.number, ()), f"close after task {place.task}", place.generation)
-            )
-
-    def _new(self) -> Place:
-        if not self.lanes:
+    def _new(self) -> PooledSlot:
+        if not self.workers:
             settings: dict[str, Any] = {"deadline_s": self.deadline_s, "batch": BATCH}
-            self.lanes = [
-                Lane(self._worker, SimpleQueue(), self.budget, name=f"env-{i}", **settings)
+            self.workers = [
+                SupervisedWorker(self._worker, SimpleQueue(), self.budget, name=f"env-{i}", **settings)
                 for i in range(self._processes)
             ]
-        lane = min(self.lanes, key=lambda candidate: candidate.slots)
-        lane.slots += 1
-        return Place(lane=lane, number=next(self._numbers))
+        worker = min(self.workers, key=lambda candidate: candidate.slots)
+        worker.slots += 1
+        return PooledSlot(worker=worker, number=next(self._numbers))
 
-    def _worker(self) -> Worker:
+    def _worker(self) -> ProcessWorker:
         return ProcessWorker(self._recipe, self.deadline_s)
 
 
@@ -232,30 +239,26 @@ def open_pool(
     deadline_s: float = 60.0,
     restarts: int = 32,
     deterministic: bool = False,
+    episode_seed: int | None = None,
 ) -> Pool:
     """The pool for what the environment declares in `execution`.
 
     Args:
+        style, restarts, episode_seed: as of Pool.
         workers: processes or threads; 0: a process for each core, `environment.threads` threads.
         deadline_s: seconds a call may take; a pool on the event loop cannot hold to it.
-        restarts: workers that may be replaced between two `budget.refill()`.
-        deterministic: see LanePool.
+        deterministic: as of WorkerPool.
     Raises:
         ConfigError: unknown `execution`, or a class that other processes cannot import.
     """
-    settings: dict[str, Any] = {
-        "style": style,
-        "restarts": restarts,
-        "deadline_s": deadline_s,
-        "deterministic": deterministic,
-    }
+    common: dict[str, Any] = {"style": style, "restarts": restarts, "episode_seed": episode_seed}
     kind = environment.execution
     if kind == "inline":
-        return Pool(environment, style=style, restarts=restarts)
+        return Pool(environment, **common)
+    common |= {"deadline_s": deadline_s, "deterministic": deterministic}
     if kind == "thread":
-        return ThreadPool(environment, threads=workers or environment.threads, **settings)
+        return ThreadPool(environment, threads=workers or environment.threads, **common)
     if kind == "process":
-        return ProcessPool(environment, processes=workers or os.cpu_count() or 1, **settings)
-    raise ConfigError(
-        f"execution={kind!r} is not known", where=type(environment).__name__, hint='use "inline", "thread" or "process"'
-    )
+        return ProcessPool(environment, processes=workers or os.cpu_count() or 1, **common)
+    hint = 'use "inline", "thread" or "process"'
+    raise ConfigError(f"execution={kind!r} is not known", where=type(environment).__name__, hint=hint)

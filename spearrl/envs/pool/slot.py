@@ -1,4 +1,7 @@
-"""One place to play at: an environment slot, and the history its prompts are made from. Runs wherever step() runs."""
+"""An environment slot and the history its prompts are made from.
+
+It runs wherever step() runs: on the loop, in a thread or in a process.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,32 @@ from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
 
 
 @dataclass(slots=True)
-class Shown:
-    """What begins an episode."""
+class EpisodeStart:
+    """What begins an episode.
+
+    The first observation, the messages of the first prompt, the function schemas of all prompts.
+    """
 
     observation: Observation
-    messages: list[Message]  # of the first prompt
-    tools: list[dict[str, Any]]  # function schemas, the same for the whole episode
+    messages: list[Message]
+    tools: list[dict[str, Any]]
 
 
 @dataclass(slots=True)
-class Played:
-    """What came of a reply."""
+class StepResult:
+    """What a reply led to: the action in it, its outcome and the messages of the next prompt.
+
+    `messages` is the whole next prompt (windowed style) or what is new in it (chat style); it is empty where no prompt
+    follows.
+    """
 
     action: Action
     outcome: Outcome
-    messages: list[Message]  # of the next prompt: all of it (windowed) or what is new (chat); empty where there is none
+    messages: list[Message]
 
 
-class Seat:
-    """An environment slot as the collector uses it: replies in, prompts out.
+class Slot:
+    """An environment that plays one episode at a time, as the collector uses it: replies in, prompts out.
 
     Args:
         style: "chat" (messages of a growing conversation) or "windowed" (a fresh prompt every turn).
@@ -40,21 +50,21 @@ class Seat:
     def __init__(self, environment: Environment, style: str):
         self.environment, self.style = environment, style
 
-    def start(self, task: Task, seed: int) -> Shown:
-        """Begin an episode. Raises ConfigError where a windowed prompt is wanted and not offered."""
+    def start(self, task: Task, seed: int) -> EpisodeStart:
+        """Begin an episode.
+
+        Raises:
+            ContractError: reset() returned no Observation.
+            ConfigError: the style is "windowed", and the environment has no windowed prompts.
+        """
         self._task, self._seed, self._turn = task, seed, 0
         self._history: list[tuple[Observation, Action]] = []
         self._observation = self.environment.reset(task, seed)
         if not isinstance(self._observation, Observation):
-            found = type(self._observation).__name__
-            raise ContractError(
-                f"reset() returned {found}, expected Observation",
-                where=self.where,
-                hint="return spearrl.types.Observation",
-            )
-        return Shown(self._observation, self._messages(), self.environment.tools())
+            raise self._wrong_type("reset()", self._observation, "Observation")
+        return EpisodeStart(self._observation, self._messages(), self.environment.tools())
 
-    def act(self, reply: Reply, last: bool = False) -> Played:
+    def act(self, reply: Reply, last: bool = False) -> StepResult:
         """Parse and step a reply. `last`: no prompt follows, whatever the outcome.
 
         Raises:
@@ -62,16 +72,20 @@ class Seat:
         """
         action = self.environment.parse(reply)
         outcome = self.environment.step(action)
-        self._check(outcome)
+        if not isinstance(outcome, Outcome):
+            raise self._wrong_type("step()", outcome, "Outcome")
+        if not isinstance(outcome.reward, numbers.Real) or not math.isfinite(outcome.reward):
+            hint = "step() must return a finite float"
+            raise ContractError(f"reward {outcome.reward!r} is not a finite number", where=self.where, hint=hint)
         self._turn += 1
         if self.style == "windowed":
             self._history.append((self._observation, action))
         self._observation = outcome.observation
         over = last or outcome.terminated or outcome.truncated
-        return Played(action, outcome, [] if over else self._messages())
+        return StepResult(action, outcome, [] if over else self._messages())
 
     def close(self) -> None:
-        """Release the environment slot."""
+        """Release the environment."""
         self.environment.close()
 
     @property
@@ -84,23 +98,10 @@ class Seat:
             return self.environment.messages(self._observation, self._turn)
         messages = self.environment.window(self._history, self._observation, self._task)
         if messages is None:
-            raise ConfigError(
-                f"{type(self.environment).__name__} offers no windowed prompts",
-                where="env.style",
-                hint='use env.style="chat"',
-            )
+            name = type(self.environment).__name__
+            raise ConfigError(f"{name} offers no windowed prompts", where="env.style", hint='use env.style="chat"')
         return messages
 
-    def _check(self, outcome: Outcome) -> None:
-        if not isinstance(outcome, Outcome):
-            raise ContractError(
-                f"step() returned {type(outcome).__name__}, expected Outcome",
-                where=self.where,
-                hint="return spearrl.types.Outcome",
-            )
-        if not isinstance(outcome.reward, numbers.Real) or not math.isfinite(outcome.reward):
-            raise ContractError(
-                f"reward {outcome.reward!r} is not a finite number",
-                where=self.where,
-                hint="step() must return a finite float",
-            )
+    def _wrong_type(self, method: str, value: Any, expected: str) -> ContractError:
+        complaint = f"{method} returned {type(value).__name__}, expected {expected}"
+        return ContractError(complaint, where=self.where, hint=f"return spearrl.types.{expected}")

@@ -1,6 +1,8 @@
-"""Workers that step environments off the event loop, each watched by a thread of its own: deadlines, replacement, back-off.
+"""Workers that step environments beside the event loop: threads or processes, each supervised by a thread of its own.
 
-A lane is one worker and the queue of calls it works through. A process worker serves the slots that live in it; a thread worker takes any call.
+A `SupervisedWorker` is a queue of calls, the worker that carries them out, and the thread that drives it: that thread
+keeps every call's deadline, and replaces a worker that hangs or dies, after a pause. A process worker serves the slots
+that live in it; a thread worker takes any call.
 """
 
 from __future__ import annotations
@@ -20,30 +22,29 @@ from spearrl import errors
 from spearrl.errors import ContractError, EnvironmentFault, SpearError, WorkerError
 from spearrl.processes import Child
 
-BUILD_FACTOR, BUILD_LEAST_S = 10, 60.0  # building an environment may take this many deadlines, at least so many seconds
-BACK_OFF_S, BACK_OFF_MOST_S = (
-    0.05,
-    5.0,
-)  # before a restart; doubles with each that follows without a sound call in between
-GOODBYE_S = 2.0
+# Building an environment may take this many deadlines, and at least so many seconds.
+BUILD_FACTOR, BUILD_LEAST_S = 10, 60.0
+# The pause before a restart; it doubles with each restart that follows without a sound call in between.
+BACK_OFF_S, BACK_OFF_MOST_S = 0.05, 5.0
+CLOSE_S = 2.0
 
 
 class SlotLost(EnvironmentFault):
     """The worker went down through no fault of this slot: its episode is played again."""
 
 
-class Overrun(EnvironmentFault):
+class CallTimeout(EnvironmentFault):
     """A call gave no answer in time."""
 
 
-class Died(EnvironmentFault):
+class WorkerDied(EnvironmentFault):
     """The worker process ended in the middle of a call."""
 
 
-class Budget:
-    """How often workers may be replaced between two `refill`s, and what happened over the pool's life.
+class RestartBudget:
+    """How often workers may be replaced between two `refill`s.
 
-    Raises (spend): WorkerError when it is used up.
+    `restarts` and `deadlines` count over the pool's life.
     """
 
     def __init__(self, restarts: int):
@@ -53,40 +54,43 @@ class Budget:
         self._lock = threading.Lock()
 
     def refill(self) -> None:
+        """Allow `limit` restarts from here."""
         self._left = self.limit
 
     def spend(self, reason: str) -> None:
+        """Count a restart. Raises WorkerError where none is left."""
         with self._lock:
             if self._left < 1:
-                hint = "mend the environment (spearrl check-env finds most faults), or raise rollout.env_restarts"
                 raise WorkerError(
                     f"environment workers were replaced {self.limit} times in one rollout; the last reason: {reason}",
                     where="env",
-                    hint=hint,
+                    hint="mend the environment (spearrl check-env finds most faults), or raise rollout.env_restarts",
                 )
             self._left -= 1
             self.restarts += 1
 
-    def overran(self) -> None:
+    def count_timeout(self) -> None:
+        """Count a call that passed its deadline."""
         with self._lock:
             self.deadlines += 1
 
 
-# What a lane drives: calls are sent together, answers are received one by one in the same order; Overrun and Died end a worker's life.
+# Calls are sent to a worker together; their results are received one by one, in the same order. CallTimeout and
+# WorkerDied end its life.
 
 
 class ThreadWorker:
-    """Runs calls in one daemon thread; a thread that hangs is left behind."""
+    """Runs calls (functions without arguments) in one daemon thread; a thread that hangs is left behind."""
 
     def __init__(self, name: str):
-        self._work: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
+        self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
         self._results: deque[Future[Any]] = deque()
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def send(self, payloads: list[Any]) -> None:
         for payload in payloads:
             self._results.append(Future())
-            self._work.put((payload, self._results[-1]))
+            self._calls.put((payload, self._results[-1]))
 
     def receive(self, deadline_s: float) -> Any:
         result = self._results.popleft()
@@ -95,18 +99,18 @@ class ThreadWorker:
         except TimeoutError as error:
             if result.done():  # the environment's own TimeoutError
                 raise
-            raise Overrun(f"no answer within {deadline_s:g} s") from error
+            raise CallTimeout(f"no answer within {deadline_s:g} s") from error
 
     def alive(self) -> bool:
         return True
 
     def kill(self) -> None:
-        self._work.put(None)
+        self._calls.put(None)
 
     stop = interrupt = kill
 
     def _run(self) -> None:
-        while (item := self._work.get()) is not None:
+        while (item := self._calls.get()) is not None:
             function, result = item
             try:
                 result.set_result(function())
@@ -115,17 +119,20 @@ class ThreadWorker:
 
 
 class ProcessWorker:
-    """A process of `spearrl.envs.pool.serve` with the environment in it. Raises what building the environment raises, Overrun, Died."""
+    """A process of `spearrl.envs.pool.serve` with the environment in it.
+
+    Args:
+        environment: (import path, options, style).
+    Raises:
+        CallTimeout, WorkerDied, and whatever building the environment raises.
+    """
 
     def __init__(self, environment: tuple[str, dict[str, Any], str], deadline_s: float):
-        # Results go to standard output; an environment that prints must not mix into them.
-        self._child = Child(
-            "spearrl.envs.pool.serve", {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}, output=2
-        )
-        self._connection, self.interrupt = (
-            self._child.connection,
-            self._child.kill,
-        )  # interrupt: end a running call, from another thread
+        variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        # Standard output is sent to standard error: results of the run go to the first, and an environment may print.
+        self._child = Child("spearrl.envs.pool.serve", variables, output=2)
+        self._connection = self._child.connection
+        self.interrupt = self._child.kill  # ends a running call, from another thread
         try:
             self.send([environment])
             self.receive(max(BUILD_LEAST_S, BUILD_FACTOR * deadline_s))
@@ -134,24 +141,32 @@ class ProcessWorker:
             raise
 
     def send(self, payloads: list[Any]) -> None:
-        """One message: the worker has read all of it before it answers, so that the two never wait for each other."""
+        """Send calls as one message.
+
+        The process reads all of it before it answers, so the two never wait for each other.
+        """
         try:
             self._connection.send(payloads)
         except OSError as error:
-            raise Died(f"the worker process ended ({self._child.ending(GOODBYE_S)})") from error
+            raise self._died() from error
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise _cannot_travel(error) from error
 
     def receive(self, deadline_s: float) -> Any:
         try:
             if not self._connection.poll(deadline_s):
-                raise Overrun(f"no answer within {deadline_s:g} s")
-            answer = self._connection.recv()
+                raise CallTimeout(f"no answer within {deadline_s:g} s")
+            kind, *rest = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise Died(f"the worker process ended ({self._child.ending(GOODBYE_S)})") from error
+            raise self._died() from error
         except (pickle.UnpicklingError, AttributeError, ImportError, TypeError) as error:
             raise _cannot_travel(error) from error
-        return _result(answer)
+        if kind == "ok":
+            return rest[0]
+        if kind == "raised":
+            raise EnvironmentFault(str(rest[0]).rstrip())
+        name, message, where, hint = rest
+        raise getattr(errors, name, SpearError)(message, where=where, hint=hint)
 
     def alive(self) -> bool:
         return self._child.process.poll() is None
@@ -162,15 +177,15 @@ class ProcessWorker:
         self._connection.close()
 
     def stop(self) -> None:
-        """Let the process close its environments, for a moment."""
+        """Give the process a moment to close its environments."""
         self._connection.close()
         try:
-            self._child.process.wait(GOODBYE_S)
+            self._child.process.wait(CLOSE_S)
         except subprocess.TimeoutExpired:
             self.kill()
 
-
-Worker = ThreadWorker | ProcessWorker
+    def _died(self) -> WorkerDied:
+        return WorkerDied(f"the worker process ended ({self._child.ending(CLOSE_S)})")
 
 
 def _cannot_travel(error: Exception) -> ContractError:
@@ -178,20 +193,15 @@ def _cannot_travel(error: Exception) -> ContractError:
     return ContractError(f"a value cannot travel between processes: {error}", where="env", hint=hint)
 
 
-def _result(answer: tuple[Any, ...]) -> Any:
-    kind, *rest = answer
-    if kind == "ok":
-        return rest[0]
-    if kind == "raised":
-        raise EnvironmentFault(str(rest[0]).rstrip())
-    name, message, where, hint = rest
-    found = getattr(errors, name, SpearError)
-    raise found(message, where=where, hint=hint)
+Worker = ThreadWorker | ProcessWorker
 
 
 @dataclass
-class Job:
-    """One call: `what` names it in error messages; `generation` is the worker the slot lives in (none: any)."""
+class PoolCall:
+    """One call: `what` names it in error messages.
+
+    `generation` is the worker its slot lives in (None: any worker will do).
+    """
 
     payload: Any
     what: str
@@ -199,29 +209,34 @@ class Job:
     future: Future[Any] = field(default_factory=Future)
 
 
-class Lane:
-    """A worker, its queue and the thread that drives it. Every job's future is resolved, within the deadline of each job before it.
+class SupervisedWorker:
+    """A worker, its queue and the thread that drives it.
+
+    Every call's future is resolved, within the deadline of each call before it.
+
+    A result is (value, generation): the generation counts the workers that took each other's place here, from 1.
 
     Args:
         build: makes a worker.
-        jobs: the queue; lanes whose workers take any call may share one.
+        calls: the queue; several whose workers take any call may share one. None ends them.
         batch: calls sent to the worker at a time.
     """
 
     def __init__(
         self,
         build: Callable[[], Worker],
-        jobs: SimpleQueue[Job | None],
-        budget: Budget,
+        calls: SimpleQueue[PoolCall | None],
+        budget: RestartBudget,
         *,
         deadline_s: float,
         name: str,
         batch: int = 1,
     ):
-        self.jobs, self.slots, self._batch = jobs, 0, batch
-        self._build, self._budget, self._deadline_s = build, budget, deadline_s
-        self._generation, self._in_a_row, self._lost = 1, 0, ""
+        self.calls, self.slots = calls, 0  # slots: how many live in it
+        self._build, self._budget, self._deadline_s, self._batch = build, budget, deadline_s, batch
         self._worker: Worker | None = None
+        self._generation, self._restarts_in_a_row = 1, 0
+        self._fault = ""  # why the last worker was given up
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"{name}-watch", daemon=True)
         self._thread.start()
@@ -229,87 +244,90 @@ class Lane:
     def close(self) -> None:
         """End after the call that runs now."""
         self._closing.set()
-        self.jobs.put(None)
+        self.calls.put(None)
 
     def join(self) -> None:
         """Wait for `close`; a call that hangs is cut off."""
-        self._thread.join(GOODBYE_S)
+        self._thread.join(CLOSE_S)
         worker = self._worker
         if self._thread.is_alive() and worker is not None:
             worker.interrupt()
-            self._thread.join(2 * GOODBYE_S)
+            self._thread.join(2 * CLOSE_S)
 
     def _run(self) -> None:
-        open_ = True
-        while open_:
-            jobs = [self.jobs.get()]
-            while len(jobs) < self._batch and not self.jobs.empty():
-                jobs.append(self.jobs.get())
-            open_ = None not in jobs
-            self._work([job for job in jobs if job is not None and job.future.set_running_or_notify_cancel()])
+        closed = False
+        while not closed:
+            calls = [self.calls.get()]
+            while len(calls) < self._batch and not self.calls.empty():
+                calls.append(self.calls.get())
+            closed = None in calls
+            self._work([call for call in calls if call is not None and call.future.set_running_or_notify_cancel()])
         if self._worker is not None:
             self._worker.stop()
 
-    def _work(self, jobs: list[Job]) -> None:
-        """Resolve the jobs' futures. Of those a failing worker leaves unanswered, the first is to blame; slots of the others are lost."""
-        while jobs := self._current(jobs):
+    def _work(self, calls: list[PoolCall]) -> None:
+        """Resolve the futures. Of the calls that a failing worker leaves unanswered, the first is to blame.
+
+        The others' slots are lost.
+        """
+        while calls := self._without_lost_slots(calls):
             try:
-                worker = self._worker = self._worker or self._begin(jobs[0])
-                worker.send([job.payload for job in jobs])
-            except Died:
-                self._retire("a worker process ended between two calls")
+                worker = self._worker = self._worker or self._replacement(calls[0])
+                worker.send([call.payload for call in calls])
+            except WorkerDied:
+                self._give_up("a worker process ended between two calls")
                 continue
             except BaseException as error:
-                jobs.pop(0).future.set_exception(error)
+                calls.pop(0).future.set_exception(error)
                 continue
-            while jobs and self._worker is worker:
-                self._receive(worker, jobs.pop(0))
+            while calls and self._worker is worker:
+                self._receive(worker, calls.pop(0))
 
-    def _receive(self, worker: Worker, job: Job) -> None:
+    def _receive(self, worker: Worker, call: PoolCall) -> None:
         try:
-            result = worker.receive(self._deadline_s)
-        except (Overrun, Died) as error:
-            if isinstance(error, Overrun):
-                self._budget.overran()
-            self._retire(f"{job.what}: {error.message}")
-            fault = EnvironmentFault(f"{self._lost}; its worker was replaced")
+            value = worker.receive(self._deadline_s)
+        except (CallTimeout, WorkerDied) as error:
+            if isinstance(error, CallTimeout):
+                self._budget.count_timeout()
+            self._give_up(f"{call.what}: {error.message}")
+            fault = EnvironmentFault(f"{self._fault}; its worker was replaced")
             fault.__cause__ = error
-            job.future.set_exception(fault)
+            call.future.set_exception(fault)
         except BaseException as error:
-            job.future.set_exception(error)
+            call.future.set_exception(error)
         else:
-            self._in_a_row = 0
-            job.future.set_result((result, self._generation))
+            self._restarts_in_a_row = 0
+            call.future.set_result((value, self._generation))
 
-    def _current(self, jobs: list[Job]) -> list[Job]:
-        """Those that need no slot of a worker that is gone; the others' futures are resolved."""
+    def _without_lost_slots(self, calls: list[PoolCall]) -> list[PoolCall]:
+        """The calls whose slot lives in the present worker, or that need none; the others fail with SlotLost."""
         if self._worker is not None and not self._worker.alive():
-            self._retire("a worker process ended between two calls")
-        for job in jobs:
-            if job.generation not in (None, self._generation):
-                job.future.set_exception(SlotLost(f"{job.what}: the worker it lived in was replaced"))
-        return [job for job in jobs if not job.future.done()]
+            self._give_up("a worker process ended between two calls")
+        for call in calls:
+            if call.generation not in (None, self._generation):
+                call.future.set_exception(SlotLost(f"{call.what}: the worker it lived in was replaced"))
+        return [call for call in calls if not call.future.done()]
 
-    def _retire(self, reason: str) -> None:
-        """Give the worker up; its slots are lost."""
+    def _give_up(self, reason: str) -> None:
+        """Kill the worker; its slots are lost."""
         if self._worker is not None:
             self._worker.kill()
-        self._worker, self._lost = None, reason
+        self._worker, self._fault = None, reason
         self._generation += 1
 
-    def _begin(self, job: Job) -> Worker:
-        """A worker; after a pause, where it takes the place of another."""
-        if self._closing.is_set() and self._lost:
-            raise WorkerError(f"{job.what}: the pool was closed")
-        if self._lost:
-            self._budget.spend(self._lost)
-            self._closing.wait(min(BACK_OFF_MOST_S, BACK_OFF_S * 2**self._in_a_row))
-            self._in_a_row += 1
+    def _replacement(self, call: PoolCall) -> Worker:
+        """A new worker; after a pause, where it takes the place of another."""
+        if self._fault:
+            if self._closing.is_set():
+                raise WorkerError(f"{call.what}: the pool was closed")
+            self._budget.spend(self._fault)
+            self._closing.wait(min(BACK_OFF_MOST_S, BACK_OFF_S * 2**self._restarts_in_a_row))
+            self._restarts_in_a_row += 1
         try:
             return self._build()
-        except (Overrun, Died) as error:
-            self._retire(f"building the environment: {error.message}")
-            raise SlotLost(self._lost) from error
+        except (CallTimeout, WorkerDied) as error:
+            self._give_up(f"building the environment: {error.message}")
+            raise SlotLost(self._fault) from error
         except BaseException:
-            self._retire("the environment could not be built")
+            self._give_up("the environment could not be built")
             raise
