@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 import json
 import lzma
@@ -17,7 +16,7 @@ from spearrl.envs.alfworld import ALFWorld
 from spearrl.envs.alfworld.generate import ABLE, HOLDS, ROOMS
 from spearrl.errors import ConfigError
 from spearrl.types import Action, Task
-from tests.support.shared_data import shared
+from tests.support.shared_data import golden_lines, read_lines, shared
 
 COUNTS = {  # docs of the benchmark: games, and games a task type
     "train": (3553, [790, 308, 650, 459, 533, 813]),
@@ -32,9 +31,8 @@ def data() -> str:
 
 
 @pytest.fixture(scope="module")
-def golden() -> list[dict[str, Any]]:
-    with gzip.open(shared("data/alfworld/golden_transcripts.jsonl.gz"), "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+def transcripts() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in golden_lines("alfworld_transcripts.jsonl")]
 
 
 def task_of(name: str) -> Task:
@@ -52,9 +50,9 @@ def expert_steps(environment: ALFWorld, task: Task) -> int:
     raise AssertionError(f"the expert does not win {task.id}")
 
 
-def test_every_recorded_step_is_the_engines(data, golden):
+def test_every_recorded_step_is_the_engines(data, transcripts):
     environment, steps = make("alfworld", data=data), 0
-    for transcript in golden:
+    for transcript in transcripts:
         for episode in transcript["episodes"]:
             seen = environment.reset(task_of(transcript["id"]), 0)
             assert (seen.text, list(seen.admissible)) == (episode["initial_obs"], episode["initial_admissible"]), (
@@ -71,12 +69,14 @@ def test_every_recorded_step_is_the_engines(data, golden):
                 )
                 assert shown.anchor == step["obs"] and step["score"] == int(step["won"])
                 steps += 1
-    assert (len(golden), steps) == (115, 2703)
+    assert (len(transcripts), steps) == (115, 2703)
 
 
-def test_the_experts_plans_are_as_short_as_the_planners(data, golden):
+def test_the_experts_plans_are_as_short_as_the_planners(data, transcripts):
     environment = make("alfworld", data=data)
-    assert [expert_steps(environment, task_of(t["id"])) for t in golden] == [len(t["expert_plan"]) for t in golden]
+    assert [expert_steps(environment, task_of(t["id"])) for t in transcripts] == [
+        len(t["expert_plan"]) for t in transcripts
+    ]
 
 
 @pytest.mark.parametrize(("split", "every"), [("train", 25), ("valid_seen", 1), ("valid_unseen", 1)])
@@ -125,12 +125,12 @@ def write_tree(folder: Path, record: dict[str, Any], grammar: str) -> Path:
     return path
 
 
-def test_the_originals_files_play_the_same(data, golden, tmp_path):
-    with lzma.open(shared("data/alfworld/valid_unseen.jsonl.xz"), "rt", encoding="utf-8") as lines:
-        records = {record["id"]: record for record in map(json.loads, lines)}
+def test_the_originals_files_play_the_same(data, transcripts, tmp_path):
+    lines = read_lines(shared("data/alfworld/valid_unseen.jsonl.xz"))
+    records = {record["id"]: record for record in map(json.loads, lines)}
     old = next(iter(json.loads(shared("data/alfworld/logic_2.1.1.json").read_text())["grammars"].values()))
     new = shared("data/alfworld/alfred.twl2").read_text()
-    transcript = next(t for t in golden if t["id"] in records)
+    transcript = next(t for t in transcripts if t["id"] in records)
     path = write_tree(tmp_path / "new", records[transcript["id"]], new)
     write_tree(
         tmp_path / "new", records[transcript["id"]] | {"id": "valid_unseen/pick_two_obj_and_place-Sliced-1/trial"}, new
@@ -157,8 +157,7 @@ def test_the_originals_files_play_the_same(data, golden, tmp_path):
 
 @pytest.mark.parametrize("damage", ["no goal", "sliced", "unknown receptacle", "not json", "cut"])
 def test_broken_games_are_refused_with_a_hint(data, tmp_path, damage):
-    with lzma.open(shared("data/alfworld/valid_unseen.jsonl.xz"), "rt", encoding="utf-8") as lines:
-        record = json.loads(next(lines))
+    record = json.loads(read_lines(shared("data/alfworld/valid_unseen.jsonl.xz"))[0])
     problem = record["pddl_problem"]
     changes = {
         "no goal": problem[: problem.index("(:goal")],
@@ -203,10 +202,12 @@ def test_generated_rooms_keep_to_what_alfred_allows(data):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("alfworld") is None, reason="the extra `alfworld` is not installed")
-def test_the_original_engine_says_the_same(data, golden):
+def test_the_original_engine_says_the_same(data, transcripts):
     import random
 
-    chosen = [next(t for t in golden if t["task_type"] == kind) for kind in sorted({t["task_type"] for t in golden})]
+    chosen = [
+        next(t for t in transcripts if t["task_type"] == kind) for kind in sorted({t["task_type"] for t in transcripts})
+    ]
     native, original = make("alfworld", data=data), make("alfworld", data=data, backend="textworld")
     for transcript in chosen:
         task, draw = task_of(transcript["id"]), random.Random(transcript["id"])

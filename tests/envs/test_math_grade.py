@@ -13,6 +13,7 @@ from spearrl.envs.math.grade import LONGEST, boxed, number, released, right
 from spearrl.envs.math.judge import COUNT, Judges
 from spearrl.errors import ConfigError, EnvironmentFault
 from spearrl.sandbox import Result, SandboxOptions, open_sandbox
+from tests.support.shared_data import golden
 
 TRUSTED = SandboxOptions(kind="none", unsandboxed=True)
 
@@ -33,6 +34,11 @@ def test_boxes():
     assert boxed(r"so \boxed{42}.") == "42" and boxed(r"\boxed{1} no, \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
     assert boxed("42") is None and boxed(r"\boxed{\frac{1}{2}") is None and boxed(r"\boxed{}") == ""
     assert boxed(r"\boxed{" + "{" * 100_000) is None
+
+
+def test_the_released_rule_gives_the_releases_scores():
+    for case in golden("math_dapo_score_math")["cases"]:
+        assert released(case["solution"], case["gt"]) is case["strict"]["acc"], case
 
 
 @pytest.mark.parametrize(

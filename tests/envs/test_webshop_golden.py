@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
 import random
 from collections.abc import Iterator
@@ -16,22 +15,20 @@ from spearrl.envs.webshop.catalogue import Catalogue
 from spearrl.envs.webshop.goals import draw_prices, make_goals
 from spearrl.envs.webshop.pages import Session
 from spearrl.types import Action, Task
-from tests.support.shared_data import shared
+from tests.support.shared_data import golden_lines, read_lines, shared
 
 FOLDER = "data/webshop"
 
 
 @pytest.fixture(scope="module")
 def episodes() -> list[dict]:
-    with gzip.open(shared(f"{FOLDER}/golden_episodes.jsonl.gz"), "rt") as lines:
-        return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in golden_lines("webshop_episodes.jsonl")]
 
 
 def term_vectors() -> Iterator[dict[str, int]]:
-    with gzip.open(shared(f"{FOLDER}/lucene_term_vectors_1k.tsv.gz"), "rt", encoding="utf-8", newline="\n") as lines:
-        for line in lines:
-            fields = line.rstrip("\n").split("\t")[1:]
-            yield {term: int(count) for term, count in zip(fields[::2], fields[1::2], strict=True)}
+    for line in read_lines(shared(f"{FOLDER}/lucene_term_vectors_1k.tsv.gz")):
+        _, *fields = line.split("\t")
+        yield {term: int(count) for term, count in zip(fields[::2], fields[1::2], strict=True)}
 
 
 def shop(observation: str, index: str) -> WebShop:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -22,7 +20,7 @@ from spearrl.envs.webshop.reward import (
     title_similarity,
     type_score,
 )
-from tests.support.shared_data import shared
+from tests.support.shared_data import golden, golden_lines, read_lines, shared
 
 EMPTY = {"Title": "", "BulletPoints": [], "Description": ""}
 PRODUCT = {
@@ -47,7 +45,7 @@ CHOSEN = {"color": "grey", "size": "XL"}
 
 @pytest.fixture(scope="module")
 def cases():
-    return json.loads(shared("data/webshop/golden_reward_cases.json").read_text())
+    return golden("webshop_reward_cases")
 
 
 def test_colors_are_folded_as_the_original_folds_them(cases):
@@ -105,10 +103,9 @@ def test_total(cases):
 
 
 def test_done_pages_of_the_golden_episodes():
-    with lzma.open(shared("data/webshop/products_1000_text.jsonl.xz"), "rt", encoding="utf-8") as lines:
-        products = {product["asin"]: product for product in map(json.loads, lines)}
-    with gzip.open(shared("data/webshop/golden_episodes.jsonl.gz"), "rt", encoding="utf-8") as lines:
-        episodes = [json.loads(line) for line in lines]
+    lines = read_lines(shared("data/webshop/products_1000_text.jsonl.xz"))
+    products = {product["asin"]: product for product in map(json.loads, lines)}
+    episodes = [json.loads(line) for line in golden_lines("webshop_episodes.jsonl")]
     for episode in episodes:
         done = episode["steps"][-1]
         parts = done["info_no_title"]

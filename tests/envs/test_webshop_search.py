@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
 import time
 from collections import Counter
 from typing import Any
@@ -14,37 +12,34 @@ import pytest
 
 from spearrl.envs.text.analyzer import analyze, stem, words
 from spearrl.envs.text.bm25 import Index, product_text
-from tests.support.shared_data import shared
+from tests.support.shared_data import golden_lines, read_lines, shared
 
 
 @pytest.fixture(scope="module")
 def products() -> list[dict[str, Any]]:
-    with lzma.open(shared("data/webshop/products_1000_text.jsonl.xz"), "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in read_lines(shared("data/webshop/products_1000_text.jsonl.xz"))]
 
 
 @pytest.fixture(scope="module")
 def term_vectors() -> dict[str, dict[str, int]]:
     vectors = {}
-    with gzip.open(shared("data/webshop/lucene_term_vectors_1k.tsv.gz"), "rt", encoding="utf-8") as lines:
-        for line in lines:
-            asin, *pairs = line.rstrip("\n").split("\t")
-            vectors[asin] = dict(zip(pairs[::2], map(int, pairs[1::2]), strict=True))
+    for line in read_lines(shared("data/webshop/lucene_term_vectors_1k.tsv.gz")):
+        asin, *pairs = line.split("\t")
+        vectors[asin] = dict(zip(pairs[::2], map(int, pairs[1::2]), strict=True))
     return vectors
 
 
 @pytest.fixture(scope="module")
 def rankings() -> list[tuple[str, list[tuple[str, float]]]]:
-    with gzip.open(shared("data/webshop/golden_search_lucene.tsv.gz"), "rt", encoding="utf-8") as lines:
-        split = (line.rstrip("\n").split("\t") for line in lines)
-        return [
-            (query, [(item.split(":")[0], float(item.split(":")[1])) for item in found.split()])
-            for query, found in split
-        ]
+    split = (line.split("\t") for line in golden_lines("webshop_search.tsv"))
+    return [
+        (query, [(item.split(":")[0], float(item.split(":")[1])) for item in ranking.split()])
+        for query, ranking in split
+    ]
 
 
 def test_queries_are_analysed_as_lucene_does():
-    for line in shared("data/webshop/golden_analyzer_lucene.tsv").read_text(encoding="utf-8").splitlines():
+    for line in golden_lines("webshop_analyzer.tsv"):
         query, terms = line.split("\t")
         assert analyze(query) == terms.split(), query
 

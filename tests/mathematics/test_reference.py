@@ -161,14 +161,15 @@ def test_gspo(shape, seed, mode, denominator, spread):
     edges = {"clip_low": 3e-4, "clip_high": 4e-4} if spread < 0.01 else {"clip_low": 0.2, "clip_high": 0.28}
     loss, found = losses.gspo_loss(leaf, old, advantages, mask, drop=drop, **edges, **options_of(mode, denominator))
     rows = zip(table.logprobs.tolist(), table.old.tolist(), table.mask.tolist(), strict=True)
-    ratios = [ref.gspo_ratio(*row) if any(row[2]) else 1.0 for row in rows]
+    log_ratios = [ref.gspo_log_ratio(*row) if any(row[2]) else 0.0 for row in rows]
 
     def value(x, b, t):
-        return 0.0 if table.drop[b][t] else ref.gspo_token(x[b][t], ratios[b], table.advantages[b][t], **edges)
+        return 0.0 if table.drop[b][t] else ref.gspo_token(x[b][t], log_ratios[b], table.advantages[b][t], **edges)
 
     def away(b, t):
         a = table.advantages[b][t]
-        return -a * ref.frozen(ref.clip(ratios[b], 1 - edges["clip_low"], 1 + edges["clip_high"])) > -a * ratios[b]
+        ratio = math.exp(ref.clip(log_ratios[b], -ref.LIMIT, ref.LIMIT))
+        return -a * ref.clip(ratio, 1 - edges["clip_low"], 1 + edges["clip_high"]) > -a * ratio
 
     metrics = {
         "clip_fraction": away,

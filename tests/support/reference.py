@@ -242,14 +242,14 @@ def clipped_away(x, old, advantage, *, clip_low, clip_high) -> bool:
     return frozen(bounded) > frozen(plain)
 
 
-def gspo_ratio(row: Sequence[Number], old: Row, acted: Sequence[bool]) -> float:
-    """Geometric mean of the row's token ratios."""
-    differences = [frozen(x) - y for x, y, on in zip(row, old, acted, strict=True) if on]
-    return math.exp(clip(mean(differences), -LIMIT, LIMIT))
+def gspo_log_ratio(row: Sequence[Number], old: Row, acted: Sequence[bool]) -> float:
+    """Logarithm of the geometric mean of the row's token ratios."""
+    return mean([frozen(x) - y for x, y, on in zip(row, old, acted, strict=True) if on])
 
 
-def gspo_token(x, ratio, advantage, *, clip_low, clip_high) -> Number:
-    moved = ratio * cmath.exp(x - frozen(x))
+def gspo_token(x, row_log_ratio, advantage, *, clip_low, clip_high) -> Number:
+    """Of the row's ratio; through the clamp at ±20 no gradient flows."""
+    moved = cmath.exp(clip(row_log_ratio + x - frozen(x), -LIMIT, LIMIT))
     return larger(-advantage * moved, -advantage * clip(moved, 1 - clip_low, 1 + clip_high))
 
 
