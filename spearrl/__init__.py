@@ -1,7 +1,7 @@
 """spearrl trains tool-using language-model agents with SPEAR (arXiv 2509.22601).
 
-Everything a user needs is imported from here, e.g. `from spearrl import Environment, Observation, Outcome, Task`. The names load lazily:
-importing the package loads neither torch nor transformers nor pydantic.
+Everything a user needs is imported from here, e.g. `from spearrl import Environment, Observation, Outcome, Task`.
+The names load lazily: importing the package loads neither torch nor transformers nor pydantic.
 """
 
 from __future__ import annotations

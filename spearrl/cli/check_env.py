@@ -29,7 +29,13 @@ def run(args: argparse.Namespace) -> int:
             f"--deadline {args.deadline:g} is not a time", where="command line", hint="use a number of seconds above 0"
         )
     section = config_of(args.target, args.overrides).env
-    findings = check_environment(section.name, section.options, splits=args.split, deadline_s=args.deadline)
+    findings = check_environment(
+        section.name,
+        section.options,
+        max_turns=section.max_turns,
+        splits=args.split,
+        deadline_s=args.deadline,
+    )
     failed = failures(findings)
     if args.json:
         print(

@@ -95,7 +95,7 @@ class EnvSection(Section):
     style: Literal["chat", "windowed"] = Field(
         "chat", description='"chat": one growing conversation; "windowed": a fresh prompt every turn.'
     )
-    max_turns: int = Field(0, ge=0, description="Turns per episode; 0: the environment's own limit.")
+    max_turns: int = Field(0, ge=0, description="Turns per episode; 0: as many as the environment's class says.")
 
     @field_validator("options")
     @classmethod

@@ -118,7 +118,10 @@ def load(name_or_import_path: str) -> type[Environment]:
 
 
 def make(name_or_import_path: str, **options: Any) -> Environment:
-    """Build an environment from its name or import path; raises ConfigError for unknown options."""
+    """Build an environment from its name or import path. Raises ConfigError for unknown options.
+
+    The turn limit is no option: assign `environment.max_turns` where the class's own is not wanted (a run does, from `env.max_turns`).
+    """
     return load(name_or_import_path)(**options)
 
 
@@ -151,6 +154,8 @@ def _complaint(cls: type[Environment], item: Mapping[str, Any]) -> tuple[str, st
         return key, f"{name}: {message}", "change one of these settings"
     if item["type"] != "extra_forbidden":
         return key, f"{name}={item['input']!r}: {message}", f"use a value that {cls.__name__} takes"
+    if key == "max_turns":
+        return key, f"{name} is not a setting of {cls.__name__}", "use env.max_turns"
     known: Any = cls.Options.model_fields
     for part in item["loc"][:-1]:
         known = getattr(getattr(known.get(part), "annotation", None), "model_fields", {})

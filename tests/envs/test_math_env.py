@@ -224,7 +224,7 @@ def test_splits():
     assert (len(environment.tasks("train")), len(environment.tasks("val"))) == (80, 10)
     with pytest.raises(ConfigError, match="train, val"):
         environment.tasks("aime24")
-    assert environment.reset(TASK, 0).text == TASK.data["problem"] + SUFFIX and env(max_turns=3).max_turns == 3
+    assert environment.reset(TASK, 0).text == TASK.data["problem"] + SUFFIX
 
 
 def test_check_env_passes():
@@ -241,7 +241,7 @@ def conversation(replies, **limits):
     encoder = encoder_of("qwen2.5")
     engine = ScriptedEngine(lambda request: encoder.reply_ids(replies[len(engine.requests) - 1]))
     settings = {"max_turns": 8, "max_reply_tokens": 400, "max_response_tokens": 0, "context_tokens": 8000, **limits}
-    collector = Collector(engine, encoder, env(max_turns=settings["max_turns"]), style="chat", **settings)
+    collector = Collector(engine, encoder, env(), style="chat", **settings)
     try:
         (group,) = collector.collect([TASK], 1, run_seed=0, step=0, first_group_id=0)
     finally:

@@ -28,7 +28,7 @@ ROOMS = [
     {},
     {"boxes": 2},
     {"rows": 5, "columns": 7, "walls": 0},
-    {"boxes": 3, "rows": 8, "columns": 8, "walls": 8, "longest_solution": 40, "max_turns": 40},
+    {"boxes": 3, "rows": 8, "columns": 8, "walls": 8, "longest_solution": 40},
 ]
 
 
@@ -78,6 +78,7 @@ def play(environment: Sokoban, task, moves=None) -> tuple[float, bool, int]:
 @pytest.mark.parametrize("options", ROOMS, ids=str)
 def test_the_expert_solves_every_level_and_its_way_is_shortest(options):
     environment = Sokoban(**options)
+    environment.max_turns = max(15, options.get("longest_solution", 0))
     boxes = options.get("boxes", 1)
     for split, count in (("train", 150), ("val", 50)) if boxes < 3 else (("train", 15), ("val", 5)):
         for task in environment.tasks(split)[:count]:
@@ -143,13 +144,18 @@ def test_options_are_checked():
     for options, match in (
         ({"size": 6}, "size"),
         ({"walls": 14}, "do not fit"),
-        ({"longest_solution": 20}, "max_turns"),
+        ({"max_turns": 20}, "use env.max_turns"),
         ({"cell": 4}, "cell"),
     ):
         with pytest.raises(ConfigError, match=match):
             make("sokoban", **options)
     with pytest.raises(ConfigError, match="test"):
         Sokoban().tasks("test")
+    long = Sokoban(longest_solution=20)
+    with pytest.raises(ConfigError, match="longest_solution=20 cannot be played in max_turns=15"):
+        long.tasks("train")
+    long.max_turns = 20
+    assert long.tasks("train")
     impossible = Sokoban(boxes=3, longest_solution=1)
     with pytest.raises(ConfigError, match="longest_solution"):
         impossible.reset(impossible.tasks("train")[0], 0)

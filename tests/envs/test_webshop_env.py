@@ -350,7 +350,8 @@ def test_expert_success_falls_with_noise(noise, low, high, observation):
 
 
 def test_expert_recovers_from_anything():
-    environment, draw, won = compact(max_turns=40), random.Random(0), 0
+    environment, draw, won = compact(), random.Random(0), 0
+    environment.max_turns = 40
     for task in environment.tasks("val")[:60]:
         observation = environment.reset(task, 0)
         for _ in range(environment.max_turns):

@@ -55,7 +55,6 @@ class ALFWorld(Environment):
         anchor: Literal["text", "state"] = Field(
             "text", description="What GiGPO compares: the observation's text, as SPEAR has it, or the whole state."
         )
-        max_turns: int = Field(50, ge=1, description="Turns per episode.")
         history_length: int = Field(2, ge=0, description="Earlier turns a windowed prompt shows.")
         seed: int = Field(0, ge=0, description="Fixes the generated households.")
         size: Literal["auto", "small", "large"] = Field(
@@ -75,7 +74,6 @@ class ALFWorld(Environment):
     def __init__(self, data: str | Path | None = None, **options: Any):
         super().__init__(data=None if data is None else str(data), **options)
         chosen = self.options
-        self.max_turns = chosen.max_turns
         self.execution = (
             "process" if chosen.backend == "textworld" else "inline"
         )  # a step of the original takes a tenth of a second

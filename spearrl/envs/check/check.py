@@ -42,6 +42,7 @@ def check_environment(
     name: str,
     options: Mapping[str, Any] | None = None,
     *,
+    max_turns: int = 0,
     splits: Sequence[str] | None = None,
     deadline_s: float = 10.0,
     seed: int = SEED,
@@ -49,6 +50,7 @@ def check_environment(
     """Examine the environment `name` (built-in, or "my_pkg.mod:Class") by every rule of `spearrl.envs.check.rules`.
 
     Args:
+        max_turns: the turn limit; 0: the environment's own.
         splits: whose tasks are looked at; each must be there. None: "train", and "val" where there is one.
         deadline_s: seconds a single call may take. Outside the main thread it cannot be held to.
     Raises:
@@ -59,7 +61,13 @@ def check_environment(
     """
     try:
         subject = Subject(
-            name, options or {}, splits=splits or SPLITS, deadline_s=deadline_s, seed=seed, demanded=bool(splits)
+            name,
+            options or {},
+            max_turns=max_turns,
+            splits=splits or SPLITS,
+            deadline_s=deadline_s,
+            seed=seed,
+            demanded=bool(splits),
         )
     except SpearError:
         raise
@@ -116,7 +124,7 @@ def print_traces() -> None:
     """What `rules.processes` runs in a fresh process: the request on standard input, tasks and episodes as one line of JSON on standard output."""
     ask = json.load(sys.stdin)
     result, sys.stdout = sys.stdout, sys.stderr
-    subject = Subject(ask["name"], ask["options"], splits=ask["splits"], deadline_s=ask["deadline_s"], seed=ask["seed"])
+    subject = Subject(ask.pop("name"), ask.pop("options"), **ask)
     with suppress(BrokenRule):  # the rule `tasks` has said it already
         tasks(subject)
     listed = [

@@ -178,6 +178,7 @@ def processes(subject: Subject) -> str:
     ask = {
         "name": subject.name,
         "options": subject.options,
+        "max_turns": subject.max_turns,
         "splits": subject.splits,
         "seed": subject.seed,
         "deadline_s": subject.deadline_s,

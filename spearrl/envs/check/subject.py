@@ -49,6 +49,7 @@ class Subject:
         name: str,
         options: Mapping[str, Any],
         *,
+        max_turns: int = 0,
         splits: Sequence[str],
         deadline_s: float,
         seed: int,
@@ -61,6 +62,7 @@ class Subject:
             deadline_s,
             seed,
         )
+        self.max_turns = max_turns  # 0: the environment's own limit
         self.cls = load(name)
         self.step_seconds: list[float] = []
         self.reset_seconds: list[float] = []
@@ -72,7 +74,10 @@ class Subject:
 
     def build(self) -> Environment:
         """A fresh instance."""
-        return self.call("__init__", lambda: make(self.name, **self.options))
+        environment = self.call("__init__", lambda: make(self.name, **self.options))
+        if self.max_turns:
+            environment.max_turns = self.max_turns
+        return environment
 
     def spawn(self) -> Environment:
         return self.call("spawn", self.root.spawn)

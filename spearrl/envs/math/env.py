@@ -56,7 +56,6 @@ class Math(ToolEnvironment):
         seed: int = Field(0, ge=0, description="Fixes the generated problems.")
         digits: int = Field(3, ge=2, le=12, description="Digits of the numbers in generated problems.")
         problems: int = Field(4000, ge=1, description="Generated training problems; an eighth as many are for val.")
-        max_turns: int = Field(8, ge=1, description="Turns per episode.")
         describe: Literal["prompt", "template", "none"] = Field(
             "template", description="How the model learns of the tool; none also leaves out how to answer."
         )
@@ -75,7 +74,6 @@ class Math(ToolEnvironment):
     def __init__(self, data: str | Path | None = None, **options: Any):
         super().__init__(data=None if data is None else str(data), **options)
         chosen = self.options
-        self.max_turns = chosen.max_turns
         if not chosen.data and chosen.train != self.Options.model_fields["train"].default:
             hint = "set env.options.data to the folder they lie in, or leave train out: then problems are generated"
             raise ConfigError(

@@ -67,7 +67,6 @@ class Search(Environment):
         reply: Literal["tagged", "plain"] = Field(
             "tagged", description="<think>…</think> with <search>…</search> or <answer>…</answer>, or `search …`."
         )
-        max_turns: int = Field(4, ge=1, description="Turns per episode, the answer among them.")
         history_length: int = Field(4, ge=0, description="Earlier turns a windowed prompt shows.")
         seed: int = Field(0, ge=0, description="Fixes the embedded world.")
         size: int = Field(600, ge=60, le=6000, description="Things in the embedded world, a document each.")
@@ -85,7 +84,6 @@ class Search(Environment):
             corpus=None if corpus is None else str(corpus), data=None if data is None else str(data), **options
         )
         chosen = self.options
-        self.max_turns = chosen.max_turns
         self.execution = "thread" if chosen.retriever_url else "inline"
         self._tagged, self._compact = chosen.reply == "tagged", chosen.observation == "compact"
         self._world: World | None = None if chosen.data else open_world(chosen.size, chosen.seed)

@@ -35,6 +35,8 @@ class Sokoban(Environment):
     No level of "val" is one of "train", turned or mirrored. `observation="compact"` leaves out rules and rim, for tiny models.
     """
 
+    max_turns = 15
+
     class Options(Environment.Options):
         vision: bool = Field(False, description="Show the room as a picture; else as symbols.")
         observation: Literal["text", "compact"] = Field(
@@ -49,7 +51,6 @@ class Sokoban(Environment):
         walls: int = Field(3, ge=0, description="Inner walls.")
         pulls: int = Field(10, ge=1, description="Pulls by which a level is made from a solved one, at most.")
         longest_solution: int = Field(15, ge=1, description="Moves that the shortest solution of a level may take.")
-        max_turns: int = Field(15, ge=1, description="Turns per episode.")
         history_length: int = Field(2, ge=0, description="Earlier turns a windowed prompt shows; none in pictures.")
         cell: int = Field(
             28, ge=8, le=112, description="Pixels of a cell's side; 28 is one merged patch of Qwen2.5-VL."
@@ -60,10 +61,6 @@ class Sokoban(Environment):
 
         @model_validator(mode="after")
         def _fit(self) -> Sokoban.Options:
-            if self.longest_solution > self.max_turns:
-                raise ValueError(
-                    f"longest_solution={self.longest_solution} cannot be played in max_turns={self.max_turns}"
-                )
             if self.walls + 2 * self.boxes >= (self.rows - 2) * (self.columns - 2):
                 raise ValueError(
                     f"{self.walls} walls, {self.boxes} boxes and as many targets do not fit into {self.rows}x{self.columns}"
@@ -74,7 +71,6 @@ class Sokoban(Environment):
 
     def __init__(self, vision: bool = False, **options: Any):
         super().__init__(vision=vision, **options)
-        self.max_turns = self.options.max_turns
         self._tagged, self._compact = self.options.reply == "tagged", self.options.observation == "compact"
         self._levels = lru_cache(maxsize=4096)(self._make)
         self._tasks = {
@@ -90,10 +86,17 @@ class Sokoban(Environment):
         return slot
 
     def tasks(self, split: str) -> Sequence[Task]:
-        """The levels of a split; each is made at its first reset. Raises ConfigError for an unknown split."""
+        """The levels of a split; each is made at its first reset. Raises ConfigError for an unknown split and for
+        levels that cannot be won within `max_turns`."""
         if split not in SPLITS:
             raise ConfigError(
                 f"split {split!r} is not one of {', '.join(SPLITS)}", where="env sokoban", hint='use "train" or "val"'
+            )
+        if self.options.longest_solution > self.max_turns:
+            raise ConfigError(
+                f"longest_solution={self.options.longest_solution} cannot be played in max_turns={self.max_turns}",
+                where="env sokoban",
+                hint="raise env.max_turns, or lower env.options.longest_solution",
             )
         return self._tasks[split]
 

@@ -58,7 +58,6 @@ class WebShop(Environment):
         reply: Literal["tagged", "plain"] = Field(
             "tagged", description="<think>…</think><action>…</action>, or the action alone."
         )
-        max_turns: int = Field(15, ge=1, description="Turns per episode.")
         history_length: int = Field(2, ge=0, description="Earlier turns a windowed prompt shows.")
         show_attrs: bool = Field(False, description="The original's Attributes page.")
         results_per_page: int = Field(
@@ -83,7 +82,6 @@ class WebShop(Environment):
     def __init__(self, data: str | Path | None = None, observation: str = "text", seed: int = 0, **options: Any):
         super().__init__(data=None if data is None else str(data), observation=observation, seed=seed, **options)
         chosen = self.options
-        self.max_turns = chosen.max_turns
         self._shop = open_shop(chosen.data, chosen.num_products, chosen.seed, chosen.human_goals)
         self._tagged = chosen.reply == "tagged"
         self._compact = chosen.observation == "compact"
