@@ -186,8 +186,8 @@ MUTANTS = (
     Mutant(
         "old_logprobs",
         "losses/surrogates.py",
-        "logprobs - old_logprobs, 0.0).clamp(-limit, limit)",
-        "logprobs - logprobs.detach(), 0.0).clamp(-limit, limit)",
+        "torch.where(mask, logprobs - old_logprobs, 0.0)",
+        "torch.where(mask, logprobs - logprobs.detach(), 0.0)",
         "the ratio leaves them out",
     ),
     Mutant("filter", REPLAY, GOOD, GOOD + " - 1e-9", "advantages of 0 are stored"),

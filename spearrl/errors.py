@@ -9,7 +9,6 @@ SpearError (1)
 │   ├── EngineError
 │   │   └── WorkerLost    a rollout worker went down; others play its episodes
 │   └── EnvironmentFault   an environment raised; becomes Status.ENV_ERROR
-├── NumericsError (7)      non-finite losses or gradients that do not go away
 └── ContractError (2)      an environment, loss or engine broke its contract
 """
 
@@ -70,7 +69,3 @@ class WorkerLost(EngineError):
 
 class EnvironmentFault(WorkerError):
     pass
-
-
-class NumericsError(SpearError):
-    exit_code = 7

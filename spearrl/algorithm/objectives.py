@@ -6,24 +6,28 @@ from typing import Any
 
 from spearrl.algorithm.credit import needs_critic
 from spearrl.config import AlgoSection
+from spearrl.config.plugins import accepted
 from spearrl.losses import ClipCov, Correction, KlCov, Objective
+from spearrl.losses.objective import LEADING, OFFERED, REQUIRED
 
 
 def objectives(algo: AlgoSection) -> list[Objective]:
-    """The policy's surrogate (weight 1), self-imitation (the learner multiplies by γ), entropy bonus, KL divergence, value: those that are on.
+    """The objectives that are on: the policy's surrogate, self-imitation, entropy bonus, KL divergence, value.
+
+    The policy's has weight 1; the learner multiplies self-imitation by γ.
 
     Raises:
         ConfigError: a loss of the user's own that cannot be imported or has another signature.
     """
-    policy, sil = algo.policy, algo.sil
-    place: dict[str, Any] = {"aggregation": policy.aggregation, "horizon": policy.horizon, "divisor": policy.divisor}
+    if ":" in algo.loss:
+        accepted(algo.loss, "algo.loss", leading=LEADING, required=REQUIRED, offered=OFFERED)
+    policy, sil, rule = algo.policy, algo.sil, algo.correction
+    scale: dict[str, Any] = {name: getattr(policy, name) for name in ("aggregation", "horizon", "denominator")}
     surrogate: dict[str, Any] = {
-        **place,
         "surrogate": algo.loss,
-        "clip_low": policy.clip_low,
-        "clip_high": policy.clip_high,
-        "dual_clip": policy.dual_clip,
-        "correction": _correction(algo),
+        **{name: getattr(policy, name) for name in ("clip_low", "clip_high", "dual_clip")},
+        "correction": None if rule.mode == "none" else Correction(rule.mode, rule.level, rule.cap, rule.floor),
+        **scale,
     }
     total = [Objective("policy", **_covariance(algo, replay=False), **surrogate)]
     if sil.enabled:
@@ -31,16 +35,16 @@ def objectives(algo: AlgoSection) -> list[Objective]:
         total.append(Objective("sil", **weights, **_covariance(algo, replay=True), **surrogate))
     if policy.entropy_coef:
         sources = (False, True) if sil.enabled else (False,)
-        total += [Objective("entropy", weight=policy.entropy_coef, replay=replay, **place) for replay in sources]
+        total += [Objective("entropy", weight=policy.entropy_coef, replay=replay, **scale) for replay in sources]
     if algo.kl.loss_coef:
-        total.append(Objective("kl", weight=algo.kl.loss_coef, estimator=algo.kl.estimator, **place))
+        total.append(Objective("kl", weight=algo.kl.loss_coef, estimator=algo.kl.estimator, **scale))
     if needs_critic(algo):
-        total.append(Objective("value", weight=algo.critic.coef, value_clip=algo.critic.clip, **place))
+        total.append(Objective("value", weight=algo.critic.coef, value_clip=algo.critic.clip, **scale))
     return total
 
 
 def _covariance(algo: AlgoSection, *, replay: bool) -> dict[str, Any]:
-    """Covariance rules of one source of rows; each has its own numbers on replay."""
+    """The covariance rule of one source of rows; each has its own numbers on replay."""
     cov, kl_cov = algo.clip_cov, algo.kl_cov
     if algo.loss == "kl_cov":
         return {"kl_cov": KlCov(kl_cov.replay_ratio if replay else kl_cov.ratio, kl_cov.coef, cov.scope)}
@@ -48,8 +52,3 @@ def _covariance(algo: AlgoSection, *, replay: bool) -> dict[str, Any]:
         return {}
     bounds = (cov.replay_ratio, cov.replay_lower, cov.replay_upper) if replay else (cov.ratio, cov.lower, cov.upper)
     return {"clip_cov": ClipCov(*bounds, scope=cov.scope, log_ratio_clamp=cov.log_ratio_clamp)}
-
-
-def _correction(algo: AlgoSection) -> Correction | None:
-    rule = algo.correction
-    return None if rule.mode == "none" else Correction(rule.mode, rule.level, rule.cap, rule.floor)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from spearrl.batching.allowed import AllowedIds
 from spearrl.batching.anchors import anchor_id, canonical
-from spearrl.batching.batch import Batch, denominator
+from spearrl.batching.batch import Batch
 from spearrl.batching.build import rows_from_groups
 from spearrl.batching.forward_inputs import ForwardInputs, forward_inputs
 from spearrl.batching.rows import Rows
 from spearrl.batching.turns import TurnTable
+from spearrl.losses import denominator
 
 __all__ = [
     "AllowedIds",

@@ -40,7 +40,7 @@ class PolicySection(Section):
         "action",
         description='Tokens in the loss: "action" leaves filtered turns out; "attention" keeps them at advantage 0 (as released).',
     )
-    divisor: Literal["mini_batch", "micro_batch"] = Field(
+    denominator: Literal["mini_batch", "micro_batch"] = Field(
         "mini_batch",
         description="What losses are averaged over; micro_batch depends on the micro-batch size (as released).",
     )

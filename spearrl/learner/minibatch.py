@@ -75,7 +75,7 @@ class Share:
 
     def part(self, objective: Objective, rows: int) -> float:
         """Factor of a micro-batch's loss: 1, or its share of the rows where each micro-batch is averaged by itself (as released)."""
-        return rows / (self.rows or len(self.batch)) if objective.divisor == "micro_batch" else 1.0
+        return rows / (self.rows or len(self.batch)) if objective.denominator == "micro_batch" else 1.0
 
 
 def split_objectives(objectives: Sequence[Objective], gamma: float) -> tuple[Weighted, Weighted]:
@@ -95,7 +95,7 @@ def selected_tokens(objective: Objective, inputs: LossInputs, logprobs: torch.Te
     if objective.scope is None:
         return None
     keys = counter_keys(derive(seed, "clip-cov", objective.kind), inputs.uid.to(logprobs.device), logprobs.shape[1])
-    return objective.selection(inputs, logprobs, keys=keys)
+    return objective.covariance_tokens(inputs, logprobs, keys=keys)
 
 
 @dataclass

@@ -123,7 +123,7 @@ class Passes:
                     )
                 predictions = {"entropy": outputs.entropy, "values": outputs.values}
                 loss, metrics = objective.loss(
-                    inputs, outputs.logprobs, denominator=denominators[i], selection=selection, **predictions
+                    inputs, outputs.logprobs, denominator=denominators[i], covariance_tokens=selection, **predictions
                 )
                 loss = loss * share.part(objective, len(batch))
                 total = total + factor * loss

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from spearrl.errors import ContractError
 from spearrl.losses.aggregate import reduced
-from spearrl.losses.surrogates import clipped_policy_loss, clipped_tokens
+from spearrl.losses.surrogates import clipped_policy_loss, clipped_tokens, masked_log_ratio
 
-FLOAT32_LOG_LIMIT = (
-    80.0  # KL-Cov's ratio is not clipped (the golden values hold that beyond ±20); this only keeps it finite in float32
-)
+# KL-Cov's ratio is not clipped (the golden values hold that beyond ±20); this only keeps it finite in float32.
+FLOAT32_LOG_LIMIT = 80.0
 
 
 @torch.no_grad()
@@ -27,23 +28,28 @@ def covariance_selection(
     generator: torch.Generator | None = None,
     keys: Tensor | None = None,
 ) -> Tensor:
-    """bool [B, T]: up to max(int(ratio * tokens), 1) tokens drawn from those with lower < (A - mean A)(logprobs - mean logprobs) < upper.
+    """The tokens that Clip-Cov drops: a few of those whose covariance lies between two bounds.
+
+    The covariance of a token is (A - mean A)(logprobs - mean logprobs), means over the action tokens.
 
     Args:
         logprobs, advantages, action_mask: [B, T].
+        ratio: share of the action tokens; max(int(ratio * tokens), 1) are drawn where so many lie between the bounds.
         lower, upper: numbers, or "quantile:0.8": that quantile of the covariances of all action tokens.
         exclude: bool [B, T], tokens that may not be drawn (those PPO has clipped already).
         generator: draws by torch.randperm; depends on row order.
-        keys: int64 [B, T] from `counter_keys`; the smallest keys win, so neither row order nor the number of processes matters.
+        keys: int64 [B, T] from `counter_keys`; the smallest keys win, so that neither row order nor the number of
+            processes matters.
+
+    Returns:
+        bool [B, T].
 
     Raises:
-        ContractError: both generator and keys are given; a bound that is no number and no quantile.
+        ContractError: both generator and keys are there; a bound that is no number and no quantile.
     """
     if generator is not None and keys is not None:
-        raise ContractError(
-            "covariance_selection got generator and keys",
-            hint="pass keys for a draw that ignores row order, else a generator",
-        )
+        hint = "pass keys for a draw that ignores row order, else a generator"
+        raise ContractError("covariance_selection got generator and keys", hint=hint)
     mask = action_mask.bool()
     covariance = _covariance(logprobs, advantages, mask)
     ordered = covariance[mask].sort().values if isinstance(lower, str) or isinstance(upper, str) else covariance
@@ -52,12 +58,11 @@ def covariance_selection(
         eligible &= ~exclude
     candidates = eligible.flatten().nonzero()[:, 0]
     quota = max(int(ratio * int(mask.sum())), 1)
-    drawn = (
-        torch.randperm(len(candidates), generator=generator).to(candidates.device)
-        if keys is None
-        else keys.flatten()[candidates].argsort(stable=True)
-    )
-    return _at(candidates[drawn[:quota]], mask)
+    if keys is None:
+        order = torch.randperm(len(candidates), generator=generator).to(candidates.device)
+    else:
+        order = keys.flatten()[candidates].argsort(stable=True)
+    return _true_at(candidates[order[:quota]], mask)
 
 
 def clip_cov_loss(
@@ -78,55 +83,38 @@ def clip_cov_loss(
     keys: Tensor | None = None,
     drop: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Clip-Cov (arXiv:2505.22617): the clipped surrogate without a few high-covariance tokens, drawn from this call's.
+    """Clip-Cov (arXiv:2505.22617): the clipped surrogate without the tokens that `covariance_selection` draws here.
 
-    Args (all [B, T]): as `clipped_policy_loss` and `covariance_selection`; dropped_fraction is the share of tokens drawn or in `drop`.
+    Args (all [B, T]): as `clipped_policy_loss` and `covariance_selection`. Tokens in `drop` are left out besides.
     """
-    exclude = clipped_tokens(logprobs, old_logprobs, advantages, action_mask, clip_low=clip_low, clip_high=clip_high)
-    drawn = covariance_selection(
-        logprobs,
-        advantages,
-        action_mask,
-        ratio=ratio,
-        lower=lower,
-        upper=upper,
-        exclude=exclude,
-        generator=generator,
-        keys=keys,
-    )
-    return clipped_policy_loss(
-        logprobs,
-        old_logprobs,
-        advantages,
-        action_mask,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        aggregation=aggregation,
-        horizon=horizon,
-        denominator=denominator,
-        drop=drawn if drop is None else drawn | drop,
-    )
+    tokens = (logprobs, old_logprobs, advantages, action_mask)
+    clips = {"clip_low": clip_low, "clip_high": clip_high}
+    rule: dict[str, Any] = {"ratio": ratio, "lower": lower, "upper": upper, "exclude": clipped_tokens(*tokens, **clips)}
+    drawn = covariance_selection(logprobs, advantages, action_mask, **rule, generator=generator, keys=keys)
+    rest: dict[str, Any] = {"aggregation": aggregation, "horizon": horizon, "denominator": denominator}
+    return clipped_policy_loss(*tokens, **clips, **rest, drop=drawn if drop is None else drawn | drop)
 
 
 @torch.no_grad()
 def kl_cov_selection(
     logprobs: Tensor, advantages: Tensor, action_mask: Tensor, *, ratio: float, keys: Tensor | None = None
 ) -> Tensor:
-    """bool [B, T]: the max(int(ratio * tokens), 1) tokens of highest covariance (arXiv:2505.22617). All arguments [B, T].
+    """The tokens that KL-Cov penalises: the max(int(ratio * tokens), 1) of highest covariance (arXiv:2505.22617).
 
-    Args:
+    Args (all [B, T]):
         keys: from `counter_keys`, decide between equal covariances; without them torch.topk does.
+
+    Returns:
+        bool [B, T].
     """
     mask = action_mask.bool()
-    live = mask.flatten().nonzero()[:, 0]
-    covariance, quota = (
-        _covariance(logprobs, advantages, mask).flatten(),
-        min(max(int(ratio * len(live)), 1), len(live)),
-    )
+    tokens = mask.flatten().nonzero()[:, 0]
+    covariance = _covariance(logprobs, advantages, mask).flatten()
+    quota = min(max(int(ratio * len(tokens)), 1), len(tokens))
     if keys is None:
-        return _at(live[covariance[live].topk(quota).indices], mask)
-    live = live[keys.flatten()[live].argsort(stable=True)]
-    return _at(live[covariance[live].argsort(descending=True, stable=True)[:quota]], mask)
+        return _true_at(tokens[covariance[tokens].topk(quota).indices], mask)
+    tokens = tokens[keys.flatten()[tokens].argsort(stable=True)]
+    return _true_at(tokens[covariance[tokens].argsort(descending=True, stable=True)[:quota]], mask)
 
 
 def kl_cov_loss(
@@ -141,23 +129,30 @@ def kl_cov_loss(
     horizon: float | None = None,
     denominator: float | None = None,
     drop: Tensor | None = None,
-    selected: Tensor | None = None,
+    penalised: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """KL-Cov (arXiv:2505.22617): -A r for every token, + kl_coef |log r| for the share `ratio` (at least one) of highest covariance; r is not clipped.
+    """KL-Cov (arXiv:2505.22617): -A r for every token, + kl_coef |log r| for those of highest covariance.
 
-    Args (all [B, T]): see the package; metrics penalised_fraction, approx_kl, abs_log_ratio, dropped_fraction.
-        selected: bool [B, T], the penalised tokens, chosen over a mini-batch; None: chosen from this call's.
+    r = exp(logprobs - old_logprobs) is not clipped.
+
+    Args (all [B, T]): see the package. Metrics penalised_fraction, approx_kl (-log r), abs_log_ratio.
+        ratio: share of the action tokens that is penalised, one at least.
+        penalised: bool [B, T], these tokens, from `kl_cov_selection` over a mini-batch; None: of this call.
     """
-    mask = action_mask.bool()
-    advantages = torch.where(mask, advantages, 0.0)
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
-    if selected is None:
-        selected = kl_cov_selection(logprobs, advantages, mask, ratio=ratio)
-    loss = -advantages * log_ratio.clamp(-FLOAT32_LOG_LIMIT, FLOAT32_LOG_LIMIT).exp() + torch.where(
-        selected, kl_coef * log_ratio.abs(), 0.0
-    )
-    metrics = {"penalised_fraction": selected, "approx_kl": -log_ratio, "abs_log_ratio": log_ratio.abs()}
+    mask, advantages, log_ratio = masked_log_ratio(logprobs, old_logprobs, advantages, action_mask)
+    if penalised is None:
+        penalised = kl_cov_selection(logprobs, advantages, mask, ratio=ratio)
+    penalty = torch.where(penalised, kl_coef * log_ratio.abs(), 0.0)
+    loss = -advantages * log_ratio.clamp(-FLOAT32_LOG_LIMIT, FLOAT32_LOG_LIMIT).exp() + penalty
+    metrics = {"penalised_fraction": penalised, "approx_kl": -log_ratio, "abs_log_ratio": log_ratio.abs()}
     return reduced(loss, mask, metrics, drop=drop, aggregation=aggregation, horizon=horizon, denominator=denominator)
+
+
+def value_at(ordered: Tensor, position: float) -> float:
+    """Between two neighbours of a sorted [K], linearly: a quantile (torch.quantile refuses large inputs)."""
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return float(ordered[low] + (ordered[high] - ordered[low]) * (position - low))
 
 
 @torch.no_grad()
@@ -172,23 +167,18 @@ def _covariance(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def _bound(value: float | str, ordered: Tensor) -> float:
-    """A threshold as a number; a quantile with linear interpolation (torch.quantile refuses large inputs)."""
+    """A bound as a number; `ordered` are all covariances."""
     if not isinstance(value, str):
         return value
     kind, _, share = value.partition(":")
     q = float(share) if kind == "quantile" and share.replace(".", "", 1).isdigit() else -1.0
     if not 0 <= q <= 1:
         raise ContractError(f"threshold {value!r} is not known", hint='use a number or "quantile:0.8"')
-    if not len(ordered):
-        return 0.0
-    place = q * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return float(ordered[low] + (ordered[high] - ordered[low]) * (place - low))
+    return value_at(ordered, q * (len(ordered) - 1)) if len(ordered) else 0.0
 
 
-def _at(positions: Tensor, like: Tensor) -> Tensor:
-    """bool of the shape of `like`, True at these row-major positions."""
-    selected = torch.zeros(like.numel(), dtype=torch.bool, device=like.device)
-    selected[positions] = True
-    return selected.view(like.shape)
+def _true_at(positions: Tensor, mask: Tensor) -> Tensor:
+    """bool of the mask's shape, True at these row-major positions."""
+    tokens = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
+    tokens[positions] = True
+    return tokens.view(mask.shape)

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from spearrl.config.plugins import accepted, load_function
 from spearrl.errors import ContractError
 from spearrl.losses.aggregate import AGGREGATIONS, aggregate, token_means
 from spearrl.losses.covariance import covariance_selection, kl_cov_loss, kl_cov_selection
-from spearrl.losses.surrogates import MAX_LOG_RATIO, cispo_loss, clipped_policy_loss, clipped_tokens, gspo_loss
+from spearrl.losses.surrogates import cispo_loss, clipped_policy_loss, clipped_tokens, gspo_loss
 from spearrl.losses.terms import importance_weights, kl_divergence, value_loss
 
-POLICY_KINDS = ("policy", "grpo", "gigpo", "ppo")  # the same surrogate; what differs is the advantage
-KINDS = (*POLICY_KINDS, "sil", "entropy", "kl", "value", "sft")
+KINDS = ("policy", "sil", "entropy", "kl", "value", "sft")
+SURROGATES: dict[str, Callable[..., Any]] = {
+    "clip": clipped_policy_loss,
+    "gspo": gspo_loss,
+    "cispo": cispo_loss,
+    "kl_cov": kl_cov_loss,
+}
+# A user's loss: its positional arguments, keywords it must take, and keywords it gets where its signature names them.
 LEADING = ("logprobs", "old_logprobs", "advantages", "action_mask")
 REQUIRED = ("aggregation", "horizon", "denominator", "drop")
 OFFERED = ("clip_low", "clip_high", "dual_clip", "rollout_logprobs", "ref_logprobs")
-_TABLE: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "clip": (clipped_policy_loss, (*REQUIRED, "clip_low", "clip_high", "dual_clip", "log_ratio_clamp")),
-    "gspo": (gspo_loss, (*REQUIRED, "clip_low", "clip_high")),
-    "cispo": (cispo_loss, (*REQUIRED, "clip_low", "clip_high")),
-    "kl_cov": (kl_cov_loss, (*REQUIRED[:-1], "ratio", "kl_coef", "selected")),
-}
-SURROGATES = tuple(_TABLE)
 
 
 class LossBatch(Protocol):
@@ -44,18 +47,23 @@ class LossBatch(Protocol):
 
 @dataclass(frozen=True)
 class ClipCov:
-    """Covariance clipping: at most `ratio` of the tokens, of covariance in (lower, upper); scope "mini_batch" or "micro_batch" (as released)."""
+    """Settings of `covariance_selection`; the tokens that it draws are dropped.
+
+    Args:
+        scope: tokens that are drawn from: of the "mini_batch", or of each "micro_batch" (as released).
+        log_ratio_clamp: of `clipped_policy_loss`.
+    """
 
     ratio: float
     lower: float | str
     upper: float | str
     scope: str = "mini_batch"
-    log_ratio_clamp: float | None = MAX_LOG_RATIO
+    log_ratio_clamp: float | None = 20.0
 
 
 @dataclass(frozen=True)
 class KlCov:
-    """Settings of surrogate "kl_cov"."""
+    """Settings of surrogate "kl_cov"; scope as in `ClipCov`."""
 
     ratio: float = 2e-4
     coef: float = 0.1
@@ -72,7 +80,7 @@ class Correction:
     floor: float = 0.5
 
 
-_PARTS: dict[str, Any] = {"clip_cov": ClipCov, "kl_cov": KlCov, "correction": Correction}
+_SETTINGS: dict[str, Any] = {"clip_cov": ClipCov, "kl_cov": KlCov, "correction": Correction}
 
 
 @dataclass(frozen=True)
@@ -80,16 +88,19 @@ class Objective:
     """One term of the total. `dataclasses.asdict` and `from_dict` carry it to other processes.
 
     Args:
-        kind: "policy" (also "grpo", "gigpo", "ppo": the surrogate of the batch's advantages), "sil" (the same of max(advantage, 0) on replayed tokens),
-            "entropy" (minus the mean entropy), "kl" (divergence from ref_logprobs), "value" (the critic's error), "sft" (weighted log-likelihood).
+        kind: "policy" (the surrogate of the batch's advantages), "sil" (the same of max(advantage, 0), on replay),
+            "entropy" (minus the mean entropy), "kl" (divergence from ref_logprobs), "value" (the critic's error),
+            "sft" (log-likelihood, weighted by the batch's advantages).
         weight: factor in the total; the learner applies it, `loss` does not.
-        surrogate: of "policy" and "sil": "clip", "gspo", "cispo", "kl_cov", or a function's import path "package.module:name".
+        surrogate: of "policy" and "sil": one of SURROGATES, or a function's import path "package.module:name", which
+            `spearrl.algorithm.objectives` checks.
         replay: whether it is for replayed rows; "sil" always is.
-        token_weight: of a token by its current probability p: "confident", p^token_power; "unsure", (1 - p)^token_power.
-        divisor: "mini_batch", or "micro_batch" (as released): `loss` then ignores the denominator.
+        denominator: of the "mini_batch", or of each "micro_batch" (as released).
+        token_weight: of a token by its current probability p: "none"; "confident", p^token_power; "unsure",
+            (1 - p)^token_power.
 
     Raises:
-        ContractError: unknown kind, surrogate or aggregation. ConfigError: a function of another signature.
+        ContractError: unknown kind, surrogate or aggregation.
     """
 
     kind: str
@@ -98,7 +109,7 @@ class Objective:
     replay: bool = False
     aggregation: str = "token-mean"
     horizon: float = 512
-    divisor: str = "mini_batch"
+    denominator: str = "mini_batch"
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
@@ -111,27 +122,19 @@ class Objective:
     token_power: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ContractError(f"objective kind {self.kind!r} is not known", hint=f"use one of {', '.join(KINDS)}")
-        if self.aggregation not in AGGREGATIONS:
-            raise ContractError(
-                f"aggregation {self.aggregation!r} is not known", hint=f"use one of {', '.join(AGGREGATIONS)}"
-            )
-        if ":" in self.surrogate:
-            _own(self.surrogate)
-        elif self.surrogate not in SURROGATES:
-            raise ContractError(
-                f"surrogate {self.surrogate!r} is not known",
-                hint=f"use one of {', '.join(SURROGATES)}, or package.module:function",
-            )
+        for name, value, known, besides in (
+            ("objective kind", self.kind, KINDS, ""),
+            ("aggregation", self.aggregation, AGGREGATIONS, ""),
+            ("surrogate", self.surrogate, tuple(SURROGATES), ", or package.module:function"),
+        ):
+            if value not in known and not (besides and ":" in value):
+                raise ContractError(f"{name} {value!r} is not known", hint=f"use one of {', '.join(known)}{besides}")
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Objective:
         """The inverse of dataclasses.asdict."""
-        values = dict(fields)
-        return cls(
-            **values | {name: part(**values[name]) for name, part in _PARTS.items() if values.get(name) is not None}
-        )
+        settings = {name: part(**fields[name]) for name, part in _SETTINGS.items() if fields.get(name) is not None}
+        return cls(**{**fields, **settings})
 
     @property
     def on_replay(self) -> bool:
@@ -140,17 +143,15 @@ class Objective:
     @property
     def prefix(self) -> str:
         """Under which its metrics are reported."""
-        if self.kind in POLICY_KINDS:
-            return "policy"
-        return f"sil_{self.kind}" if self.replay and self.kind != "sil" else self.kind
+        return f"sil_{self.kind}" if self.replay and self.kind not in ("policy", "sil") else self.kind
 
     @property
     def scope(self) -> str | None:
-        """Over which tokens `selection` chooses: "mini_batch", "micro_batch"; None: it chooses nothing."""
+        """Whose tokens `covariance_tokens` chooses from: "mini_batch", "micro_batch"; None: it chooses none."""
         rule: ClipCov | KlCov | None = self.kl_cov if self.surrogate == "kl_cov" else self.clip_cov
-        return rule.scope if rule is not None and self.kind in (*POLICY_KINDS, "sil") else None
+        return rule.scope if rule is not None and self.kind in ("policy", "sil") else None
 
-    def selection(
+    def covariance_tokens(
         self,
         batch: LossBatch,
         logprobs: Tensor,
@@ -158,28 +159,23 @@ class Objective:
         generator: torch.Generator | None = None,
         keys: Tensor | None = None,
     ) -> Tensor | None:
-        """bool [B, T]: what covariance clipping drops of these rows (of the whole mini-batch, unless the scope is "micro_batch"), or what KL-Cov penalises;
-        None where neither is on."""
-        advantages = self._advantages(batch)
+        """bool [B, T]: the tokens of these rows that Clip-Cov drops or KL-Cov penalises; None where neither is on.
+
+        Args:
+            batch: the whole mini-batch, unless the scope is "micro_batch".
+            logprobs: [B, T] of the current policy.
+            generator, keys: of the draw, as in `covariance_selection`.
+        """
+        advantages, mask = self._advantages(batch), batch.action_mask
         if self.surrogate == "kl_cov":
-            return kl_cov_selection(logprobs, advantages, batch.action_mask, ratio=self.kl_cov.ratio, keys=keys)
-        rule = self.clip_cov
-        if rule is None:
+            return kl_cov_selection(logprobs, advantages, mask, ratio=self.kl_cov.ratio, keys=keys)
+        if self.clip_cov is None:
             return None
-        exclude = None
+        rule: dict[str, Any] = {name: getattr(self.clip_cov, name) for name in ("ratio", "lower", "upper")}
         if self.surrogate == "clip":
-            exclude = clipped_tokens(
-                logprobs,
-                batch.old_logprobs,
-                advantages,
-                batch.action_mask,
-                clip_low=self.clip_low,
-                clip_high=self.clip_high,
-            )
-        bounds: dict[str, Any] = {"ratio": rule.ratio, "lower": rule.lower, "upper": rule.upper}
-        return covariance_selection(
-            logprobs, advantages, batch.action_mask, **bounds, exclude=exclude, generator=generator, keys=keys
-        )
+            clips = {"clip_low": self.clip_low, "clip_high": self.clip_high}
+            rule["exclude"] = clipped_tokens(logprobs, batch.old_logprobs, advantages, mask, **clips)
+        return covariance_selection(logprobs, advantages, mask, **rule, generator=generator, keys=keys)
 
     def loss(
         self,
@@ -187,88 +183,78 @@ class Objective:
         logprobs: Tensor,
         *,
         denominator: float | None,
-        selection: Tensor | None = None,
+        covariance_tokens: Tensor | None = None,
         entropy: Tensor | None = None,
         values: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """Scalar loss to minimise, not multiplied by `weight`, and its metrics.
 
         Args:
-            batch: [B, T] each; for "sft" advantages are token weights.
+            batch: [B, T] each.
             logprobs: [B, T] of the current policy.
-            denominator: full divisor of the mini-batch over all ranks; None: of this call.
-            selection: bool [B, T] from `selection`; None: clip_cov drops nothing, kl_cov chooses from this call's tokens.
+            denominator: of the mini-batch over all ranks; None: of this call.
+            covariance_tokens: bool [B, T] from the method of that name; None: Clip-Cov drops nothing, KL-Cov
+                penalises tokens of this call.
             entropy, values: [B, T], needed by kinds "entropy" and "value".
 
         Raises:
-            ContractError: something its kind needs is missing.
+            ContractError: something its kind needs is missing, or a user's loss returned something else.
         """
-        divisor: dict[str, Any] = {
-            "horizon": self.horizon,
-            "denominator": None if self.divisor == "micro_batch" else denominator,
-        }
-        if self.kind in POLICY_KINDS or self.kind == "sil":
-            return self._surrogate(batch, logprobs, divisor, selection)
+        scale: dict[str, Any] = {"horizon": self.horizon, "denominator": denominator}
+        if self.denominator == "micro_batch":
+            scale["denominator"] = None
+        if self.kind in ("policy", "sil"):
+            return self._policy_loss(batch, logprobs, scale, covariance_tokens)
         mask = batch.action_mask.bool()
         if self.kind == "value":
-            predicted, old, returns = (
-                self._needs(values, "values"),
-                self._needs(batch.values, "batch.values"),
-                self._needs(batch.returns, "batch.returns"),
-            )
-            return value_loss(
-                predicted, old, returns, mask, clip=self.value_clip, aggregation=self.aggregation, **divisor
-            )
+            critic = (self._needs(values, "values"), self._needs(batch.values, "batch.values"))
+            returns = self._needs(batch.returns, "batch.returns")
+            return value_loss(*critic, returns, mask, clip=self.value_clip, aggregation=self.aggregation, **scale)
         if self.kind == "kl":
-            kl = kl_divergence(logprobs, self._needs(batch.ref_logprobs, "batch.ref_logprobs"), self.estimator)
-            return aggregate(kl, mask, self.aggregation, **divisor), token_means(mask, {"divergence": kl})
-        if self.kind == "entropy":
-            found = self._needs(entropy, "entropy")
-            return -aggregate(found, mask, self.aggregation, **divisor), token_means(mask, {"entropy": found})
-        weights, nll = torch.where(mask, batch.advantages, 0.0), torch.where(mask, -logprobs, 0.0)
-        return aggregate(weights * nll, mask, self.aggregation, **divisor), token_means(
-            mask, {"nll": nll, "weight": weights}
-        )
+            reference = self._needs(batch.ref_logprobs, "batch.ref_logprobs")
+            loss = kl_divergence(logprobs, reference, self.estimator)
+            metrics = {"divergence": loss}
+        elif self.kind == "entropy":
+            entropy = self._needs(entropy, "entropy")
+            loss, metrics = -entropy, {"entropy": entropy}
+        else:
+            weights, nll = torch.where(mask, batch.advantages, 0.0), torch.where(mask, -logprobs, 0.0)
+            loss, metrics = weights * nll, {"nll": nll, "weight": weights}
+        return aggregate(loss, mask, self.aggregation, **scale), token_means(mask, metrics)
 
-    def _surrogate(
-        self, batch: LossBatch, logprobs: Tensor, divisor: dict[str, Any], selection: Tensor | None
+    def _policy_loss(
+        self, batch: LossBatch, logprobs: Tensor, scale: dict[str, Any], covariance_tokens: Tensor | None
     ) -> tuple[Tensor, dict[str, float]]:
-        weights = self._weights(batch, logprobs.detach())
-        advantages = self._advantages(batch) if weights is None else self._advantages(batch) * weights
-        options = {
-            name: getattr(self, name) for name in ("aggregation", "clip_low", "clip_high", "dual_clip")
-        } | divisor
-        options |= {"drop": selection, "selected": selection, "ratio": self.kl_cov.ratio, "kl_coef": self.kl_cov.coef}
-        options |= {"log_ratio_clamp": MAX_LOG_RATIO if self.clip_cov is None else self.clip_cov.log_ratio_clamp}
-        options |= {"rollout_logprobs": batch.rollout_logprobs, "ref_logprobs": batch.ref_logprobs}
-        function, names = _TABLE.get(self.surrogate) or _own(self.surrogate)
-        found = function(
-            logprobs, batch.old_logprobs, advantages, batch.action_mask, **{name: options[name] for name in names}
-        )
-        if not (
-            isinstance(found, tuple)
-            and len(found) == 2
-            and isinstance(found[0], Tensor)
-            and found[0].ndim == 0
-            and isinstance(found[1], dict)
-        ):
-            raise ContractError(
-                f"{self.surrogate} returned {type(found).__name__}",
-                where="algo.loss",
-                hint="return (scalar tensor, dict of floats)",
-            )
-        metrics = {
-            name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in found[1].items()
-        }
-        return found[0], metrics if weights is None else metrics | token_means(
-            batch.action_mask, {"token_weight": weights}
-        )
+        advantages, weights = self._advantages(batch), self._token_weights(batch, logprobs.detach())
+        if weights is not None:
+            advantages = advantages * weights
+        keywords = {"aggregation": self.aggregation, "drop": covariance_tokens, **scale}
+        keywords |= {name: getattr(self, name) for name in ("clip_low", "clip_high", "dual_clip")}
+        keywords |= {"rollout_logprobs": batch.rollout_logprobs, "ref_logprobs": batch.ref_logprobs}
+        if self.surrogate == "clip" and self.clip_cov is not None:
+            keywords["log_ratio_clamp"] = self.clip_cov.log_ratio_clamp
+        if self.surrogate == "kl_cov":
+            keywords |= {"drop": None, "penalised": covariance_tokens}
+            keywords |= {"ratio": self.kl_cov.ratio, "kl_coef": self.kl_cov.coef}
+        function, accepted = _surrogate(self.surrogate)
+        tokens = (logprobs, batch.old_logprobs, advantages, batch.action_mask)
+        returned = function(*tokens, **{name: value for name, value in keywords.items() if name in accepted})
+        match returned:
+            case (Tensor(ndim=0) as loss, dict(metrics)):
+                metrics = {k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in metrics.items()}
+            case _:
+                text, hint = (
+                    f"{self.surrogate} returned {type(returned).__name__}",
+                    "return (scalar tensor, dict of floats)",
+                )
+                raise ContractError(text, where="algo.loss", hint=hint)
+        return loss, metrics if weights is None else metrics | token_means(batch.action_mask, {"token_weight": weights})
 
     def _advantages(self, batch: LossBatch) -> Tensor:
-        """Self-imitation learns from what beat the baseline only (SIL, arXiv:1806.05635 eq. 2; SPEAR, arXiv:2509.22601)."""
+        """Self-imitation learns only from what beat the baseline (SIL, arXiv:1806.05635 eq. 2; arXiv:2509.22601)."""
         return batch.advantages.clamp(min=0) if self.kind == "sil" else batch.advantages
 
-    def _weights(self, batch: LossBatch, logprobs: Tensor) -> Tensor | None:
+    def _token_weights(self, batch: LossBatch, logprobs: Tensor) -> Tensor | None:
         """[B, T] factors of the advantages, without gradient; None: all 1."""
         weights = None
         if self.correction is not None:
@@ -286,8 +272,13 @@ class Objective:
         return tensor
 
 
-def _own(path: str) -> tuple[Callable[..., Any], tuple[str, ...]]:
-    """A user's loss, and the keyword arguments it takes. Raises ConfigError for another signature."""
-    return load_function(path, "algo.loss"), accepted(
-        path, "algo.loss", leading=LEADING, required=REQUIRED, offered=OFFERED
-    )
+@cache
+def _surrogate(name: str) -> tuple[Callable[..., Any], frozenset[str]]:
+    """A surrogate's function, and the keywords it is called with where there is a value for them."""
+    function = SURROGATES.get(name)
+    if function is None:
+        if os.getcwd() not in sys.path:  # in a rank that a launcher started, nobody has checked the path, which adds it
+            sys.path.append(os.getcwd())
+        module, _, attribute = name.partition(":")
+        function = getattr(import_module(module), attribute)
+    return function, frozenset((*REQUIRED, *inspect.signature(function).parameters))

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from spearrl.losses.aggregate import reduced
 
-MAX_LOG_RATIO = (
-    20.0  # e^20 is finite in every float type and so is its product with an advantage; stale replay can exceed it
-)
+# e^20 is finite in every float type, and so is its product with an advantage; stale replay can exceed it.
+MAX_LOG_RATIO = 20.0
 
 
 def clipped_policy_loss(
@@ -27,19 +26,18 @@ def clipped_policy_loss(
     drop: Tensor | None = None,
     log_ratio_clamp: float | None = MAX_LOG_RATIO,
 ) -> tuple[Tensor, dict[str, float]]:
-    """PPO's clipped surrogate (arXiv:1707.06347 eq. 7), upper clip apart (DAPO, arXiv:2503.14476), dual clip (arXiv:1912.09729).
+    """PPO's clipped surrogate (arXiv:1707.06347 eq. 7), with an upper clip of its own (DAPO, arXiv:2503.14476).
 
-    l = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),   r = exp(logprobs - old_logprobs);   where A < 0: l = min(l, -A dual_clip)
+    l = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),   r = exp(logprobs - old_logprobs)
+    With dual_clip (arXiv:1912.09729), where A < 0: l = min(l, -A dual_clip)
 
-    Args (all [B, T]): see the package; metrics clip_fraction, dual_clip_fraction, approx_kl = mean(old_logprobs - logprobs), dropped_fraction.
+    Args (all [B, T]): see the package. Metrics clip_fraction, dual_clip_fraction, approx_kl (-log r).
         log_ratio_clamp: bound on |log r|, beyond which there is no gradient either; None: no bound.
     """
-    mask = action_mask.bool()
-    advantages = torch.where(mask, advantages, 0.0)
+    mask, advantages, log_ratio = masked_log_ratio(logprobs, old_logprobs, advantages, action_mask)
     limit = torch.inf if log_ratio_clamp is None else log_ratio_clamp
-    log_ratio, unclipped, clipped = _surrogates(
-        logprobs, old_logprobs, advantages, mask, (1 - clip_low, 1 + clip_high), limit=limit
-    )
+    log_ratio = log_ratio.clamp(-limit, limit)
+    unclipped, clipped = _surrogates(advantages, log_ratio.exp(), clip_low, clip_high)
     loss = torch.maximum(unclipped, clipped)
     bounded = torch.zeros_like(mask)
     if dual_clip is not None:
@@ -61,10 +59,9 @@ def clipped_tokens(
     clip_high: float = 0.2,
 ) -> Tensor:
     """bool [B, T]: tokens whose gradient PPO's clip has already removed. All arguments [B, T]."""
-    mask = action_mask.bool()
-    _, unclipped, clipped = _surrogates(
-        logprobs, old_logprobs, torch.where(mask, advantages, 0.0), mask, (1 - clip_low, 1 + clip_high)
-    )
+    _, advantages, log_ratio = masked_log_ratio(logprobs, old_logprobs, advantages, action_mask)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    unclipped, clipped = _surrogates(advantages, ratio, clip_low, clip_high)
     return clipped > unclipped
 
 
@@ -83,26 +80,18 @@ def gspo_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Clipped surrogate of the row's length-normalised ratio, in its token form (GSPO, arXiv:2507.18071 section 4.3).
 
-    r_t = sg[s] p_t / sg[p_t],   s = exp(mean over the row's action tokens of logprobs - old_logprobs);   sg: no gradient
+    r_t = sg[s] p_t / sg[p_t],   s = exp(mean over the row's action tokens of logprobs - old_logprobs)
+    sg: no gradient. With one advantage per row this is GSPO itself.
 
-    With one advantage per row this is GSPO itself. Args (all [B, T]): see the package; metrics clip_fraction, approx_kl, dropped_fraction.
+    Args (all [B, T]): see the package. Metrics clip_fraction, approx_kl (-log of the token's own ratio).
     """
-    mask = action_mask.bool()
-    advantages = torch.where(mask, advantages, 0.0)
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    mask, advantages, log_ratio = masked_log_ratio(logprobs, old_logprobs, advantages, action_mask)
     row_mean = log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
     ratio = (row_mean.detach() + log_ratio - log_ratio.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    unclipped, clipped = _surrogates(advantages, ratio, clip_low, clip_high)
+    loss = torch.maximum(unclipped, clipped)
     metrics = {"clip_fraction": clipped > unclipped, "approx_kl": -log_ratio}
-    return reduced(
-        torch.maximum(unclipped, clipped),
-        mask,
-        metrics,
-        drop=drop,
-        aggregation=aggregation,
-        horizon=horizon,
-        denominator=denominator,
-    )
+    return reduced(loss, mask, metrics, drop=drop, aggregation=aggregation, horizon=horizon, denominator=denominator)
 
 
 def cispo_loss(
@@ -120,29 +109,26 @@ def cispo_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """REINFORCE with a clipped importance weight: no token loses its gradient (CISPO, arXiv:2506.13585 eq. 4).
 
-    l = -sg[clip(r, 1 - clip_low, 1 + clip_high)] A logprobs,   r = exp(logprobs - old_logprobs);   clip_low = 1: no lower bound
+    l = -sg[clip(r, 1 - clip_low, 1 + clip_high)] A logprobs,   r = exp(logprobs - old_logprobs);   sg: no gradient
 
-    Args (all [B, T]): see the package; metrics clip_fraction, approx_kl, dropped_fraction.
+    Args (all [B, T]): see the package; clip_low = 1: no lower bound. Metrics clip_fraction, approx_kl (-log r).
     """
-    mask = action_mask.bool()
-    advantages = torch.where(mask, advantages, 0.0)
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).detach()
+    mask, advantages, log_ratio = masked_log_ratio(logprobs, old_logprobs, advantages, action_mask)
+    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).detach()
     weight = log_ratio.exp().clamp(1 - clip_low, 1 + clip_high)
     loss = -weight * advantages * torch.where(mask, logprobs, 0.0)
     metrics = {"clip_fraction": weight != log_ratio.exp(), "approx_kl": -log_ratio}
     return reduced(loss, mask, metrics, drop=drop, aggregation=aggregation, horizon=horizon, denominator=denominator)
 
 
-def _surrogates(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    bounds: tuple[float, float],
-    *,
-    limit: float = MAX_LOG_RATIO,
+def masked_log_ratio(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, action_mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log ratio, -A r, -A clip(r)); log ratio 0 outside the mask."""
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-limit, limit)
-    ratio = log_ratio.exp()
-    return log_ratio, -advantages * ratio, -advantages * ratio.clamp(*bounds)
+    """(mask, advantages, logprobs - old_logprobs), [B, T] each; the last two are 0 outside the mask."""
+    mask = action_mask.bool()
+    return mask, torch.where(mask, advantages, 0.0), torch.where(mask, logprobs - old_logprobs, 0.0)
+
+
+def _surrogates(advantages: Tensor, ratio: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
+    """(-A r, -A clip(r))."""
+    return -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spearrl.batching import Batch, Rows, denominator, forward_inputs, rows_from_groups
-from spearrl.errors import ConfigError, ContractError
+from spearrl.errors import ContractError
 from spearrl.learner.partition import micro_batches, mini_batches
 from spearrl.types import Action, Group, Image, Status, Task, Trajectory, Turn
 from tests.batching.test_rows import make_rows
@@ -131,7 +131,7 @@ def test_denominators():
     assert denominator(mask, "seq-mean-token-sum", 10) == 2 == denominator(mask, "seq-mean-token-mean", 10)
     assert denominator(mask, "seq-mean-token-sum-norm", 10) == 20
     assert denominator(torch.zeros(0, 0, dtype=torch.bool), "token-mean", 10) == 1
-    with pytest.raises(ConfigError, match="mean-mean"):
+    with pytest.raises(ContractError, match="mean-mean"):
         denominator(mask, "mean-mean", 10)
 
 

@@ -19,7 +19,7 @@ from spearrl.config import load_config, to_toml
 from spearrl.config.grammar import BASES, MODULES
 from spearrl.config.presets import PRESETS
 from spearrl.config.reference import markdown
-from spearrl.errors import CheckpointError, ConfigError, NumericsError, RefusedError, StorageError, WorkerError
+from spearrl.errors import CheckpointError, ConfigError, RefusedError, StorageError, WorkerError
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "numpy", "pydantic", "tensorboard")
@@ -81,7 +81,7 @@ def test_unknown_verbs_and_options_suggest(capsys):
 
 
 @pytest.mark.parametrize(
-    "error", [ConfigError, RefusedError, CheckpointError, StorageError, WorkerError, NumericsError]
+    "error", [ConfigError, RefusedError, CheckpointError, StorageError, WorkerError]
 )
 def test_errors_become_one_message_and_their_exit_code(capsys, monkeypatch, error):
     def fail(words):

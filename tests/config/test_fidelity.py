@@ -19,7 +19,7 @@ SWITCHES = {
     "filters.void_rule": ("no_action", "no_action", "no_action", "never"),
     "filters.subsample": ("none", "none", "power_of_two", "none"),
     "policy.mask": ("action", "action", "attention", "action"),
-    "policy.divisor": ("mini_batch", "mini_batch", "micro_batch", "micro_batch"),
+    "policy.denominator": ("mini_batch", "mini_batch", "micro_batch", "micro_batch"),
     "policy.entropy_coef": (0.0, 0.0, 0.001, 0.0),
     "sil.unit": ("trajectory", "trajectory", "row", "trajectory"),
     "sil.keep_zero": (False, False, True, False),

@@ -229,9 +229,9 @@ def test_passes_that_are_held_select_what_a_pass_of_their_own_selects(monkeypatc
     assert sum(first) == 14 and sum(passes) > 28, "every row goes through the model once where its mini-batch fits"
 
 
-def test_released_divisor_depends_on_micro_batches_as_the_release_does():
+def test_released_denominator_depends_on_micro_batches_as_the_release_does():
     """Token sums over L, averaged over micro-batches by rows: m / N of the per-row mean, so twice the micro-batch is twice the gradient (spear.md 1.3)."""
-    objective = [Objective("policy", aggregation="seq-mean-token-sum-norm", horizon=20, divisor="micro_batch")]
+    objective = [Objective("policy", aggregation="seq-mean-token-sum-norm", horizon=20, denominator="micro_batch")]
     rows = make_rows([[3], [3], [3], [3]])
     norms = []
     for rows_at_a_time in (1, 2, 4):

@@ -66,7 +66,7 @@ def clip_cov(x, part, **options):
 
 
 def kl_cov(x, part, **options):
-    return losses.kl_cov_loss(x, part.old, part.advantages, part.mask, kl_coef=0.5, selected=part.drop, **options)
+    return losses.kl_cov_loss(x, part.old, part.advantages, part.mask, kl_coef=0.5, penalised=part.drop, **options)
 
 
 LOSSES: dict[str, Callable] = {
@@ -126,9 +126,9 @@ def cuts(draw) -> tuple[Tokens, list[list[tuple[list[int], int]]]]:
     return table, plan
 
 
-def gradient_of(name: str, part: Part, mode: str, divisor: float) -> tuple[float, torch.Tensor]:
+def gradient_of(name: str, part: Part, mode: str, of_whole: float) -> tuple[float, torch.Tensor]:
     leaf = part.logprobs.requires_grad_()
-    loss, _ = LOSSES[name](leaf, part, aggregation=mode, horizon=HORIZON, denominator=divisor)
+    loss, _ = LOSSES[name](leaf, part, aggregation=mode, horizon=HORIZON, denominator=of_whole)
     return float(loss.detach()), torch.autograd.grad(loss, leaf)[0]
 
 
@@ -139,13 +139,13 @@ def test_any_cut_of_a_mini_batch_has_the_same_gradient(name, cut, mode):
     table, plan = cut
     whole = Part(table, list(range(table.shape[0])))
     whole.chosen = select(whole, name) if name in ("clip_cov", "kl_cov") else None
-    divisor = denominator(whole.mask, mode, HORIZON)
-    total, slope = gradient_of(name, whole, mode, divisor)
+    of_whole = denominator(whole.mask, mode, HORIZON)
+    total, slope = gradient_of(name, whole, mode, of_whole)
     summed, pieces = torch.zeros_like(slope), []
     for micro in plan:
         own = torch.zeros_like(slope)
         for rows, padding in micro:
-            loss, found = gradient_of(name, Part(table, rows, padding, whole.chosen), mode, divisor)
+            loss, found = gradient_of(name, Part(table, rows, padding, whole.chosen), mode, of_whole)
             assert not found[:, table.shape[1] :].any()
             own[rows] += found[:, : table.shape[1]]
             pieces.append(loss)

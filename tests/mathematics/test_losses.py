@@ -61,7 +61,7 @@ def sil(
 ):
     objective = Objective("sil", aggregation=aggregation, horizon=horizon)
     return objective.loss(
-        batch_of(old_logprobs, advantages, action_mask), logprobs, denominator=denominator, selection=drop
+        batch_of(old_logprobs, advantages, action_mask), logprobs, denominator=denominator, covariance_tokens=drop
     )
 
 
@@ -118,7 +118,7 @@ def surrogate(new, old, a, low=0.2, high=0.2):
     return max(-a * r, -a * min(max(r, 1 - low), 1 + high))
 
 
-# name: (loss, token value(new, old, advantage), on-policy gradient per token before the divisor)
+# name: (loss, token value(new, old, advantage), on-policy gradient per token before the denominator)
 TOKEN_LOSSES = {
     "clipped": (clipped_policy_loss, surrogate, lambda a, new: -a),
     "sil": (sil, lambda new, old, a: surrogate(new, old, max(a, 0)), lambda a, new: -max(a, 0)),
@@ -274,14 +274,14 @@ def test_an_empty_mask_gives_zero_and_back_propagates(name, mode, denominator):
 @pytest.mark.parametrize("name", LOSSES)
 def test_micro_batches_add_up_to_the_mini_batch(name, mode):
     new, old, advantages, mask = sample()
-    divisor = {"token-mean": int(mask.sum()), "seq-mean-token-sum-norm": ROWS * HORIZON}.get(mode, ROWS)
-    whole, _ = LOSSES[name](new, old, advantages, mask, aggregation=mode, horizon=HORIZON, denominator=divisor)
+    of_whole = {"token-mean": int(mask.sum()), "seq-mean-token-sum-norm": ROWS * HORIZON}.get(mode, ROWS)
+    whole, _ = LOSSES[name](new, old, advantages, mask, aggregation=mode, horizon=HORIZON, denominator=of_whole)
     whole.backward()
     gradient, new.grad = new.grad, None
     parts = 0.0
     for rows in ([0], [1], [2, 3]):
         part, _ = LOSSES[name](
-            new[rows], old[rows], advantages[rows], mask[rows], aggregation=mode, horizon=HORIZON, denominator=divisor
+            new[rows], old[rows], advantages[rows], mask[rows], aggregation=mode, horizon=HORIZON, denominator=of_whole
         )
         part.backward()
         parts += part.item()
@@ -406,7 +406,7 @@ def test_kl_on_policy_gradient():
 
 
 EVERYTHING = Objective(
-    "ppo", surrogate="kl_cov", kl_cov=KlCov(0.1, 0.2), correction=Correction("mis"), divisor="micro_batch"
+    "policy", surrogate="kl_cov", kl_cov=KlCov(0.1, 0.2), correction=Correction("mis"), denominator="micro_batch"
 )
 
 
@@ -458,12 +458,12 @@ def test_selection_of_an_objective_is_that_of_clip_cov_loss():
     keys = counter_keys(1, torch.arange(ROWS), WIDTH)
     objective = Objective("policy", clip_cov=ClipCov(0.2, 0.1, 5.0))
     batch = batch_of(old, advantages, mask)
-    drop = objective.selection(batch, new, keys=keys)
+    drop = objective.covariance_tokens(batch, new, keys=keys)
     assert drop.any() and not (drop & (~mask | clipped_tokens(new, old, advantages, mask))).any()
-    loss, metrics = objective.loss(batch, new, denominator=None, selection=drop)
+    loss, metrics = objective.loss(batch, new, denominator=None, covariance_tokens=drop)
     expected, same = clip_cov_loss(new, old, advantages, mask, ratio=0.2, lower=0.1, upper=5.0, keys=keys)
     assert torch.equal(loss, expected) and metrics == same
-    assert Objective("policy").selection(batch, new) is None
+    assert Objective("policy").covariance_tokens(batch, new) is None
 
 
 def test_objectives_travel_as_dictionaries_and_refuse_nonsense():

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from spearrl.batching.keys import counter_uniforms
 from spearrl.errors import ConfigError, EngineError
 from spearrl.rollout import Completion, LocalEngine, Request, Sampling
-from spearrl.rollout.local.sampling import draw, uniforms
+from spearrl.rollout.local.sampling import draw
 from spearrl.rollout.local.scheduler import common
 from tests.support.engine_requests import VOCABULARY, prompt, requests, serve
 
@@ -247,13 +248,13 @@ def test_draws_follow_the_distribution_and_do_not_see_their_neighbours():
 
 
 def test_uniform_numbers():
-    numbers = uniforms([7] * 50_000, range(50_000))
+    numbers = counter_uniforms([7] * 50_000, range(50_000))
     assert numbers.min() >= 0 and numbers.max() < 1 and abs(numbers.mean() - 0.5) < 0.01
-    neighbours = uniforms(range(50_000), [3] * 50_000)
+    neighbours = counter_uniforms(range(50_000), [3] * 50_000)
     assert abs(np.corrcoef(numbers, neighbours)[0, 1]) < 0.02
     assert abs(np.corrcoef(neighbours[1:], neighbours[:-1])[0, 1]) < 0.02
-    assert uniforms([5], [9])[0] == uniforms([1, 5], [2, 9])[1]
-    assert len({*uniforms([-1, 2**63 - 1, 2**64 + 5], [0, 0, 0])}) == 3
+    assert counter_uniforms([5], [9])[0] == counter_uniforms([1, 5], [2, 9])[1]
+    assert len({*counter_uniforms([-1, 2**63 - 1, 2**64 + 5], [0, 0, 0]).tolist()}) == 3
 
 
 def test_the_cache_is_bounded_in_bytes():

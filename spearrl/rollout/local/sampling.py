@@ -7,20 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
+from spearrl.batching.keys import counter_uniforms
 from spearrl.rollout.protocol import Sampling
-
-MASK64 = (1 << 64) - 1
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-    """float64 [b] in [0, 1): SplitMix64 (doi:10.1145/2660193.2660195) of each seed, advanced by the position of its token."""
-    state = _mix(np.array([seed & MASK64 for seed in seeds], dtype=np.uint64) + GOLDEN)
-    state = _mix(state + (np.array(positions, dtype=np.uint64) + np.uint64(1)) * GOLDEN)
-    return (state >> np.uint64(11)).astype(np.float64) / float(1 << 53)
 
 
 def draw(
@@ -47,25 +37,19 @@ def draw(
     if all(greedy):
         tokens = logprobs.argmax(-1)
     else:
-        tokens = _invert(logprobs, uniforms([s.seed for s in samplings], positions))
+        tokens = _invert(logprobs, counter_uniforms([s.seed for s in samplings], positions))
         if any(greedy):
             tokens = torch.where(torch.tensor(greedy, device=device), logprobs.argmax(-1), tokens)
     return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist()
 
 
-def _mix(state: np.ndarray) -> np.ndarray:
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
-
-
-def _invert(logprobs: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
+def _invert(logprobs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """Tokens [b] at which the cumulative distribution passes each number; one of probability 0 is never drawn."""
     cumulative = logprobs.exp().double().cumsum(-1)
     total = cumulative[:, -1:]
     # The product may round up to the total itself, which lies past the last token.
     targets = torch.minimum(
-        torch.from_numpy(numbers).to(logprobs.device)[:, None] * total, torch.nextafter(total, torch.zeros_like(total))
+        numbers.to(logprobs.device)[:, None] * total, torch.nextafter(total, torch.zeros_like(total))
     )
     return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp(max=logprobs.shape[-1] - 1)
 
