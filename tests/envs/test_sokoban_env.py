@@ -189,15 +189,15 @@ def test_no_move_makes_or_loses_a_box_or_goes_through_a_wall(seed, names, boxes)
 def test_what_moves_pay():
     environment = compact(walls=0)
     environment.reset(environment.tasks("train")[0], 0)
-    environment._level = level_of("#######", "#PXO__#", "#_____#", "#X__O_#", "#######")
-    environment._state = environment._level.start
+    environment._episode = level_of("#######", "#PXO__#", "#_____#", "#X__O_#", "#######")
+    environment._state = environment._episode.start
     paid = [environment.step(Action(name)) for name in ("up", "still", "dance", "right", "right")]
     assert [outcome.reward for outcome in paid] == pytest.approx(
         [-0.1, 0.0, 0.0, 0.9, -1.1]
     )  # a wall, nothing twice, onto the target, off it
     assert not any(outcome.terminated for outcome in paid) and paid[0].observation == paid[2].observation
-    environment._level = level_of("#######", "#_PXO_#", "#######")
-    environment._state = environment._level.start
+    environment._episode = level_of("#######", "#_PXO_#", "#######")
+    environment._state = environment._episode.start
     last = environment.step(Action("right"))
     assert last.reward == pytest.approx(10.9) and last.terminated and last.info == {"success": True}
     assert last.observation.text == " _ _ P √ _" and environment.expert() is None
@@ -354,8 +354,8 @@ def test_the_expert_recovers_from_slips_and_never_gives_up():
                 break
     assert 2 < won < 38 and observation.admissible
     environment.reset(environment.tasks("train")[0], 0)
-    environment._level = level_of("#####", "#X__#", "#_PO#", "#####")
-    environment._state = environment._level.start
+    environment._episode = level_of("#####", "#X__#", "#_PO#", "#####")
+    environment._state = environment._episode.start
     assert environment.expert() in MOVES  # nothing helps any more
 
 
@@ -372,8 +372,8 @@ def test_siblings_in_the_same_room_share_an_anchor():
     task = environment.tasks("train")[0]
     first, second = (environment.spawn().reset(task, seed) for seed in (0, 1))
     environment.reset(task, 0)
-    environment._level = level_of("######", "#P___#", "#_XO_#", "######")
-    environment._state = environment._level.start
+    environment._episode = level_of("######", "#P___#", "#_XO_#", "######")
+    environment._state = environment._episode.start
     seen = {"": environment._show().anchor} | {
         name: environment.step(Action(name)).observation.anchor for name in ("right", "left", "down", "right")
     }

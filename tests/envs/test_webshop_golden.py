@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from spearrl.envs.text.bm25 import Index
+from spearrl.envs.text.bm25 import LuceneIndex
 from spearrl.envs.webshop import WebShop
 from spearrl.envs.webshop.catalogue import Catalogue
 from spearrl.envs.webshop.goals import draw_prices, make_goals
-from spearrl.envs.webshop.pages import Session
+from spearrl.envs.webshop.pages import ShopSession
 from spearrl.types import Action, Task
 from tests.support.shared_data import golden_lines, read_lines, shared
 
@@ -37,7 +37,7 @@ def shop(observation: str, index: str) -> WebShop:
     if index == "texts":
         return environment
     catalogue = Catalogue(environment._shop.catalogue.products)
-    catalogue.__dict__["index"] = Index(term_vectors())
+    catalogue.__dict__["index"] = LuceneIndex(term_vectors())
     environment._shop = dataclasses.replace(environment._shop, catalogue=catalogue)
     return environment
 
@@ -120,7 +120,7 @@ def test_human_goals_of_the_small_set(episodes):
 
 def test_special_queries(episodes):
     products = WebShop(data=str(shared(FOLDER)))._shop.catalogue
-    session = Session(products, random.Random(0))
+    session = ShopSession(products, random.Random(0))
     beverages = sum(p["query"] == "beverages" for p in products.products)
     for query, found in [
         ("<c> beauty", 238),
@@ -129,7 +129,7 @@ def test_special_queries(episodes):
         ("<r>", 50),
         ("<a> nothing like it", 0),
     ]:
-        assert session.play("search", query) and len(session.found) == found
+        assert session.play("search", query) and len(session.results) == found
 
 
 def test_expert_shops_the_real_set(episodes):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from spearrl.envs.text.analyzer import analyze, stem, words
-from spearrl.envs.text.bm25 import Index, product_text
+from spearrl.envs.text.bm25 import LuceneIndex
+from spearrl.envs.webshop.catalogue import indexed_text
 from tests.support.shared_data import golden_lines, read_lines, shared
 
 
@@ -50,16 +51,16 @@ def test_products_are_analysed_as_lucene_does(products, term_vectors):
 
 
 def test_the_indexed_text_is_the_originals(products):
-    assert [p["asin"] for p in products if product_text(p) != p["contents"]] == []
+    assert [p["asin"] for p in products if indexed_text(p) != p["contents"]] == []
 
 
 @pytest.mark.parametrize("source", ["term vectors", "product texts"])
 def test_rankings_equal_lucenes(source, products, term_vectors, rankings):
     asins = [p["asin"] for p in products]
     index = (
-        Index([term_vectors[a] for a in asins], asins)
+        LuceneIndex([term_vectors[a] for a in asins], asins)
         if source == "term vectors"
-        else Index.from_texts(map(product_text, products), asins)
+        else LuceneIndex.from_texts(map(indexed_text, products), asins)
     )
     for query, expected in rankings:
         found = index.search(query)
@@ -122,32 +123,34 @@ def test_possessives_and_stop_words_go():
 
 def test_equal_scores_follow_document_order_or_names():
     texts = ["red shoe", "blue shoe", "red shoe"]
-    assert [number for number, _ in Index.from_texts(texts).search("red shoe")] == [0, 2, 1]
-    assert [number for number, _ in Index.from_texts(texts, ["c", "b", "a"]).search("red shoe")] == [2, 0, 1]
+    assert [number for number, _ in LuceneIndex.from_texts(texts).search("red shoe")] == [0, 2, 1]
+    assert [number for number, _ in LuceneIndex.from_texts(texts, ["c", "b", "a"]).search("red shoe")] == [2, 0, 1]
 
 
 def test_ties_at_the_cut_follow_the_same_rule():
-    index = Index.from_texts(["red"] * 20, [f"{19 - i:02d}" for i in range(20)])
+    index = LuceneIndex.from_texts(["red"] * 20, [f"{19 - i:02d}" for i in range(20)])
     assert [number for number, _ in index.search("red", k=3)] == [19, 18, 17]
 
 
 def test_the_score_is_bm25():
-    index = Index([{"a": 2, "b": 1}, {"b": 3}, {}])
+    index = LuceneIndex([{"a": 2, "b": 1}, {"b": 3}, {}])
     idf = np.log(1 + (2 - 1 + 0.5) / (1 + 0.5))  # the empty document does not count
     expected = 2 * idf * 2 / (2 + 0.9 * (0.6 + 0.4 * 3 / 3))
     assert index.search(["a", "a"]) == [(0, pytest.approx(expected, rel=1e-6))]
 
 
 def test_lengths_are_kept_in_one_byte():
-    same = Index([{"a": 1, "b": 40}, {"a": 1, "b": 41}, {"a": 1, "b": 42}])  # lengths 41, 42, 43: stored as 40, 42, 42
+    same = LuceneIndex(
+        [{"a": 1, "b": 40}, {"a": 1, "b": 41}, {"a": 1, "b": 42}]
+    )  # lengths 41, 42, 43: stored as 40, 42, 42
     scores = dict(same.search(["a"]))
     assert scores[0] > scores[1] == scores[2]
 
 
 @pytest.mark.parametrize("query", ["", "the", "unknown", []])
 def test_nothing_matches_nothing(query):
-    assert Index.from_texts(["a red shoe"]).search(query) == []
+    assert LuceneIndex.from_texts(["a red shoe"]).search(query) == []
 
 
 def test_an_index_of_nothing_finds_nothing():
-    assert Index.from_texts([]).search("red") == []
+    assert LuceneIndex.from_texts([]).search("red") == []

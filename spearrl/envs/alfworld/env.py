@@ -15,7 +15,7 @@ from spearrl.envs.alfworld.data import SPLITS, Games, generated_games, open_game
 from spearrl.envs.alfworld.expert import Expert
 from spearrl.envs.alfworld.world import CHANGING, NOTHING, World
 from spearrl.envs.base import Environment
-from spearrl.envs.text.tagged import projected
+from spearrl.envs.text.tagged import projection
 from spearrl.errors import ConfigError, ContractError
 from spearrl.seeds import derive
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
@@ -184,7 +184,7 @@ class ALFWorld(Environment):
             text = reply.text.lower().strip()
             valid = text.partition(" ")[0] in VERBS and "\n" not in text and len(text) <= LONGEST_PLAIN
             return Action(text, valid, tool_calls=int(valid))
-        text, valid = projected(reply.text, 30)
+        text, valid = projection(reply.text, 30)
         return Action(text, valid, tool_calls=int(valid and text.partition(" ")[0] in VERBS))
 
     def format(self, text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spearrl.config.tables import table
-from spearrl.envs.text.tagged import PLAIN, TAGGED, numbered
+from spearrl.envs.text.tagged import PLAIN, TAGGED, past_steps
 
 _TEXT = table(__file__, "prompts.toml")
 HELP: str = _TEXT["help"]  # the engine's own
@@ -33,7 +33,7 @@ def windowed(
     end = [words["choices"].format(actions=shown), "", words["reason"] if tagged else PLAIN]
     if not count:
         return "\n".join([words["role"], words["first"].format(text=text), *end])
-    middle = [words["past"].format(count=count, shown=len(past), history=numbered(past, count))] if past else []
+    middle = [past_steps(past, count)] if past else []
     return "\n".join(
         [f"{words['role']} Your task is to: {task}", *middle, words["now"].format(step=count + 1, text=text), *end]
     )

@@ -19,7 +19,7 @@ from spearrl.envs.search.facts import World, open_world
 from spearrl.envs.search.files import Document, find, questions
 from spearrl.envs.search.retrieve import Index, Server, Unavailable, open_index
 from spearrl.envs.text.analyzer import STOP_WORDS, words
-from spearrl.envs.text.tagged import reasoned
+from spearrl.envs.text.tagged import has_reasoning
 from spearrl.errors import ConfigError, ContractError
 from spearrl.seeds import derive
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
@@ -187,7 +187,7 @@ class Search(Environment):
         for start, end in itertools.pairwise(tags):
             if not start[1] and end[1] and start[2].lower() == end[2].lower():
                 said = " ".join(reply.text[start.end() : end.start()].split())
-                valid = len(tags) == 2 and bool(said) and reasoned(reply.text)
+                valid = len(tags) == 2 and bool(said) and has_reasoning(reply.text)
                 return Action(
                     f"{start[2].lower()} {said}", valid, tool_calls=int(valid and start[2].lower() == "search")
                 )

@@ -9,15 +9,8 @@ from functools import lru_cache
 
 import numpy as np
 
-BLACK, BROWN, MORTAR, GREEN, YELLOW, ORANGE, RED = (
-    (20, 20, 24),
-    (124, 84, 56),
-    (84, 56, 40),
-    (80, 190, 80),
-    (240, 200, 80),
-    (220, 120, 30),
-    (220, 50, 50),
-)
+BLACK, BROWN, MORTAR = (20, 20, 24), (124, 84, 56), (84, 56, 40)
+GREEN, YELLOW, ORANGE, RED = (80, 190, 80), (240, 200, 80), (220, 120, 30), (220, 50, 50)
 
 
 @lru_cache(maxsize=128)

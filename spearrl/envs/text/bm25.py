@@ -1,4 +1,4 @@
-"""BM25 over an inverted index, with Lucene's arithmetic (single precision, one-byte lengths) and tie rule, so that rankings agree with it."""
+"""BM25 over an inverted index, with Lucene's arithmetic (single precision, one-byte lengths) and tie rule: its rankings."""
 
 from __future__ import annotations
 
@@ -16,14 +16,7 @@ K1, B = np.float32(0.9), np.float32(0.4)  # Pyserini's defaults
 EXACT_LENGTHS = 24  # SmallFloat stores lengths exactly up to here, the rest above it with 4 significant bits
 
 
-def product_text(product: Mapping[str, Any]) -> str:
-    """What is indexed of a product: title, description, first bullet, and its options as "size: s, m, and color: red", in lower case."""
-    bullets = product["BulletPoints"]
-    options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in product["options"].items())
-    return " ".join((product["Title"], product["Description"], bullets[0] if bullets else "", options)).lower()
-
-
-class Index:
+class LuceneIndex:
     """An inverted index: for each term the documents that hold it and what one query occurrence is worth there.
 
     Args:
@@ -40,10 +33,8 @@ class Index:
             sizes.append(len(document))
         self.vocabulary = vocabulary
         self.size = len(sizes)
-        per_document = np.frombuffer(sizes, dtype=np.int32) if sizes else np.zeros(0, np.int32)
-        term_of = np.frombuffer(terms, dtype=np.int32) if terms else np.zeros(0, np.int32)
-        count_of = np.frombuffer(counts, dtype=np.int32) if counts else np.zeros(0, np.int32)
-        document_of = np.repeat(np.arange(self.size, dtype=np.int32), per_document)
+        document_of = np.repeat(np.arange(self.size, dtype=np.int32), np.asarray(sizes))
+        term_of, count_of = np.asarray(terms), np.asarray(counts)
         lengths = np.bincount(document_of, weights=count_of, minlength=self.size).astype(np.int64)
         norms = _norms(lengths)
         order = np.argsort(term_of, kind="stable")
@@ -53,17 +44,16 @@ class Index:
         in_documents = np.bincount(term_of, minlength=len(vocabulary))
         self.offsets: NDArray[np.int64] = np.concatenate(([0], np.cumsum(in_documents)))
         filled = int((lengths > 0).sum())
-        self.idf: NDArray[np.float32] = np.log1p((filled - in_documents + 0.5) / (in_documents + 0.5)).astype(
-            np.float32
-        )
+        odds = (filled - in_documents + 0.5) / (in_documents + 0.5)
+        self.idf: NDArray[np.float32] = np.log1p(odds).astype(np.float32)
         self.rank: NDArray[np.int32] | None = None
         if ids is not None:
             self.rank = np.empty(self.size, np.int32)
             self.rank[sorted(range(self.size), key=ids.__getitem__)] = np.arange(self.size, dtype=np.int32)
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str], ids: Sequence[str] | None = None) -> Index:
-        """An index over plain texts (see `product_text`)."""
+    def from_texts(cls, texts: Iterable[str], ids: Sequence[str] | None = None) -> LuceneIndex:
+        """An index over plain texts."""
         return cls((Counter(analyze(text)) for text in texts), ids)
 
     def search(self, query: str | Iterable[str], k: int = 50) -> list[tuple[int, float]]:
@@ -82,16 +72,22 @@ class Index:
             part = slice(self.offsets[number], self.offsets[number + 1])
             # each term's share is rounded to single precision and the sum is kept in double, as Lucene does: ties depend on it
             scores[self.documents[part]] += self.impacts[part] * (np.float32(count) * self.idf[number])
-        return self._best(scores.astype(np.float32), k)
+        return top_scores(scores.astype(np.float32), k, self.rank)
 
-    def _best(self, scores: NDArray[np.float32], k: int) -> list[tuple[int, float]]:
-        hits = np.flatnonzero(scores)
-        if len(hits) > k > 0:
-            values = scores[hits]
-            hits = hits[values >= np.partition(values, -k)[-k]]
-        ties = hits if self.rank is None else self.rank[hits]
-        best = hits[np.lexsort((ties, -scores[hits]))][:k]
-        return list(zip(best.tolist(), scores[best].tolist(), strict=True))
+
+def top_scores(scores: NDArray[Any], k: int, rank: NDArray[np.int32] | None = None) -> list[tuple[int, float]]:
+    """The best k documents with a score, as (document number, score), best first.
+
+    Args:
+        scores: [documents]; 0: not found.
+        k: at most so many.
+        rank: [documents], the order of equal scores; default: by document number.
+    """
+    hits = np.flatnonzero(scores)
+    if len(hits) > k > 0:
+        hits = hits[scores[hits] >= np.partition(scores[hits], -k)[-k]]
+    best = hits[np.lexsort((hits if rank is None else rank[hits], -scores[hits]))][:k]
+    return list(zip(best.tolist(), scores[best].tolist(), strict=True))
 
 
 def _norms(lengths: NDArray[np.int64]) -> NDArray[np.float32]:

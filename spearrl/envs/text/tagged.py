@@ -1,4 +1,4 @@
-"""What the built-in environments share: replies as verl-agent reads them, and the windowed prompts of SPEAR (arXiv 2509.22601)."""
+"""Replies as verl-agent reads them, and what the windowed prompts of SPEAR (arXiv 2509.22601) have in common."""
 
 from __future__ import annotations
 
@@ -7,24 +7,42 @@ from collections.abc import Sequence
 
 TAGGED = "Think inside <think> </think> tags, then give one action inside <action> </action> tags."
 PLAIN = "Answer with the action alone."
+REASON = (
+    "It is your turn. Reason step by step inside <think> </think> tags first, "
+    "then give one admissible action inside <action> </action> tags."
+)
 _CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
-def projected(reply: str, tail: int) -> tuple[str, bool]:
-    """What stands in <action>, in lower case, and whether it is valid: with a <think> and without Chinese. Without tags: the last `tail` characters."""
+def projection(reply: str, tail: int) -> tuple[str, bool]:
+    """verl-agent's projection of a reply: the action inside <action>, in lower case, and whether the reply is valid.
+
+    Valid replies have reasoning (`has_reasoning`). Without <action> tags the last `tail` characters stand for the action.
+    """
     lowered = reply.lower()
     start, end = lowered.find("<action>"), lowered.find("</action>")
     if start < 0 or end < 0:
         return lowered[-tail:], False
-    return lowered[start + len("<action>") : end].strip(), reasoned(reply)
+    return lowered[start + len("<action>") : end].strip(), has_reasoning(reply)
 
 
-def reasoned(reply: str) -> bool:
-    """Does a reply hold a <think>, and nothing Chinese? What verl-agent asks of a valid one, besides its action."""
+def has_reasoning(reply: str) -> bool:
+    """Whether a reply holds a <think>, and nothing Chinese: what verl-agent asks of a valid one, besides its action."""
     return "<think>" in reply and "</think>" in reply and not _CHINESE.search(reply)
 
 
-def numbered(past: Sequence[tuple[str, str]], count: int) -> str:
-    """The last steps (observation, action) of `count` taken, a line each."""
-    lines = enumerate(past, count - len(past) + 1)
-    return "\n".join(f"[Observation {number}: '{seen}', Action {number}: '{done}']" for number, (seen, done) in lines)
+def past_steps(steps: Sequence[tuple[str, str]], count: int) -> str:
+    """The paragraph of a windowed prompt about the last (observation, action) pairs, of `count` steps taken."""
+    lines = [
+        f"[Observation {number}: '{observation}', Action {number}: '{action}']"
+        for number, (observation, action) in enumerate(steps, count - len(steps) + 1)
+    ]
+    taken = (
+        f"So far you have taken {count} step(s). The last {len(steps)} observation(s) with the action taken at each:"
+    )
+    return "\n".join([taken, *lines])
+
+
+def compact_window(task: str, steps: Sequence[tuple[str, str]], page: str) -> str:
+    """The windowed prompt of the compact observations: task, last steps, what is there now."""
+    return "\n".join(filter(None, [task, *(f"{observation}\n> {action}" for observation, action in steps), page]))

@@ -5,18 +5,22 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from spearrl.envs.text.bm25 import Index, product_text
+from spearrl.envs.text.bm25 import LuceneIndex
 from spearrl.envs.text.records import read_records
 from spearrl.envs.webshop.generate import generate
 from spearrl.errors import ConfigError
 
 Product = dict[str, Any]
-LAYOUT = "a folder with items_shuffle*.json, items_ins_v2*.json (and items_human_ins.json for human goals), or with products_*.jsonl.xz"
+WHERE = "env.options.data"
+LAYOUT = (
+    "a folder with items_shuffle*.json, items_ins_v2*.json (and items_human_ins.json for human goals), "
+    "or with products_*.jsonl.xz"
+)
 
 
 class Catalogue:
@@ -27,9 +31,9 @@ class Catalogue:
         self.by_asin = {product["asin"]: product for product in self.products}
 
     @cached_property
-    def index(self) -> Index:
+    def index(self) -> LuceneIndex:
         """Equal scores keep the products' order (Pyserini's index goes by asin: pass the asins as ids to have that)."""
-        return Index.from_texts(product_text(p) for p in self.products)
+        return LuceneIndex.from_texts(map(indexed_text, self.products))
 
     def search(self, keywords: list[str], limit: int = 50) -> list[Product]:
         """The products a query finds, best first. `<a> x`, `<c> x`, `<q> x` list an attribute, category or query (no limit)."""
@@ -43,6 +47,13 @@ class Catalogue:
         return [self.products[number] for number, _ in self.index.search(" ".join(keywords), limit)]
 
 
+def indexed_text(product: Mapping[str, Any]) -> str:
+    """Title, description, first bullet, and the options as "size: s, m, and color: red", in lower case."""
+    options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in product["options"].items())
+    bullet = product["BulletPoints"][0] if product["BulletPoints"] else ""
+    return " ".join((product["Title"], product["Description"], bullet, options)).lower()
+
+
 @lru_cache(maxsize=8)
 def load(data: str | None, num_products: int | None, seed: int) -> Catalogue:
     """The catalogue behind `env.options.data`, loaded once per process; None: generated. Raises ConfigError."""
@@ -51,61 +62,60 @@ def load(data: str | None, num_products: int | None, seed: int) -> Catalogue:
         return Catalogue(_cleaned(raw, attributes, {}))
     path = Path(data).expanduser()
     if not path.exists():
-        raise ConfigError(f"{data!r} does not exist", where="env.options.data", hint=f"point it at {LAYOUT}")
+        raise _not_webshop(f"{data!r} does not exist")
     folder = path if path.is_dir() else path.parent
     source = path if path.is_file() else _product_file(folder)
-    attributes = _attributes(folder, source.name)
+    attributes = _json(_attribute_file(folder, source.name))
     human = folder / "items_human_ins.json"
     instructions = _json(human) if human.exists() else {}
-    records = read_records(source, layout=LAYOUT, where=f"env.options.data={source}")
+    records = read_records(source, layout=LAYOUT, where=f"{WHERE}={source}")
     try:
-        products = list(
-            _cleaned((record for _, record in itertools.islice(records, num_products)), attributes, instructions)
-        )
+        raw = (record for _, record in itertools.islice(records, num_products))
+        products = list(_cleaned(raw, attributes, instructions))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"{source.name} is not in WebShop's format: {error!r}", where="env.options.data", hint=f"use {LAYOUT}"
-        ) from error
+        raise _not_webshop(f"{source.name} is not in WebShop's format: {error!r}") from error
     if not products:
-        raise ConfigError(f"{source.name} holds no products", where="env.options.data", hint=f"use {LAYOUT}")
+        raise _not_webshop(f"{source.name} holds no products")
     return Catalogue(products)
+
+
+def _not_webshop(reason: str) -> ConfigError:
+    return ConfigError(reason, where=WHERE, hint=f"point it at {LAYOUT}")
 
 
 def _product_file(folder: Path) -> Path:
     """verl-agent's small set where both are there; the full set by its file name."""
-    found = sorted(folder.glob("items_shuffle*.json"), key=lambda p: (p.stem == "items_shuffle", p.name))
-    found += sorted(p for p in folder.glob("products_*.jsonl.xz") if not p.name.endswith("_text.jsonl.xz"))
-    if not found:
-        raise ConfigError(f"no product file in {folder}", where="env.options.data", hint=f"point it at {LAYOUT}")
-    return found[0]
+    files = sorted(folder.glob("items_shuffle*.json"), key=lambda p: (p.stem == "items_shuffle", p.name))
+    files += sorted(p for p in folder.glob("products_*.jsonl.xz") if not p.name.endswith("_text.jsonl.xz"))
+    if not files:
+        raise _not_webshop(f"no product file in {folder}")
+    return files[0]
 
 
-def _attributes(folder: Path, source: str) -> dict[str, Any]:
-    """Attributes and synthetic instructions by asin; the file of the product file's size where there are several."""
+def _attribute_file(folder: Path, source: str) -> Path:
+    """Attributes and synthetic instructions by asin: where there are several files, that of the product file's size."""
     size = re.search(r"_\d+", source)
-    wanted = folder / f"items_ins_v2{size.group() if size else ''}.json"
-    others = sorted(folder.glob("items_ins_v2*.json"))
-    if not wanted.exists() and not others:
-        raise ConfigError(f"no items_ins_v2*.json in {folder}", where="env.options.data", hint=f"point it at {LAYOUT}")
-    return _json(wanted if wanted.exists() else others[0])
+    same_size = folder / f"items_ins_v2{size.group() if size else ''}.json"
+    files = [same_size] if same_size.exists() else sorted(folder.glob("items_ins_v2*.json"))
+    if not files:
+        raise _not_webshop(f"no items_ins_v2*.json in {folder}")
+    return files[0]
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(
-            f"{path.name} is not JSON: {error}", where="env.options.data", hint="download the file again"
-        ) from error
+        raise ConfigError(f"{path.name} is not JSON: {error}", where=WHERE, hint="download the file again") from error
 
 
 def _cleaned(records: Iterable[Product], attributes: dict[str, Any], human: dict[str, Any]) -> Iterator[Product]:
-    seen: set[str] = set()
+    asins: set[str] = set()
     for raw in records:
         asin = raw["asin"]
-        if asin == "nan" or len(asin) > 10 or asin in seen:
+        if asin == "nan" or len(asin) > 10 or asin in asins:
             continue
-        seen.add(asin)
+        asins.add(asin)
         known = attributes.get(asin, {})
         bullets = raw["small_description"]
         pricing, price = _price(raw.get("pricing"))

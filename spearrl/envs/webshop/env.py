@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import re
 from collections.abc import Sequence
@@ -12,28 +11,27 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from spearrl.envs.base import Environment
-from spearrl.envs.text.tagged import projected
+from spearrl.envs.text.environment import TextEnvironment
+from spearrl.envs.text.tagged import compact_window, projection
 from spearrl.envs.webshop import prompts
 from spearrl.envs.webshop.compact import CompactRenderer, short_instruction
 from spearrl.envs.webshop.expert import Expert
 from spearrl.envs.webshop.goals import Shop, open_shop
 from spearrl.envs.webshop.nouns import default_tagger
-from spearrl.envs.webshop.pages import Session, parse_action
+from spearrl.envs.webshop.pages import ShopSession, parse_action
 from spearrl.envs.webshop.render import Move, OriginalRenderer
 from spearrl.envs.webshop.reward import purchase_reward
-from spearrl.errors import ConfigError, ContractError
+from spearrl.errors import ConfigError
 from spearrl.seeds import derive
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
 
-PLAIN = re.compile(r"(search|click)\[\s*([^\n\[]*[^\s\[])\s*\]")
-THOUGHT = "The next step follows from the page."
+PLAIN_ACTION = re.compile(r"(search|click)\[\s*([^\n\[]*[^\s\[])\s*\]")
 REWARD = 10.0  # for a perfect purchase
 PERFECT = 1 - 1e-9
 UNFINISHED = {"success": False, "task_score": 0.0}
 
 
-class WebShop(Environment):
+class WebShop(TextEnvironment[ShopSession]):
     """WebShop (arXiv 2207.01206) without a web server: the original's pages, goals and reward, on its data or a generated catalogue.
 
     Goals 0-499 are the split `val`, the others `train`; task ids are `goal-<i>`. A perfect purchase pays 10, anything else 0;
@@ -41,8 +39,9 @@ class WebShop(Environment):
     """
 
     max_turns = 15
+    thought = "The next step follows from the page."
 
-    class Options(Environment.Options):
+    class Options(TextEnvironment.Options):
         data: str | None = Field(
             None, description="Folder (or product file) of WebShop's data; none: a generated catalogue."
         )
@@ -55,10 +54,6 @@ class WebShop(Environment):
         observation: Literal["text", "text_rich", "compact"] = Field(
             "text", description="How pages are written; compact: short, for tiny models."
         )
-        reply: Literal["tagged", "plain"] = Field(
-            "tagged", description="<think>…</think><action>…</action>, or the action alone."
-        )
-        history_length: int = Field(2, ge=0, description="Earlier turns a windowed prompt shows.")
         show_attrs: bool = Field(False, description="The original's Attributes page.")
         results_per_page: int = Field(
             0,
@@ -80,110 +75,91 @@ class WebShop(Environment):
     options: Options
 
     def __init__(self, data: str | Path | None = None, observation: str = "text", seed: int = 0, **options: Any):
-        super().__init__(data=None if data is None else str(data), observation=observation, seed=seed, **options)
-        chosen = self.options
-        self._shop = open_shop(chosen.data, chosen.num_products, chosen.seed, chosen.human_goals)
-        self._tagged = chosen.reply == "tagged"
-        self._compact = chosen.observation == "compact"
+        super().__init__(data=data, observation=observation, seed=seed, **options)
+        settings = self.options
+        self._shop = open_shop(settings.data, settings.num_products, settings.seed, settings.human_goals)
         self._renderer: CompactRenderer | OriginalRenderer = (
-            CompactRenderer(chosen.title_words, chosen.compact_ids)
+            CompactRenderer(settings.title_words, settings.compact_ids)
             if self._compact
-            else OriginalRenderer(chosen.observation == "text_rich", chosen.show_attrs)
+            else OriginalRenderer(settings.observation == "text_rich")
         )
-        self._per_page = chosen.results_per_page or (5 if self._compact and chosen.data is None else 10)
+        self._per_page = settings.results_per_page or (5 if self._compact and settings.data is None else 10)
         self._tagger = default_tagger()
-        self._session: Session | None = None
-
-    def spawn(self) -> WebShop:
-        """A slot that shares catalogue, index, goals and cached page fragments."""
-        slot = copy.copy(self)
-        slot._session = None
-        return slot
 
     def tasks(self, split: str) -> Sequence[Task]:
         """Goals in the original's shuffled order. Raises ConfigError for an unknown or empty split."""
-        if split not in ("train", "val"):
-            raise ConfigError(
-                f"split {split!r} is not one of train, val", where="env webshop", hint='use "train" or "val"'
-            )
-        found = _tasks(self._shop, self.options.val_goals, split)
-        if not found:
-            reason = (
-                f"{len(self._shop.goals)} goals, of which {self.options.val_goals} are for val, leave none for {split}"
-            )
-            raise ConfigError(reason, where="env webshop", hint="lower env.options.val_goals or use more products")
-        return found
+        self._check_split(split)
+        tasks = _tasks(self._shop, self.options.val_goals, split)
+        if not tasks:
+            counts = f"{len(self._shop.goals)} goals, of which {self.options.val_goals} are for val"
+            hint = "lower env.options.val_goals or use more products"
+            raise ConfigError(f"{counts}, leave none for {split}", where=self._where(), hint=hint)
+        return tasks
 
     def reset(self, task: Task, seed: int) -> Observation:
-        number = task.data.get("goal", _number(task.id))
+        """Start shopping for the goal of a task. `seed` drives random results (the query <r>) and the expert's slips."""
+        digits = task.id.removeprefix("goal-")
+        number = task.data.get("goal", int(digits) if digits.isascii() and digits.isdigit() else None)
         if not isinstance(number, int) or not 0 <= number < len(self._shop.goals):
             reason = f"task {task.id!r} names goal {number!r}; there are {len(self._shop.goals)}"
-            raise ConfigError(reason, where="env webshop", hint="take tasks from tasks(split)")
+            raise ConfigError(reason, where=self._where(), hint="take tasks from tasks(split)")
         self._goal = self._shop.goals[number]
         draw = random.Random(derive(seed, "results"))
-        self._session = Session(self._shop.catalogue, draw, self._per_page, self.options.show_attrs)
+        self._episode = ShopSession(self._shop.catalogue, draw, self._per_page, self.options.show_attrs)
         self._expert = Expert(self._goal, self._shop.prices, random.Random(derive(seed, "expert")))
         return self._show(Move())
 
     def step(self, action: Action) -> Outcome:
         """Search, click, or leave the page as it is. Raises ContractError before the first reset."""
-        session = self._playing()
-        parsed = parse_action(action.text)
-        kind, argument = parsed or ("", "")
+        session = self._running()
+        kind, argument = parse_action(action.text)
         if kind == "click" and self._page.labels is not None:
             argument = self._page.labels.get(argument, "")
         changed = session.play(kind, argument)
-        if changed and session.page == "done":
+        done = session.page == "done"
+        if changed and done:
             return self._buy(session)
-        return Outcome(self._show(Move(changed, session.chose)), 0.0, session.page == "done", info=dict(UNFINISHED))
+        return Outcome(self._show(Move(changed, session.option_picked)), 0.0, done, info=dict(UNFINISHED))
 
     def messages(self, observation: Observation, turn: int) -> list[Message]:
         """Turn 0: the rules (not in compact) and the first page with the instruction; later turns only the page."""
         if turn > 0:
             return [Message("user", observation.info.get("chat", observation.text))]
-        return [
-            Message(
-                "user", observation.text if self._compact else f"{prompts.rules(self._tagged)}\n\n{observation.text}"
-            )
-        ]
+        rules = "" if self._compact else f"{prompts.rules(self._tagged)}\n\n"
+        return [Message("user", rules + observation.text)]
 
     def window(
         self, history: Sequence[tuple[Observation, Action]], observation: Observation, task: Task
     ) -> list[Message]:
         """SPEAR's prompt: task, the last `history_length` steps, page, admissible actions; over 13,000 characters without history."""
-        shown = history[max(0, len(history) - self.options.history_length) :]
-        past = [
-            (seen.info.get("page", seen.text), action.text if self._tagged else self.format(action.text))
-            for seen, action in shown
+        steps = [
+            (earlier.info.get("page", earlier.text), action.text if self._tagged else self.format(action.text))
+            for earlier, action in self._recent(history)
         ]
         page, goal = observation.info.get("page", observation.text), self._shop.goals[task.data["goal"]]
         if self._compact:
-            return [Message("user", prompts.compact_window(short_instruction(goal), page, past))]
-        text = prompts.windowed(
-            goal["instruction_text"], page, observation.admissible or (), past, len(history), tagged=self._tagged
-        )
+            return [Message("user", compact_window(short_instruction(goal), steps, page))]
+        instruction, actions = goal["instruction_text"], observation.admissible or ()
+        text = prompts.windowed(instruction, page, actions, steps, len(history), tagged=self._tagged)
         return [Message("user", text)]
 
     def parse(self, reply: Reply) -> Action:
-        """Tagged: verl-agent's projection (what stands in <action>, lower-cased; valid with <think> and without Chinese). Plain: the reply itself."""
+        """Tagged: verl-agent's projection of the reply. Plain: the reply itself, in lower case."""
         if not self._tagged:
             lowered = reply.text.lower().strip()
-            match = PLAIN.fullmatch(lowered)
+            match = PLAIN_ACTION.fullmatch(lowered)
             return Action(f"{match[1]}[{match[2]}]", tool_calls=1) if match else Action(lowered, valid=False)
-        text, valid = projected(reply.text, 20)
-        kind = (parse_action(text) or ("", ""))[0]
-        return Action(text, valid, tool_calls=int(valid and kind in ("search", "click")))
+        text, valid = projection(reply.text, 20)
+        return Action(text, valid, tool_calls=int(valid and parse_action(text)[0] in ("search", "click")))
 
     def format(self, text: str) -> str:
-        """A reply that `parse` turns into `text`. Plain ones have spaces inside the brackets, so that a word there is the same token as on a page."""
-        if self._tagged:
-            return f"<think>{THOUGHT}</think><action>{text}</action>"
-        match = PLAIN.fullmatch(text)
-        return f"{match[1]}[ {match[2]} ]" if match else text
+        """A reply that `parse` turns into `text`. Plain ones have spaces inside the brackets: a word there is the same token as on a page."""
+        match = None if self._tagged else PLAIN_ACTION.fullmatch(text)
+        return f"{match[1]}[ {match[2]} ]" if match else super().format(text)
 
     def expert(self) -> str | None:
         """The scripted shopper's next action, from the true state; None after the purchase."""
-        session = self._playing()
+        session = self._running()
         if session.page == "done":
             return None
         kind, argument = self._expert.act(session, self.expert_noise)
@@ -191,15 +167,13 @@ class WebShop(Environment):
             argument = next((label for label, name in self._page.labels.items() if name == argument), argument)
         return f"{kind}[{argument}]"
 
-    def _buy(self, session: Session) -> Outcome:
-        product = session.product or {}
+    def _buy(self, session: ShopSession) -> Outcome:
+        product = session.product
         score = purchase_reward(product, self._goal, self._shop.prices[product["asin"]], session.options, self._tagger)
         info: dict[str, Any] = {
             "success": score.total >= PERFECT,
             "task_score": score.total,
             "score_before_type": score.before_type,
-        }
-        info |= {
             "r_type": score.r_type,
             "r_attributes": score.r_attributes,
             "r_price": score.r_price,
@@ -210,21 +184,8 @@ class WebShop(Environment):
         return Outcome(self._show(Move(score=score.total)), REWARD if info["success"] else 0.0, True, info=info)
 
     def _show(self, move: Move) -> Observation:
-        page = self._page = self._renderer.show(self._playing(), self._goal, move)
+        page = self._page = self._renderer.show(self._running(), self._goal, move)
         return Observation(page.text, page.body, page.admissible, info={"chat": page.chat, "page": page.body})
-
-    def _playing(self) -> Session:
-        if self._session is None:
-            raise ContractError(
-                "step() or expert() before reset()", where="env webshop", hint="call reset(task, seed) first"
-            )
-        return self._session
-
-
-def _number(task_id: str) -> int | None:
-    """The goal a task id ("goal-17") names."""
-    digits = task_id.removeprefix("goal-")
-    return int(digits) if digits.isascii() and digits.isdigit() else None
 
 
 @lru_cache(maxsize=16)
@@ -234,7 +195,7 @@ def _tasks(shop: Shop, val: int, split: str) -> tuple[Task, ...]:
     if split == "train":
         return tuple(Task(f"goal-{number}", split, {"goal": number}) for number in range(val, len(goals)))
     trained = {goal["asin"] for goal in goals[val:]}
-    strata = ["product in train" if goal["asin"] in trained else "product not in train" for goal in goals[:val]]
     return tuple(
-        Task(f"goal-{number}", split, {"goal": number, "stratum": stratum}) for number, stratum in enumerate(strata)
+        Task(f"goal-{number}", split, {"goal": number, "stratum": f"product {'' if known else 'not '}in train"})
+        for number, known in enumerate(goal["asin"] in trained for goal in goals[:val])
     )

@@ -1,4 +1,7 @@
-"""What the shopper wants: synthetic goals (every option combination of a product's instruction) and human ones; and the shop that all slots share."""
+"""What the shopper wants: synthetic goals (every option combination of a product's instruction) and human ones.
+
+A `Shop` is what all slots share.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from spearrl.envs.webshop.catalogue import Catalogue, load
+from spearrl.envs.webshop.catalogue import Catalogue, Product, load
 from spearrl.errors import ConfigError
 
 PRICES = [10.0 * i for i in range(1, 100)]
@@ -30,7 +33,7 @@ class Shop:
 
 @lru_cache(maxsize=8)
 def open_shop(data: str | None, num_products: int | None, seed: int, human_goals: bool) -> Shop:
-    """The shop of these options, made once per process. `seed=0` gives the golden episodes' prices and goals. Raises ConfigError."""
+    """The shop of these options, made once per process. Seed 0 gives the original's prices and goals. Raises ConfigError."""
     catalogue = load(data, num_products, seed if data is None else 0)
     draw = random.Random(seed)
     prices = draw_prices(catalogue.products, draw)
@@ -42,13 +45,13 @@ def open_shop(data: str | None, num_products: int | None, seed: int, human_goals
     return Shop(catalogue, prices, tuple(goals))
 
 
-def draw_prices(products: Iterable[dict[str, Any]], draw: random.Random) -> dict[str, float]:
+def draw_prices(products: Iterable[Product], draw: random.Random) -> dict[str, float]:
     """Effective price by asin: where a product shows a range, a uniform draw from it."""
     return {p["asin"]: p["pricing"][0] if len(p["pricing"]) == 1 else draw.uniform(*p["pricing"]) for p in products}
 
 
 def make_goals(
-    products: Iterable[dict[str, Any]], prices: dict[str, float], draw: random.Random, *, human: bool
+    products: Iterable[Product], prices: dict[str, float], draw: random.Random, *, human: bool
 ) -> list[Goal]:
     """All goals in the original's shuffled order; `draw` continues from the price draws, as there."""
     goals = list((_human if human else _synthetic)(products, prices, draw))
@@ -56,53 +59,44 @@ def make_goals(
     return goals
 
 
-def _synthetic(products: Iterable[dict[str, Any]], prices: dict[str, float], draw: random.Random) -> Iterator[Goal]:
+def _synthetic(products: Iterable[Product], prices: dict[str, float], draw: random.Random) -> Iterator[Goal]:
     for product in products:
         if not product["instruction_text"]:
             continue
-        limit, price_text = _price_limit(prices[product["asin"]], draw)
+        limit = _price_limit(prices[product["asin"]], draw)
+        wish, attributes = product["instruction_text"], product["instruction_attributes"]
         names = sorted(product["options"])
         for values in itertools.product(*(product["options"][name] for name in names)):
             options = dict(zip(names, values, strict=True))
             listed = ", and ".join(f"{name}: {value}" for name, value in options.items())
-            text = product["instruction_text"] + (f" with {listed}" if listed else "") + price_text
-            goal = _goal(product, text, limit)
-            yield goal | {
-                "wish": product["instruction_text"],
-                "attributes": product["instruction_attributes"],
-                "goal_options": options,
-            }
+            yield _goal(product, wish, f" with {listed}" if listed else "", limit, attributes, options)
 
 
-def _human(products: Iterable[dict[str, Any]], prices: dict[str, float], draw: random.Random) -> Iterator[Goal]:
+def _human(products: Iterable[Product], prices: dict[str, float], draw: random.Random) -> Iterator[Goal]:
     for product in products:
         for instruction in product["instructions"]:
-            if not instruction["instruction_attributes"]:
-                continue
-            limit, price_text = _price_limit(prices[product["asin"]], draw)
-            wish = instruction["instruction"].strip(".")
-            goal = _goal(product, wish + price_text, limit)
-            yield goal | {
-                "wish": wish,
-                "attributes": instruction["instruction_attributes"],
-                "goal_options": instruction["instruction_options"],
-            }
+            if instruction["instruction_attributes"]:
+                limit, wish = _price_limit(prices[product["asin"]], draw), instruction["instruction"].strip(".")
+                attributes, options = instruction["instruction_attributes"], instruction["instruction_options"]
+                yield _goal(product, wish, "", limit, attributes, options)
 
 
-def _goal(product: dict[str, Any], text: str, limit: float) -> Goal:
-    """What both kinds share. Callers add attributes, goal_options and `wish` (the instruction without options and price; not the original's)."""
+def _goal(
+    product: Product, wish: str, options_text: str, limit: tuple[float, str], attributes: list[str], options: Any
+) -> Goal:
+    """The original's goal, and `wish`: the instruction without options and price."""
     return {
-        "asin": product["asin"],
-        "category": product["category"],
-        "query": product["query"],
-        "name": product["name"],
-        "product_category": product["product_category"],
-        "instruction_text": text,
-        "price_upper": limit,
+        **{name: product[name] for name in ("asin", "category", "query", "name", "product_category")},
+        "instruction_text": wish + options_text + limit[1],
+        "price_upper": limit[0],
+        "wish": wish,
+        "attributes": attributes,
+        "goal_options": options,
     }
 
 
 def _price_limit(price: float, draw: random.Random) -> tuple[float, str]:
+    """The highest price accepted, and how the instruction says so."""
     above = [p for p in PRICES if p > price][:4]
     if len(above) < 2:
         return NO_LIMIT, ""

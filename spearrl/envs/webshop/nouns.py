@@ -1,4 +1,4 @@
-"""The nouns of a product title, for the reward's title score: by spaCy where it is installed with a model, else by a word list."""
+"""The nouns of a product title, for the reward's title score: by spaCy where it is installed with a model, else by word lists."""
 
 from __future__ import annotations
 
@@ -24,44 +24,37 @@ class NounTagger(Protocol):
 
     name: str
 
-    def nouns(self, title: str) -> list[str]:
+    def nouns(self, title: str) -> tuple[str, ...]:
         """The title's nouns in lower case, in order, repeats kept."""
         ...
 
 
 class SpacyTagger:
-    """The original's tagger. Loads the model when first used."""
+    """The original's tagger: words that spaCy tags NOUN or PROPN. Loads the model when first used."""
 
     def __init__(self, model: str):
         self.name = f"spacy:{model}"
+        self.nouns = lru_cache(maxsize=1 << 16)(self._nouns)
         self._model = model
         self._pipeline: Any = None
-        self._cached = lru_cache(maxsize=1 << 16)(self._tag)
 
-    def nouns(self, title: str) -> list[str]:
-        """Words that spaCy tags NOUN or PROPN."""
-        return list(self._cached(title))
-
-    def _tag(self, title: str) -> tuple[str, ...]:
+    def _nouns(self, title: str) -> tuple[str, ...]:
         if self._pipeline is None:
             self._pipeline = importlib.import_module("spacy").load(self._model)
         return tuple(token.text.lower() for token in self._pipeline(title) if token.pos_ in NOUN_TAGS)
 
 
 class LexiconTagger:
-    """The fallback: in a product title every word counts as a noun that is no function word, adjective, participle, adverb or measure."""
+    """The fallback: every word of a title that is no function word, adjective, participle, adverb or measure."""
 
     name = "lexicon"
 
-    def nouns(self, title: str) -> list[str]:
-        """Words that are nouns by the lists and endings of this module."""
-        return list(_by_lexicon(title))
-
-
-@lru_cache(maxsize=1 << 16)
-def _by_lexicon(title: str) -> tuple[str, ...]:
-    tokens = (_POSSESSIVE.sub("", token) for token in _TOKEN.findall(title))
-    return tuple(token.lower() for token in tokens if _is_noun(token))
+    @staticmethod
+    @lru_cache(maxsize=1 << 16)
+    def nouns(title: str) -> tuple[str, ...]:
+        """Words that are nouns by the lists and endings of words.toml."""
+        tokens = (_POSSESSIVE.sub("", token) for token in _TOKEN.findall(title))
+        return tuple(token.lower() for token in tokens if _is_noun(token))
 
 
 def _is_noun(token: str) -> bool:
@@ -80,8 +73,5 @@ def _is_noun(token: str) -> bool:
 @cache
 def default_tagger() -> NounTagger:
     """spaCy with the best model installed, else the word list."""
-    if importlib.util.find_spec("spacy"):
-        for model in MODELS:
-            if importlib.util.find_spec(model):
-                return SpacyTagger(model)
-    return LexiconTagger()
+    installed = [model for model in MODELS if importlib.util.find_spec("spacy") and importlib.util.find_spec(model)]
+    return SpacyTagger(installed[0]) if installed else LexiconTagger()

@@ -8,21 +8,21 @@ from dataclasses import dataclass, field
 from spearrl.envs.webshop.catalogue import Catalogue, Product
 
 SUB_PAGES = ("description", "features", "reviews", "attributes")
-FOUND = 50  # products a search returns at most
+MOST_RESULTS = 50  # products a search returns at most
 Target = tuple[str, str] | None  # (option name, value) behind a name; None: a button or a product
 
 
-def parse_action(text: str) -> tuple[str, str] | None:
-    """(name, argument) of the longest `name[argument]` at the start of the first line; None where there is none."""
+def parse_action(text: str) -> tuple[str, str]:
+    """(name, argument) of the longest `name[argument]` at the start of the first line; two empty texts where there is none."""
     line = text.split("\n", 1)[0]
     close = line.rfind("]")
     start = line.rfind("[", 0, max(close - 1, 0))
-    return (line[:start], line[start + 1 : close].lower()) if start > 0 else None
+    return (line[:start], line[start + 1 : close].lower()) if start > 0 else ("", "")
 
 
 @dataclass(slots=True)
-class Session:
-    """One shopper: the page shown, and what the visit has gathered. `play` is the only thing that changes it."""
+class ShopSession:
+    """One shopper: the page shown, and what the visit has gathered. Only `play` changes it."""
 
     catalogue: Catalogue
     draw: random.Random  # for the query <r>
@@ -30,35 +30,42 @@ class Session:
     show_attrs: bool = False
     page: str = "index"  # index, results, item, one of SUB_PAGES, done
     keywords: list[str] = field(default_factory=list)
-    found: list[Product] = field(default_factory=list)
+    results: list[Product] = field(default_factory=list)
     number: int = 1  # of the results page
-    product: Product | None = None
+    product: Product = field(default_factory=dict)  # of the item page, its sub-pages and the purchase; else empty
     options: dict[str, str] = field(default_factory=dict)
     opened: set[str] = field(default_factory=set)  # asins
-    chose: str | None = None  # the option that the last click picked
+    option_picked: str | None = None  # its name, where the last click picked one
 
     def visible(self) -> list[Product]:
         """The products on the results page shown."""
-        return self.found[(self.number - 1) * self.per_page : self.number * self.per_page]
+        return self.results[(self.number - 1) * self.per_page : self.number * self.per_page]
 
     def targets(self) -> dict[str, Target]:
-        """What can be clicked, lower case, in the page's order; a name that occurs twice keeps its first place and its last meaning."""
+        """What can be clicked, in lower case and the page's order. A name that occurs twice has its first position and last meaning."""
         if self.page == "index":
             return {"search": None}
         if self.page == "results":
             names = ["back to search", "< prev", "next >"] if self.number > 1 else ["back to search", "next >"]
-            return dict.fromkeys([*names, *(p["asin"].lower() for p in self.visible())])
-        if self.page == "item" and self.product is not None:
+            return dict.fromkeys([*names, *(product["asin"].lower() for product in self.visible())])
+        if self.page == "item":
             return item_targets(self.product, self.show_attrs)
         return {} if self.page == "done" else {"back to search": None, "< prev": None}
 
     def play(self, kind: str, argument: str) -> bool:
         """Play "search" (on any page) or "click"; False, and nothing changed, where that is impossible here."""
-        self.chose = None
+        self.option_picked = None
         if self.page == "done" or not argument:
             return False
         if kind == "search":
-            self._search(argument)
+            self.keywords = argument.split(" ")
+            products = self.catalogue.products
+            self.results = (
+                self.draw.sample(products, min(MOST_RESULTS, len(products)))
+                if self.keywords[0] == "<r>"
+                else self.catalogue.search(self.keywords, MOST_RESULTS)
+            )
+            self._show_results(1)
             return True
         targets = self.targets()
         if kind != "click" or argument == "search" or argument not in targets:
@@ -66,46 +73,31 @@ class Session:
         self._click(argument, targets[argument])
         return True
 
-    def _search(self, words: str) -> None:
-        self.keywords = words.split(" ")
-        everything = self.catalogue.products
-        if self.keywords[0] == "<r>":
-            self.found = self.draw.sample(everything, min(FOUND, len(everything)))
-        else:
-            self.found = self.catalogue.search(self.keywords, FOUND)
-        self._show_results(1)
-
     def _show_results(self, number: int) -> None:
-        self.page, self.number, self.product, self.options = "results", number, None, {}
+        self.page, self.number, self.product, self.options = "results", number, {}, {}
 
     def _click(self, name: str, option: Target) -> None:
         if name == "buy now":
             self.page = "done"
         elif name == "back to search":
-            self.page, self.product, self.options, self.opened = "index", None, {}, set()
+            self.page, self.product, self.options, self.opened = "index", {}, {}, set()
         elif name == "next >" and self.page == "results":
             self._show_results(self.number + 1)
-        elif name == "< prev" and self.page != "results":
-            self._leave()
+        elif name == "< prev" and self.page in ("results", "item"):
+            self._show_results(self.number - (self.page == "results"))
         elif name == "< prev":
-            self._show_results(self.number - 1)
+            self.page = "item"
         elif name in SUB_PAGES:
             self.page = name
         elif option is not None:
-            self.chose = option[0]
-            self.options[option[0]] = option[1]
+            self.option_picked, value = option
+            self.options[self.option_picked] = value
         else:
-            self._open(name.upper())
+            self._open(name)
 
-    def _leave(self) -> None:
-        if self.page == "item":
-            self._show_results(self.number)
-        else:
-            self.page = "item"
-
-    def _open(self, asin: str) -> None:
-        self.product = next((p for p in self.visible() if p["asin"].upper() == asin), self.product)
-        if self.product is not None:
+    def _open(self, name: str) -> None:
+        self.product = next((p for p in self.visible() if p["asin"].lower() == name), self.product)
+        if self.product:
             self.page = "item"
             self.opened.add(self.product["asin"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spearrl.config.tables import table
-from spearrl.envs.text.tagged import PLAIN, TAGGED, numbered
+from spearrl.envs.text.tagged import PLAIN, TAGGED, past_steps
 
 LONGEST = 13_000  # characters; a longer windowed prompt drops its history, as verl-agent does
 
@@ -18,27 +18,13 @@ def rules(tagged: bool) -> str:
 
 
 def windowed(
-    task: str, page: str, actions: Sequence[str], past: Sequence[tuple[str, str]], count: int, *, tagged: bool
+    task: str, page: str, actions: Sequence[str], steps: Sequence[tuple[str, str]], count: int, *, tagged: bool
 ) -> str:
-    """One turn's whole prompt: task, the last steps in `past` (of `count` taken), page, actions. Without history where that gets too long."""
+    """One turn's whole prompt: task, the last `steps` of `count` taken, page, actions. Without steps where it gets too long."""
     text = _TEXT["windowed"]
     begin = [text["role"], text["task"].format(task=task)]
-    end = [
-        text["choices"].format(actions="\n".join(f"'{action}'," for action in actions)),
-        text["decide"],
-        text["reason"] if tagged else PLAIN,
-    ]
-    short = "\n".join([*begin, text["now"].format(page=page), *end])
-    if not past:
-        return short
-    middle = [
-        text["past"].format(count=count, shown=len(past), history=numbered(past, count)),
-        text["then"].format(step=count + 1, page=page),
-    ]
-    full = "\n".join([*begin, *middle, *end])
-    return full if len(full) <= LONGEST else short
-
-
-def compact_window(task: str, page: str, past: Sequence[tuple[str, str]]) -> str:
-    """The windowed prompt of the compact rendering: task, last steps, page."""
-    return "\n".join([task, *(f"{seen}\n> {done}" for seen, done in past), page])
+    choices = text["choices"].format(actions="\n".join(f"'{action}'," for action in actions))
+    end = [choices, text["decide"], text["reason"] if tagged else PLAIN]
+    then = text["then"].format(step=count + 1, page=page)
+    full = "\n".join([*begin, past_steps(steps, count), then, *end])
+    return full if steps and len(full) <= LONGEST else "\n".join([*begin, text["now"].format(page=page), *end])

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+from rapidfuzz import fuzz
+from rapidfuzz.utils import default_process
+
 from spearrl.config.tables import table
-from spearrl.envs.webshop.fuzzy import token_set_ratio
 from spearrl.envs.webshop.nouns import NounTagger, default_tagger
 
 Option = str | tuple[str, str]  # a value, or (name, value)
 
 MATCH = 85  # a token_set_ratio above this is a match
 NO_GOAL_NOUNS = 0.2  # the title score where the goal's title has no nouns
-COLORS = tuple(
-    table(__file__, "words.toml")["colors"].split()
-)  # in the order searched: a value that holds several is known by the first
+# in the order searched: a value that holds several is known by the first
+COLORS = tuple(table(__file__, "words.toml")["colors"].split())
+_LATIN_1 = dict.fromkeys(range(128, 256))  # thefuzz deletes these letters and keeps the rest of Unicode
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class PurchaseScore:
     """A purchase's reward and its parts."""
 
     total: float  # r_type * before_type, the original's reward
     before_type: float  # (attributes matched + options matched + r_price) / (attributes + options + 1)
-    r_type: float  # 1, 0.5, 0.1 or 0: is it the kind of product asked for
+    r_type: float  # 1, 0.5, 0.1 or 0: is it the kind of product the goal names
     r_attributes: float  # share of the goal's attributes matched
     r_options: float | None  # share of the goal's options matched; None: it has none
     r_price: float  # 1 if the price is within the limit
@@ -41,31 +44,32 @@ def purchase_reward(
     price: float,
     options: Mapping[str, str],
     tagger: NounTagger | None = None,
-) -> Score:
-    """Reward of buying `product` at `price` with the chosen `options` (name: value) for `goal`.
+) -> PurchaseScore:
+    """Reward of buying `product` at `price` with the picked `options` (name: value) for `goal`.
 
     Args:
-        product: with the original's field names (Title, BulletPoints, Description, Attributes, name, query, product_category).
+        product: with the original's fields (Title, BulletPoints, Description, Attributes, name, query, product_category).
         goal: attributes, goal_options (a dict, or a list of values), price_upper, name, query, product_category.
         tagger: finds the nouns of titles; None: `default_tagger()`.
     """
     tagger = tagger or default_tagger()
-    wanted = goal["goal_options"]
-    pairs: list[Option] = list(wanted.items()) if isinstance(wanted, Mapping) else list(wanted)
+    goal_options: list[Option] = list(
+        goal["goal_options"].items() if isinstance(goal["goal_options"], Mapping) else goal["goal_options"]
+    )
     attributes = matched_attributes(product, goal["attributes"])
-    chosen = matched_options(options.values(), pairs)
+    matched = matched_options(options.values(), goal_options)
     r_price = float(price <= goal["price_upper"])
-    before_type = (attributes + chosen + r_price) / (len(goal["attributes"]) + len(pairs) + 1)
+    before_type = (attributes + matched + r_price) / (len(goal["attributes"]) + len(goal_options) + 1)
     title_score = title_similarity(product["name"], goal["name"], tagger)
     query_match = product["query"] == goal["query"]
     category_match = same_category(product["product_category"], goal["product_category"])
     r_type = type_score(title_score, same_kind=query_match or category_match)
-    return Score(
+    return PurchaseScore(
         total=before_type * r_type,
         before_type=before_type,
         r_type=r_type,
         r_attributes=attributes / max(len(goal["attributes"]), 1),
-        r_options=chosen / len(pairs) if pairs else None,
+        r_options=matched / len(goal_options) if goal_options else None,
         r_price=r_price,
         title_score=title_score,
         query_match=query_match,
@@ -74,55 +78,58 @@ def purchase_reward(
     )
 
 
+@lru_cache(maxsize=1 << 16)
+def token_set_ratio(first: Option, second: Option) -> int:
+    """How alike two texts are as sets of words, 0 to 100: thefuzz 0.22's, which is rapidfuzz's on texts it has processed.
+
+    A tuple stands for its Python text, so every word of an option pair counts, the option's name as well: "large" is within
+    ("size", "x-large").
+    """
+    ours, theirs = (default_process(str(text).translate(_LATIN_1)) for text in (first, second))
+    return round(fuzz.token_set_ratio(ours, theirs))
+
+
 def normalize_color(option: Option) -> Option:
     """The first known colour that `option` contains, else `option` itself.
 
-    A pair contains only its two elements whole: ("color", "red") becomes "red", ("color", "dark red") stays a pair. That is what the
-    original does to the options of synthetic goals.
+    A pair contains only its two elements whole: ("color", "red") becomes "red", ("color", "dark red") stays a pair. That is
+    what the original does to the options of synthetic goals.
     """
     return next((color for color in COLORS if color in option), option)
 
 
-def matched_attributes(product: Mapping[str, Any], wanted: Sequence[str]) -> int:
-    """How many wanted attributes are like one of the product's or stand in its title, bullets or description."""
-    texts: tuple[str, ...] = ()
-    matched = 0
-    for attribute in wanted:
-        if any(token_set_ratio(own, attribute) > MATCH for own in product["Attributes"]):
-            matched += 1
-            continue
-        texts = texts or tuple(
-            text.lower() for text in (product["Title"], " ".join(product["BulletPoints"]), product["Description"])
-        )
-        matched += any(attribute in text for text in texts)
-    return matched
-
-
-def matched_options(chosen: Iterable[str], wanted: Iterable[Option]) -> int:
-    """How many wanted options are like one of the chosen values."""
-    values = [normalize_color(value) for value in chosen]
+def matched_attributes(product: Mapping[str, Any], attributes: Sequence[str]) -> int:
+    """How many attributes are like one of the product's or stand in its title, bullets or description."""
+    texts = [text.lower() for text in (product["Title"], " ".join(product["BulletPoints"]), product["Description"])]
     return sum(
-        any(token_set_ratio(value, option) > MATCH for value in values) for option in map(normalize_color, wanted)
+        any(token_set_ratio(own, attribute) > MATCH for own in product["Attributes"])
+        or any(attribute in text for text in texts)
+        for attribute in attributes
+    )
+
+
+def matched_options(values: Iterable[str], goal_options: Iterable[Option]) -> int:
+    """How many of the goal's options are like one of the picked values."""
+    picked = [normalize_color(value) for value in values]
+    return sum(
+        any(token_set_ratio(value, option) > MATCH for value in picked) for option in map(normalize_color, goal_options)
     )
 
 
 def same_category(first: str, second: str) -> bool:
     """Whether two category paths ("a › b › c") share at least two different parts."""
-    return len(_parts(first) & _parts(second)) >= 2
-
-
-def _parts(path: str) -> set[str]:
-    return {part.strip() for part in path.split("›")}
+    ours, theirs = ({part.strip() for part in path.split("›")} for path in (first, second))
+    return len(ours & theirs) >= 2
 
 
 def title_similarity(bought: str, goal: str, tagger: NounTagger) -> float:
     """Distinct nouns in both titles over the nouns of the goal's, repeats counted."""
-    wanted = tagger.nouns(goal)
-    return len(set(wanted) & set(tagger.nouns(bought))) / len(wanted) if wanted else NO_GOAL_NOUNS
+    nouns = tagger.nouns(goal)
+    return len(set(nouns) & set(tagger.nouns(bought))) / len(nouns) if nouns else NO_GOAL_NOUNS
 
 
 def type_score(title_score: float, *, same_kind: bool) -> float:
-    """1 for the kind asked for, by query, category or title; a title with (almost) nothing in common overrides all of them."""
+    """1 for the goal's kind, by query, category or title; a title with (almost) nothing in common overrides all of them."""
     if title_score == 0:
         return 0.0
     if title_score < 0.1:

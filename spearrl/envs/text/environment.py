@@ -1,0 +1,69 @@
+"""The base of the built-in text environments: their common options, slots and checks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Generic, Literal, Self, TypeVar
+
+from pydantic import Field
+
+from spearrl.envs.base import Environment
+from spearrl.errors import ConfigError, ContractError
+from spearrl.types import Action, Observation
+
+Episode = TypeVar("Episode")
+
+
+class TextEnvironment(Environment, Generic[Episode]):
+    """One action a reply, inside tags or alone. Slots share everything but `_episode`, the state of the running episode."""
+
+    splits: tuple[str, ...] = ("train", "val")
+    thought = "The next step follows from what I see."  # what `format` puts inside <think>
+
+    class Options(Environment.Options):
+        observation: Literal["text", "compact"] = Field(
+            "text", description="How texts are written; compact: short, for tiny models."
+        )
+        reply: Literal["tagged", "plain"] = Field(
+            "tagged", description="<think>…</think><action>…</action>, or the action alone."
+        )
+        history_length: int = Field(2, ge=0, description="Earlier turns a windowed prompt shows.")
+        seed: int = Field(0, ge=0, description="Fixes what is generated.")
+
+    options: Options
+    _episode: Episode | None = None
+
+    def __init__(self, **options: Any):
+        super().__init__(**{name: str(value) if isinstance(value, Path) else value for name, value in options.items()})
+        self._tagged, self._compact = self.options.reply == "tagged", self.options.observation == "compact"
+
+    def spawn(self) -> Self:
+        """A slot that shares this one's data and caches."""
+        slot = copy.copy(self)
+        slot._episode = None
+        return slot
+
+    def format(self, text: str) -> str:
+        """A reply that `parse` turns into `text`."""
+        return f"<think>{self.thought}</think><action>{text}</action>" if self._tagged else text
+
+    def _running(self) -> Episode:
+        if self._episode is None:
+            hint = "call reset(task, seed) first"
+            raise ContractError("step() or expert() before reset()", where=self._where(), hint=hint)
+        return self._episode
+
+    def _check_split(self, split: str) -> None:
+        if split not in self.splits:
+            reason = f"split {split!r} is not one of {', '.join(self.splits)}"
+            raise ConfigError(reason, where=self._where(), hint=f"use {' or '.join(self.splits)}")
+
+    def _recent(self, history: Sequence[tuple[Observation, Action]]) -> Sequence[tuple[Observation, Action]]:
+        """The steps that a windowed prompt shows."""
+        return history[max(0, len(history) - self.options.history_length) :]
+
+    @classmethod
+    def _where(cls) -> str:
+        return f"env {cls.__name__.lower()}"
