@@ -20,7 +20,17 @@ Node = tuple[str, str]  # the text of an HTML node, and how a rich line shows it
 # The page after a purchase: a fixed form, in which the original fills in the product, its options and the reward.
 THANKS = ("Thank you for shopping with us!", "Your code: ", "None", " (Paste it in your MTurk interface.)", "Purchased")
 UNKNOWN = [text for name in ("attrs", "category", "query", "product category") for text in (name, "None")]
-TARGET = "Target,asin,options,attrs,price upper,instuction text,category,product category,query,Goal,None".split(",")
+TARGET = (
+    "Target",
+    "asin",
+    "options",
+    "attrs",
+    "price upper",
+    "instuction text",
+    "category",
+    "product category",
+    "query",
+)
 REWARD = ("Reward", "Your score (min 0.0, max 1.0)")
 
 
@@ -162,7 +172,7 @@ def _done_texts(session: ShopSession, score: float | None) -> list[str]:
         options = options.replace(character, f"\\u{ord(character):04x}")
     asin = session.product.get("asin", "None")
     bought = ["asin", asin, "options", options, *UNKNOWN]
-    return [*THANKS, *bought, *TARGET, *REWARD, str(score), "Reward Details", "None"]
+    return [*THANKS, *bought, *TARGET, "Goal", "None", *REWARD, str(score), "Reward Details", "None"]
 
 
 def _rich_head(session: ShopSession, instruction: str) -> str:
