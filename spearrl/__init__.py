@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spearrl.config import RunConfig, load_config
     from spearrl.envs import Done, Environment, ToolEnvironment, call, make, tool
-    from spearrl.envs.check import Finding, check_environment, failures
+    from spearrl.envs.check import RuleFinding, check_environment, failures
     from spearrl.errors import ConfigError, ContractError, SpearError
     from spearrl.evaluation import EvalResult, Rate
     from spearrl.launch.assembly import evaluate
@@ -38,14 +38,14 @@ __version__ = "0.1.0"
 __all__ = ["ConfigError", "ContractError", "SpearError", "__version__"]
 __all__ += ["EvalResult", "Rate", "RunConfig", "Trainer", "UpdateResult", "evaluate", "load_config"]
 __all__ += ["Done", "Environment", "ToolEnvironment", "call", "make", "tool"]
-__all__ += ["Finding", "check_environment", "failures"]
+__all__ += ["RuleFinding", "check_environment", "failures"]
 __all__ += ["Action", "Group", "Image", "Message", "Observation", "Outcome", "Reply", "Status", "Task", "Text"]
 __all__ += ["Trajectory", "Turn"]
 
 _HOMES = {
     "spearrl.config": ("RunConfig", "load_config"),
     "spearrl.envs": ("Done", "Environment", "ToolEnvironment", "call", "make", "tool"),
-    "spearrl.envs.check": ("Finding", "check_environment", "failures"),
+    "spearrl.envs.check": ("RuleFinding", "check_environment", "failures"),
     "spearrl.errors": ("ConfigError", "ContractError", "SpearError"),
     "spearrl.evaluation": ("EvalResult", "Rate"),
     "spearrl.launch.assembly": ("evaluate",),

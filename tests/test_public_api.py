@@ -23,7 +23,7 @@ PROMISED = {
     "EvalResult",
     "UpdateResult",
     "check_environment",
-    "Finding",
+    "RuleFinding",
 }
 PROMISED |= {"Environment", "ToolEnvironment", "tool", "Done", "Task", "Action", "Observation", "Outcome"}
 PROMISED |= {"Reply", "Message", "Text", "Image", "Trajectory", "Group"}

@@ -1,4 +1,4 @@
-"""`check-env`: a sound environment passes, and a zoo of broken ones is found out, each by the rule it breaks, in words."""
+"""`check-env`: a sound environment passes, and broken ones are found out, each by the rule it breaks, in words."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from pydantic import BaseModel, Field
 
 from spearrl.cli.main import main
 from spearrl.envs import ToolEnvironment, tool
-from spearrl.envs.check import check, check_environment, failures, rules
+from spearrl.envs.check import check, check_environment, failures, isolation
+from spearrl.envs.check.check import RULES
 from spearrl.envs.check.guards import GlobalRandom, TooSlow, deadline, no_network
-from spearrl.envs.check.rules import RULES, processes
+from spearrl.envs.check.isolation import processes
 from spearrl.envs.check.samples import random_calls
 from spearrl.types import Reply
 
@@ -46,7 +47,7 @@ class TypedTools(ToolEnvironment):
         return "x"
 
 
-ZOO = [
+BREAKERS = [
     # environment, rule, level, words of what was seen
     ("DoubledIds", "tasks", "fail", "the task id 'one' occurs 5 times"),
     ("NoTasks", "tasks", "fail", "0 tasks"),
@@ -112,9 +113,9 @@ def quick(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(check, "RULES", tuple(rule for rule in RULES if rule is not processes))
 
 
-@pytest.mark.parametrize("animal, rule, level, words", ZOO, ids=[case[0] for case in ZOO])
+@pytest.mark.parametrize("breaker, rule, level, words", BREAKERS, ids=[case[0] for case in BREAKERS])
 def test_each_broken_rule_is_found_and_said_in_words(
-    animal: str, rule: str, level: str, words: str, monkeypatch: pytest.MonkeyPatch
+    breaker: str, rule: str, level: str, words: str, monkeypatch: pytest.MonkeyPatch
 ):
     chosen = tuple(
         r
@@ -125,22 +126,22 @@ def test_each_broken_rule_is_found_and_said_in_words(
     findings = {
         finding.rule: finding
         for finding in check_environment(
-            f"tests.support.contract_breakers:{animal}", deadline_s=0.5 if "within 0.5 s" in words else 60.0
+            f"tests.support.contract_breakers:{breaker}", deadline_s=0.5 if "within 0.5 s" in words else 60.0
         )
     }
     found = findings[rule]
     assert (found.level, words in found.seen) == (level, True), str(found)
-    assert found.where.startswith(animal) and found.fix
+    assert found.where.startswith(breaker) and found.fix
     assert all(other.level == "ok" for name, other in findings.items() if name != rule)
     assert f"[{level}]" in str(found) and "fix: " in str(found) and "where: " in str(found)
 
 
 def test_every_rule_has_an_environment_that_breaks_it():
-    assert {rule.__name__.replace("_", " ") for rule in RULES} == {rule for _, rule, _, _ in ZOO}
+    assert {rule.__name__.replace("_", " ") for rule in RULES} == {rule for _, rule, _, _ in BREAKERS}
 
 
 def test_a_sound_environment_passes_every_rule(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(rules, "SLOW_SPAWN_S", 30.0)  # this machine may be busy
+    monkeypatch.setattr(isolation, "SLOW_SPAWN_S", 30.0)  # this machine may be busy
     findings = check_environment("tests.support.contract_breakers:Sound")
     levels = {finding.rule: finding.level for finding in findings}
     assert levels.pop("off loop") == "skip" and set(levels.values()) == {"ok"}, "\n".join(map(str, findings))

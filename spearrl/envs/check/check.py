@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from spearrl.envs.check import interface, isolation
+from spearrl.envs.check.checked import BrokenRule, CheckedEnvironment
 from spearrl.envs.check.guards import TooSlow
-from spearrl.envs.check.rules import RULES, Advice, NotApplicable, tasks
-from spearrl.envs.check.subject import BrokenRule, Subject, place_of
+from spearrl.envs.check.interface import Advice, NotApplicable, tasks
 from spearrl.errors import SpearError
 
+RULES: tuple[Callable[[CheckedEnvironment], str], ...] = (
+    interface.tasks,
+    interface.unknown_split,
+    interface.max_turns,
+    interface.episode,
+    isolation.determinism,
+    isolation.processes,
+    isolation.task_data,
+    interface.after_end,
+    interface.hostile,
+    interface.parse_format,
+    isolation.spawn,
+    isolation.close,
+    isolation.global_random,
+    isolation.network,
+    interface.expert,
+    interface.anchors,
+    isolation.off_loop,
+    isolation.speed,
+)
 SPLITS = ("train", "val")
 SEED = 7
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What one rule found. `where` and `fix` are set where something is wrong."""
+class RuleFinding:
+    """What one rule found; `where` and `fix` are set where something is wrong.
+
+    `level` is "fail" where the contract is broken, "warn" where the environment runs and may disappoint, "skip" where
+    the rule had nothing to look at.
+    """
 
     rule: str
     level: Literal["ok", "warn", "fail", "skip"]
@@ -30,11 +54,11 @@ class Finding:
 
     def __str__(self) -> str:
         lines = [f"[{self.level}]".ljust(7) + f"{self.rule:<14} {self.seen}"]
-        return "\n".join(
-            [*lines, *(f"       {name}: {text}" for name, text in (("where", self.where), ("fix", self.fix)) if text)]
-        )
+        lines += [f"       {name}: {text}" for name, text in (("where", self.where), ("fix", self.fix)) if text]
+        return "\n".join(lines)
 
     def as_json(self) -> dict[str, str]:
+        """The fields by name."""
         return asdict(self)
 
 
@@ -46,89 +70,66 @@ def check_environment(
     splits: Sequence[str] | None = None,
     deadline_s: float = 10.0,
     seed: int = SEED,
-) -> list[Finding]:
-    """Examine the environment `name` (built-in, or "my_pkg.mod:Class") by every rule of `spearrl.envs.check.rules`.
+) -> list[RuleFinding]:
+    """Examine the environment `name` (built-in, or "my_pkg.mod:Class") by every rule of the contract.
+
+    The rules are the functions of `spearrl.envs.check.interface` and `spearrl.envs.check.isolation`.
 
     Args:
+        options: the environment's own (`env.options`).
         max_turns: the turn limit; 0: the environment's own.
         splits: whose tasks are looked at; each must be there. None: "train", and "val" where there is one.
         deadline_s: seconds a single call may take. Outside the main thread it cannot be held to.
+        seed: of the episodes that are played.
     Raises:
         ConfigError: the environment cannot be imported, or refuses its options.
 
     Example:
         assert not failures(check_environment("my_pkg.env:MyEnvironment"))
     """
+    settings: dict[str, Any] = {"max_turns": max_turns, "deadline_s": deadline_s, "seed": seed}
     try:
-        subject = Subject(
-            name,
-            options or {},
-            max_turns=max_turns,
-            splits=splits or SPLITS,
-            deadline_s=deadline_s,
-            seed=seed,
-            demanded=bool(splits),
-        )
+        checked = CheckedEnvironment(name, options or {}, splits=splits or SPLITS, all_splits=bool(splits), **settings)
     except SpearError:
         raise
     except (Exception, TooSlow) as error:
         return [_raised("build", "__init__", error, deadline_s)]
     findings = []
     for rule in RULES:
-        if rule is not tasks and not subject.played:
+        if rule is not tasks and not checked.played:
             break  # without tasks nothing can be played
-        if rule.__name__ == "speed" and not subject.step_seconds:
+        if rule is isolation.speed and not checked.step_seconds:
             break
-        findings.append(_examine(rule, subject))
+        findings.append(_examine(rule, checked))
     return findings
 
 
-def failures(findings: Sequence[Finding]) -> list[Finding]:
+def failures(findings: Sequence[RuleFinding]) -> list[RuleFinding]:
     """Those that break the contract."""
     return [finding for finding in findings if finding.level == "fail"]
 
 
-def _examine(rule: Callable[[Subject], str], subject: Subject) -> Finding:
+def _examine(rule: Callable[[CheckedEnvironment], str], checked: CheckedEnvironment) -> RuleFinding:
     name = rule.__name__.replace("_", " ")
     try:
-        return Finding(name, "ok", rule(subject))
+        return RuleFinding(name, "ok", rule(checked))
     except NotApplicable as reason:
-        return Finding(name, "skip", str(reason))
-    except BrokenRule as found:
-        return Finding(name, "warn" if isinstance(found, Advice) else "fail", found.seen, subject.at, found.fix)
+        return RuleFinding(name, "skip", str(reason))
+    except BrokenRule as broken:
+        level: Literal["warn", "fail"] = "warn" if isinstance(broken, Advice) else "fail"
+        return RuleFinding(name, level, broken.seen, checked.last_call, broken.fix)
     except (Exception, TooSlow) as error:
-        return _raised(name, subject.at, error, subject.deadline_s)
+        return _raised(name, checked.last_call, error, checked.deadline_s)
 
 
-def _raised(rule: str, at: str, error: BaseException, deadline_s: float) -> Finding:
-    where = f"{at} ({place_of(error)})"
+def _raised(rule: str, last_call: str, error: BaseException, deadline_s: float) -> RuleFinding:
+    here = str(Path(__file__).parent)  # the line of the environment is named, not the line of the rule that called it
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(here)]
+    where = f"{last_call} ({f'{frames[-1].filename}:{frames[-1].lineno}' if frames else ''})"
     if isinstance(error, TooSlow):
-        return Finding(
-            rule,
-            "fail",
-            f"no answer within {deadline_s:g} s",
-            where,
-            'bound the work; execution="process" lets a run survive what hangs',
-        )
-    text = str(error).partition("\n")[0]
-    return Finding(
-        rule,
-        "fail",
-        f"it raised {type(error).__name__}: {text}",
-        where,
-        "answer with an Outcome that says what is wrong; the model reads it",
-    )
-
-
-def print_traces() -> None:
-    """What `rules.processes` runs in a fresh process: the request on standard input, tasks and episodes as one line of JSON on standard output."""
-    ask = json.load(sys.stdin)
-    result, sys.stdout = sys.stdout, sys.stderr
-    subject = Subject(ask.pop("name"), ask.pop("options"), **ask)
-    with suppress(BrokenRule):  # the rule `tasks` has said it already
-        tasks(subject)
-    listed = [
-        [task.id for task in subject.root.tasks(split)][:1000] for split in {task.split: 0 for task in subject.played}
-    ]
-    traces = [[list(moment) for moment in subject.play(subject.spawn(), task, subject.seed)] for task in subject.played]
-    result.write(json.dumps({"tasks": listed, "ids": [task.id for task in subject.played], "traces": traces}) + "\n")
+        seen, fix = f"no answer within {deadline_s:g} s", "bound the work; "
+        fix += 'execution="process" lets a run survive what hangs'
+    else:
+        seen = f"it raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        fix = "answer with an Outcome that says what is wrong; the model reads it"
+    return RuleFinding(rule, "fail", seen, where, fix)

@@ -19,7 +19,7 @@ class TooSlow(BaseException):
 
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Raise TooSlow in the running code after `seconds`. Without effect outside the main thread, where Python has no timers."""
+    """Raise TooSlow in the running code after `seconds`. No effect outside the main thread, which alone has timers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -37,16 +37,18 @@ def deadline(seconds: float) -> Iterator[None]:
 
 
 class GlobalRandom:
-    """The global generators of random, numpy and torch (those that are loaded). `touched()` names the ones that moved since; `restore()` undoes it."""
+    """The states of the global generators of random, numpy and torch, as far as these are loaded."""
 
     def __init__(self) -> None:
         self._before = self._states()
 
     def touched(self) -> list[str]:
+        """The generators whose state has changed since."""
         now = self._states()
         return [name for name, state in self._before.items() if not _same(state, now[name])]
 
     def restore(self) -> None:
+        """Set every generator back."""
         random.setstate(self._before["random"])
         if "numpy.random" in self._before:
             sys.modules["numpy"].random.set_state(self._before["numpy.random"])
@@ -72,7 +74,7 @@ def _same(a: Any, b: Any) -> bool:
 
 @contextmanager
 def no_network() -> Iterator[list[str]]:
-    """Refuse connections and name look-ups (not those inside this machine's file system); yields the list of what was tried."""
+    """Refuse connections and name look-ups, but not sockets in the file system; yields the list of what was tried."""
     tried: list[str] = []
     methods = {name: getattr(socket.socket, name) for name in ("connect", "connect_ex", "sendto")}
     look_up = socket.getaddrinfo

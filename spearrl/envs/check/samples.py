@@ -30,7 +30,7 @@ HOSTILE = {
 
 
 def random_calls(schemas: Sequence[Mapping[str, Any]], shown: str, draw: random.Random) -> list[str]:
-    """One call of every tool, as action texts. Numbers and words come from the observation `shown` half of the time."""
+    """One call of every tool, as action texts. Half of the numbers and words come from `shown`, the observation."""
     calls = []
     for schema in schemas:
         function = schema["function"]
@@ -40,7 +40,7 @@ def random_calls(schemas: Sequence[Mapping[str, Any]], shown: str, draw: random.
 
 
 def _value(schema: Mapping[str, Any], types: Mapping[str, Any], shown: str, draw: random.Random, depth: int) -> Any:
-    """A value that a JSON schema takes, as far as bounds, choices and types can say; patterns and formats are not kept to."""
+    """A value that a JSON schema takes. Bounds, choices and types are kept to; patterns and formats are not."""
     if "$ref" in schema:
         return _value(types.get(schema["$ref"].rpartition("/")[2], {}), types, shown, draw, depth + 1)
     if "const" in schema or "enum" in schema:
@@ -54,19 +54,17 @@ def _value(schema: Mapping[str, Any], types: Mapping[str, Any], shown: str, draw
     if kind == "boolean":
         return draw.random() < 0.5
     if kind == "array":
-        least = schema.get("minItems", 0)
+        least, items = schema.get("minItems", 0), schema.get("items", {})
         most = max(least, min(schema.get("maxItems", 2), 2 if depth < DEEPEST else 0))
-        return [
-            _value(schema.get("items", {}), types, shown, draw, depth + 1) for _ in range(draw.randint(least, most))
-        ]
+        return [_value(items, types, shown, draw, depth + 1) for _ in range(draw.randint(least, most))]
     if kind == "object":
-        needed = schema.get("required", ())
-        chosen = {
-            name: part
+        required = schema.get("required", ())
+        parts = [
+            (name, part)
             for name, part in schema.get("properties", {}).items()
-            if name in needed or (depth < DEEPEST and draw.random() < 0.5)
-        }
-        return {name: _value(part, types, shown, draw, depth + 1) for name, part in chosen.items()}
+            if name in required or (depth < DEEPEST and draw.random() < 0.5)
+        ]
+        return {name: _value(part, types, shown, draw, depth + 1) for name, part in parts}
     if kind == "null":
         return None
     words = re.findall(r"\w+", shown)
@@ -78,11 +76,8 @@ def _number(schema: Mapping[str, Any], shown: str, draw: random.Random) -> int |
     """Within the bounds that the schema gives."""
     low = schema.get("minimum", schema.get("exclusiveMinimum", -1) + 1)
     high = max(low, schema.get("maximum", schema.get("exclusiveMaximum", low + 11) - 1))
-    seen = [
-        number
-        for number in map(int, re.findall(r"-?\d{1,9}", shown))
-        if low <= number <= high or not schema.keys() & BOUNDS
-    ]
-    if seen and draw.random() < 0.5:
-        return draw.choice(seen)
+    numbers = [int(digits) for digits in re.findall(r"-?\d{1,9}", shown)]
+    fitting = [number for number in numbers if low <= number <= high or not schema.keys() & BOUNDS]
+    if fitting and draw.random() < 0.5:
+        return draw.choice(fitting)
     return draw.randint(int(low), int(high)) if schema["type"] == "integer" else draw.uniform(low, high)

@@ -1,0 +1,207 @@
+"""The rules about what an episode may depend on, and what it may change.
+
+An episode depends on its task and seed alone: not on the process, the global random state, the network or other slots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import pickle
+import statistics
+import subprocess
+import sys
+import time
+
+from spearrl.envs.check.checked import (
+    TURNS,
+    BrokenRule,
+    CheckedEnvironment,
+    CheckedEpisode,
+    StepRecord,
+    first_difference,
+    require,
+)
+from spearrl.envs.check.guards import GlobalRandom, no_network
+from spearrl.envs.check.interface import Advice, NotApplicable
+from spearrl.envs.pool import open_pool
+from spearrl.errors import ConfigError, ContractError, EnvironmentFault
+from spearrl.processes import child_environment
+from spearrl.types import Outcome, Reply, Task
+
+SLOW_STEP_S, SLOW_SPAWN_S = 0.05, 0.2
+CHILD_S = 120
+REQUEST = ("name", "options", "max_turns", "splits", "seed", "deadline_s")  # what `traces` is told
+
+
+def determinism(checked: CheckedEnvironment) -> str:
+    """One seed, one episode."""
+    seed, last = checked.seed, checked.played[-1]
+    for task in checked.played:
+        first, second = (checked.play(env, task, seed) for env in (checked.spawn(), checked.build()))
+        fix = "draw everything in reset and step from random.Random(seed), and start every episode afresh in reset()"
+        _require_equal(first, second, task, seed, fix)
+        env = checked.spawn()
+        checked.play(env, last, seed + 1)
+        again = checked.play(env, task, seed)
+        _require_equal(first, again, task, seed, "reset() must leave nothing over from the episode before")
+    others = {tuple(checked.play(checked.spawn(), checked.played[0], seed + n)) for n in range(4)}
+    differ = "differ" if len(others) > 1 else "give the same one"
+    return f"the same seed gives the same episode; other seeds {differ}"
+
+
+def processes(checked: CheckedEnvironment) -> str:
+    """One seed, one episode, in every process: Python hashes text differently in each."""
+    request = {name: getattr(checked, name) for name in REQUEST}
+    answers = []
+    for hash_seed in ("1", "2"):
+        child = subprocess.run(
+            [sys.executable, "-m", "spearrl.envs.check.traces"],
+            input=json.dumps(request, default=str),
+            capture_output=True,
+            text=True,
+            env={**child_environment(), "PYTHONHASHSEED": hash_seed},
+            timeout=CHILD_S,
+            check=False,
+        )
+        seen = f"it does not run in a fresh process: {child.stderr.strip()[-300:]}"
+        require(not child.returncode, seen, "make the class importable, and its options plain values")
+        answers.append(json.loads(child.stdout.splitlines()[-1]))
+    one, other = answers
+    fix = "sort what comes from a set, a dict of sets or a folder listing"
+    require(one["tasks"] == other["tasks"], "two processes list other tasks, or in another order", fix)
+    for task_id, *traces in zip(one["ids"], one["traces"], other["traces"], strict=True):
+        where = first_difference(*([StepRecord(*record) for record in trace] for trace in traces))
+        fix = "sort what comes from a set; do not use hash(), id() or the time"
+        require(not where, f"two processes differ on task {task_id}, {where}", fix)
+    return "two fresh processes play the same episodes"
+
+
+def task_data(checked: CheckedEnvironment) -> str:
+    """Tasks are shared by all slots."""
+    for task in checked.played:
+        before = copy.deepcopy(dict(task.data))
+        checked.play(checked.spawn(), task, checked.seed)
+        fix = "copy task.data in reset() before changing it"
+        require(dict(task.data) == before, f"an episode changed the data of task {task.id}", fix)
+    return "episodes leave the tasks as they are"
+
+
+def spawn(checked: CheckedEnvironment) -> str:
+    """Slots share read-only data and nothing else."""
+    task, other_task, seed = checked.played[0], checked.played[-1], checked.seed
+    start = time.perf_counter()
+    slot = checked.spawn()
+    seconds = time.perf_counter() - start
+    returned = "itself" if slot is checked.root else type(slot).__name__
+    sound = slot is not checked.root and isinstance(slot, type(checked.root))
+    require(sound, f"spawn() returned {returned}", "return another instance of the class")
+    alone = [checked.play(checked.spawn(), t, s) for t, s in ((task, seed), (other_task, seed + 1))]
+    together = checked.start(slot, task), CheckedEpisode(checked, checked.spawn(), other_task, seed + 1)
+    for turns in range(1, TURNS + 1):
+        for running in together:
+            running.finish(turns)
+    for running, expected in zip(together, alone, strict=True):
+        where = first_difference(expected, running.records)
+        seen = f"two slots played at once disturb each other: task {running.task.id}, {where}"
+        require(not where, seen, "keep an episode's state on self, not on the class")
+    checked.call("close", slot.close)
+    again = checked.play(together[1].env, other_task, seed + 1)
+    _require_equal(alone[1], again, other_task, seed + 1, "close() of one slot must not close what others share")
+    if seconds > SLOW_SPAWN_S:
+        seen = f"spawn() takes {seconds:.2f} s, and there is one for every episode at once"
+        raise Advice(seen, "override spawn() to share loaded data: slot = copy.copy(self)")
+    return "slots are independent"
+
+
+def close(checked: CheckedEnvironment) -> str:
+    """close() may come twice, and before any episode."""
+    for what in ("close, before any episode", "close"):
+        env = checked.build()
+        if what == "close":
+            checked.reset(env, checked.played[0], checked.seed)
+        for _ in range(2):
+            checked.call(what, env.close)
+    return "close() may be called twice"
+
+
+def global_random(checked: CheckedEnvironment) -> str:
+    """The global generators belong to the run."""
+    for what, function in (("reset() or step()", lambda: _play_all(checked)), ("__init__()", checked.build)):
+        state = GlobalRandom()
+        function()
+        touched = state.touched()
+        state.restore()
+        seen = f"{what} draws from, or seeds, the global generator of {' and '.join(touched)}"
+        require(not touched, seen, "use a generator of your own: random.Random(seed)")
+    return "no global random state is touched"
+
+
+def network(checked: CheckedEnvironment) -> str:
+    """An episode depends on its seed, not on a server."""
+    with no_network() as tried:
+        try:
+            _play_all(checked)
+        except OSError:
+            if not tried:
+                raise
+    if not tried:
+        return "no connection is tried"
+    seen = f"an episode reaches for the network: {tried[0]}"
+    if checked.root.execution == "inline":
+        fix = 'load what it needs before, or set execution="thread" so that waiting does not stop the run'
+        raise BrokenRule(seen, fix)
+    raise Advice(seen, "runs of it cannot be repeated exactly; answer from local data where you can")
+
+
+def off_loop(checked: CheckedEnvironment) -> str:
+    """What leaves a worker must survive the way."""
+    kind = checked.root.execution
+    if kind == "inline":
+        raise NotApplicable("it runs on the event loop")
+    pool = open_pool(checked.root, style="chat", workers=1, deadline_s=checked.deadline_s, deterministic=True)
+    task = checked.played[0]
+    checked.last_call = f"{checked.cls.__name__} in a {kind} pool"
+
+    async def play() -> Outcome:
+        slot = pool.acquire()
+        await pool.start(slot, task, checked.seed)
+        return (await pool.act(slot, Reply("go on", (1,), "stop"), False)).outcome
+
+    try:
+        pickle.dumps(task)
+        asyncio.run(play())
+    except (EnvironmentFault, ConfigError, ContractError, pickle.PicklingError, AttributeError, TypeError) as error:
+        fix = "keep the class importable; put plain values into tasks, anchors and info"
+        raise BrokenRule(f"it does not run in a {kind} pool: {error}", fix) from error
+    finally:
+        pool.close()
+    return f'it runs in a pool (execution="{kind}")'
+
+
+def speed(checked: CheckedEnvironment) -> str:
+    """Time of a step, over everything that was played."""
+    median, worst = statistics.median(checked.step_seconds), max(checked.step_seconds)
+    reset = statistics.median(checked.reset_seconds)
+    text = f"step {_time(median)} median, {_time(worst)} at most; reset {_time(reset)} median"
+    if median > SLOW_STEP_S and checked.root.execution == "inline":
+        fix = 'set execution="process" where it computes, "thread" where it waits'
+        raise Advice(f"{text}; all other episodes wait for it", fix)
+    return text
+
+
+def _play_all(checked: CheckedEnvironment) -> None:
+    for task in checked.played:
+        checked.play(checked.spawn(), task, checked.seed)
+
+
+def _require_equal(first: list[StepRecord], second: list[StepRecord], task: Task, seed: int, fix: str) -> None:
+    where = first_difference(first, second)
+    require(not where, f"task {task.id} with seed {seed}, played twice, differs at {where}", fix)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
