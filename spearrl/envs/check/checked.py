@@ -73,7 +73,8 @@ class CheckedEnvironment:
     def build(self) -> Environment:
         """A fresh instance."""
         environment = self.call("__init__", lambda: make(self.name, **self.options))
-        environment.max_turns = self.max_turns or environment.max_turns
+        if self.max_turns:
+            environment.max_turns = self.max_turns
         return environment
 
     def spawn(self) -> Environment:
