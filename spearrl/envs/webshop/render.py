@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from spearrl.config.tables import table
 from spearrl.envs.webshop.catalogue import Product
 from spearrl.envs.webshop.pages import ShopSession, item_targets
 
@@ -18,20 +19,7 @@ TEXT, BUTTON, CLICKED = (
 )  # how rich lines show a node
 Node = tuple[str, str]  # the text of an HTML node, and how a rich line shows it
 # The page after a purchase: a fixed form, in which the original fills in the product, its options and the reward.
-THANKS = ("Thank you for shopping with us!", "Your code: ", "None", " (Paste it in your MTurk interface.)", "Purchased")
-UNKNOWN = [text for name in ("attrs", "category", "query", "product category") for text in (name, "None")]
-TARGET = (
-    "Target",
-    "asin",
-    "options",
-    "attrs",
-    "price upper",
-    "instuction text",
-    "category",
-    "product category",
-    "query",
-)
-REWARD = ("Reward", "Your score (min 0.0, max 1.0)")
+THANKS, NOT_FILLED_IN = (table(__file__, "words.toml")[name].split("|") for name in ("thanks", "not_filled_in"))
 
 
 @dataclass(slots=True, frozen=True)
@@ -170,9 +158,8 @@ def _done_texts(session: ShopSession, score: float | None) -> list[str]:
     options = json.dumps(session.options, sort_keys=True)
     for character in "<>&'":
         options = options.replace(character, f"\\u{ord(character):04x}")
-    asin = session.product.get("asin", "None")
-    bought = ["asin", asin, "options", options, *UNKNOWN]
-    return [*THANKS, *bought, *TARGET, "Goal", "None", *REWARD, str(score), "Reward Details", "None"]
+    filled_in = ["asin", session.product.get("asin", "None"), "options", options]
+    return [*THANKS, *filled_in, *NOT_FILLED_IN, str(score), "Reward Details", "None"]
 
 
 def _rich_head(session: ShopSession, instruction: str) -> str:
