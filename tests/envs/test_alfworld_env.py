@@ -63,7 +63,7 @@ def play(environment: ALFWorld, task: Task, seed: int = 0) -> tuple[Outcome, lis
 
 
 def room_of(environment: ALFWorld, task: Task) -> tuple[tuple[str, ...], frozenset[int]]:
-    game = environment._games.entry(task).game
+    game = environment._games.game(task)
     return game.receptacles, game.openable
 
 
@@ -78,7 +78,7 @@ def test_every_generated_game_is_open_at_first_and_won_by_the_expert(size):
         tasks = environment.tasks(split)
         assert Counter(t.data["stratum"] for t in tasks[:198]) == dict.fromkeys(KINDS, 33)
         for task in tasks[:300]:
-            game = environment._games.entry(task).game
+            game = environment._games.game(task)
             receptacles.add(len(game.receptacles))
             assert not World(game).won()
             outcome, said = play(environment, task)
@@ -134,7 +134,7 @@ def test_the_original_engine_is_asked_for_by_name(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "textworld.envs", None)
     monkeypatch.setitem(sys.modules, "alfworld.info", None)
     with pytest.raises(ConfigError, match=r'pip install "spearrl\[alfworld\]"'):
-        original.Engine({})
+        original.OriginalEngine({})
     with pytest.raises(ConfigError, match="generated households"):
         environment = ALFWorld()
         environment._games.source(environment.tasks("train")[0])
@@ -207,7 +207,7 @@ def test_heat_and_cold_take_turns_and_the_object_says_so():
     task = next(
         t
         for t in environment.tasks("train")
-        if "heat" in t.id and re.search("apple|bread|egg|potato|tomato", environment._games.entry(t).task)
+        if "heat" in t.id and re.search("apple|bread|egg|potato|tomato", environment._games.game(t).task)
     )
     environment.reset(task, 0)
     held, told = "", []
@@ -236,7 +236,7 @@ def test_heat_and_cold_take_turns_and_the_object_says_so():
 def test_two_objects_must_be_in_one_receptacle():
     environment, checked = ALFWorld(size="large"), 0
     for task in environment.tasks("train")[5:600:6]:
-        game = environment._games.entry(task).game
+        game = environment._games.game(task)
         targets = [r for r, kind in enumerate(game.receptacle_types) if kind == game.goal.receptacle]
         things = [o for o, kind in enumerate(game.object_types) if kind == game.goal.object]
         if len(targets) > 1:
@@ -367,7 +367,7 @@ def test_window_is_spears_prompt():
         and "expert agent operating in the ALFRED Embodied Environment" in first.text
     )
     text = environment.window(history, observation, task)[0].text
-    assert text.count(f"Your task is to: {environment._games.entry(task).task}") == 1
+    assert text.count(f"Your task is to: {environment._games.game(task).task}") == 1
     assert (
         "taken 3 step(s)" in text
         and "You are now at step 4 and your current observation is: " + observation.text in text
@@ -390,10 +390,8 @@ def test_window_is_spears_prompt():
 def test_chat_shows_rules_and_task_once():
     for environment in (ALFWorld(), compact()):
         task = environment.tasks("train")[4]
-        entry = environment._games.entry(task)
-        wanted = (
-            opening(entry.game) if environment.options.observation == "compact" else f"Your task is to: {entry.task}."
-        )
+        game = environment._games.game(task)
+        wanted = opening(game) if environment.options.observation == "compact" else f"Your task is to: {game.task}."
         _, said = play(environment, task)
         assert said[0].count(wanted) == 1 and not any(wanted in text for text in said[2::2])
         assert (
@@ -409,8 +407,8 @@ def test_no_prompt_tells_what_the_expert_knows():
         before = environment.window([], observation, task)
         environment.expert()
         assert environment.window([], observation, task) == before
-        hidden = {name for things in environment._games.entry(task).game.contents for name in things}
-        assert not any(environment._games.entry(task).game.objects[o] in before[0].text for o in hidden)
+        hidden = {name for things in environment._games.game(task).contents for name in things}
+        assert not any(environment._games.game(task).objects[o] in before[0].text for o in hidden)
 
 
 # compact
@@ -435,7 +433,7 @@ def test_compact_episode_reads_as_documented():
     environment = compact()
     task = next(t for t in environment.tasks("train") if "clean" in t.id)
     first = environment.reset(task, 0)
-    goal = environment._games.entry(task).game.goal
+    goal = environment._games.game(task).goal
     thing, target = goal.object.removesuffix("Type").lower(), goal.receptacle.removesuffix("Type").lower()
     assert first.text.startswith(f"put clean {thing} {target} in ") and all(
         c.startswith("go ") for c in first.admissible

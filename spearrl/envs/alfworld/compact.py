@@ -8,36 +8,32 @@ from spearrl.envs.alfworld.world import CHANGING, World
 START, INVALID = "at start", "invalid"
 
 
-def short_task(game: Game) -> str:
-    """Example: `put clean mug cabinet`, `put two pen drawer`, `use desklamp book`."""
+def opening(game: Game) -> str:
+    """Task and receptacles: what an episode starts with, and what a windowed prompt repeats.
+
+    Tasks read `put clean mug cabinet`, `put two pen drawer`, `use desklamp book`.
+    """
     goal = game.goal
     thing, target, lamp = (name.removesuffix("Type").lower() for name in (goal.object, goal.receptacle, goal.lamp))
-    if goal.kind == "light":
-        return f"use {lamp} {thing}"
-    return " ".join(word for word in ("put", "two" if goal.kind == "two" else "", goal.state, thing, target) if word)
+    task = ["put", "two" if goal.kind == "two" else "", goal.state, thing, target]
+    task = ["use", lamp, thing] if goal.kind == "light" else task
+    return " ".join([*filter(None, task), "in", *sorted(game.receptacles)])
 
 
-def opening(game: Game) -> str:
-    """Task and receptacles: what an episode starts with, and what a windowed prompt repeats."""
-    return " ".join([short_task(game), "in", *sorted(game.receptacles)])
-
-
-def labels(world: World) -> dict[str, str]:
+def short_commands(world: World) -> dict[str, str]:
     """Short command -> the engine's; the receptacle is named only where two would do. No look, inventory, examine, help."""
-    found: dict[str, str] = {}
+    commands: dict[str, str] = {}
     game = world.game
-    for command, act in sorted(world.options.items()):
-        verb, first, second = act
+    for command, (verb, first, second) in sorted(world.possible.items()):
         if verb in CHANGING:
-            name = game.receptacles[first] if verb in ("go", "open", "close") else game.objects[first]
-            label = f"{verb} {name}"
-            if label in found and second >= 0:
-                label = f"{label} {game.receptacles[second] if verb != 'slice' else game.objects[second]}"
-            found[label] = command
-    return found
+            short = f"{verb} {(game.receptacles if verb in ('go', 'open', 'close') else game.objects)[first]}"
+            if short in commands and second >= 0:
+                short = f"{short} {(game.objects if verb == 'slice' else game.receptacles)[second]}"
+            commands[short] = command
+    return commands
 
 
-def change(world: World) -> str:
+def effect(world: World) -> str:
     """What the last act did: `at cabinet 1 closed`, `hold hot mug 1`, `use desklamp 1`, or `invalid`."""
     verb, first, _ = world.last
     if verb in ("go", "open", "close", "put"):
@@ -47,20 +43,18 @@ def change(world: World) -> str:
     return f"{verb} {world.game.objects[first]}" if verb in ("use", "slice") else INVALID
 
 
-def whole(world: World) -> str:
-    """Where the agent stands, what is there, and what it holds."""
-    on = "".join(f"\n use {world.game.objects[o]}" for o in sorted(world.on))
-    return f"{_place(world)}\n {_holding(world)}{on}"
+def surroundings(world: World) -> str:
+    """Where the agent stands, what is there, what it holds, and which lamps are on."""
+    lamps = (f"use {world.game.objects[o]}" for o in sorted(world.on))
+    return "\n ".join([_place(world), _holding(world), *lamps])
 
 
 def _place(world: World) -> str:
     if world.facing < 0:
         return START
-    name = world.game.receptacles[world.facing]
-    if not world.reach(world.facing):
-        return f"at {name} closed"
-    things = [world.game.objects[o] for o in sorted(world.contents[world.facing])]
-    return " ".join([f"at {name}", *things]) if things else f"at {name} empty"
+    things = [world.game.objects[o] for o in sorted(world.contents[world.facing])] or ["empty"]
+    shown = things if world.reach(world.facing) else ["closed"]
+    return " ".join([f"at {world.game.receptacles[world.facing]}", *shown])
 
 
 def _holding(world: World) -> str:

@@ -9,9 +9,8 @@ from dataclasses import replace
 from spearrl.envs.alfworld.game import Act, Goal
 from spearrl.envs.alfworld.world import APPLIANCES, CHANGING, TREATMENTS, World
 
-APPLIANCE = {
-    TREATMENTS[verb]: (kind, verb) for kind, verb in APPLIANCES.items()
-}  # state -> where and how it comes about
+# state -> where and how it comes about
+APPLIANCE = {TREATMENTS[verb]: (kind, verb) for kind, verb in APPLIANCES.items()}
 Stop = tuple[int, str]  # a receptacle, and what to do there: take | put | use | clean | heat | cool
 Plan = tuple[int, int, list[Stop]]  # cost in actions, object, stops
 
@@ -19,22 +18,17 @@ Plan = tuple[int, int, list[Stop]]  # cost in actions, object, stops
 def plan(world: World, goal: Goal, known: set[int]) -> Act | None:
     """The next act of a shortest way to the goal with the known objects (of two, one after the other); None where there is none."""
     game, held = world.game, world.held
-    found = min(
-        _lamp_plans(world, goal, known) if goal.kind == "light" else _place_plans(world, goal, known), default=None
-    )
-    if found is None:
+    plans = _lamp_plans(world, goal, known) if goal.kind == "light" else _place_plans(world, goal, known)
+    cheapest = min(plans, default=None)
+    if cheapest is None:
         return None
-    _, thing, stops = found
+    _, thing, stops = cheapest
     if held >= 0 and held != thing:
-        kind = game.object_types[held]
-        thing, stops = (
-            held,
-            min(
-                ([(r, "put")] for r, types in enumerate(game.accepts) if kind in types),
-                key=lambda way: _cost(world, way),
-                default=[],
-            ),
-        )
+        thing = held
+        ways: list[list[Stop]] = [
+            [(r, "put")] for r in range(len(game.accepts)) if game.object_types[held] in game.accepts[r]
+        ]
+        stops = min(ways, key=lambda way: _cost(world, way), default=[])
     for r, verb in stops[:1]:
         if game.place_of[r] != world.place:
             return "go", r, -1
@@ -48,13 +42,10 @@ def plan(world: World, goal: Goal, known: set[int]) -> Act | None:
 def _place_plans(world: World, goal: Goal, known: set[int]) -> Iterator[Plan]:
     """Ways to bring one more object to a receptacle of the goal; of two objects, with the cheapest other one counted in."""
     game = world.game
-    things = [
-        o
-        for o in sorted(known)
-        if game.object_types[o] == goal.object and (not goal.state or goal.state in game.able[o])
-    ]
+    things = [o for o in sorted(known) if game.object_types[o] == goal.object]
+    things = [o for o in things if not goal.state or goal.state in game.able[o]]
     for target in (r for r, kind in enumerate(game.receptacle_types) if kind == goal.receptacle):
-        plans = [found for o in things for found in _carry(world, goal, o, target)]
+        plans = [carried for o in things for carried in _carry_plans(world, goal, o, target)]
         if goal.kind == "place":
             yield from plans
             continue
@@ -66,34 +57,31 @@ def _place_plans(world: World, goal: Goal, known: set[int]) -> Iterator[Plan]:
                 yield cost + min(others), thing, stops
 
 
-def _carry(world: World, goal: Goal, o: int, target: int) -> Iterator[Plan]:
-    """Ways to bring object o to `target`, treated as the goal wants it."""
+def _carry_plans(world: World, goal: Goal, o: int, target: int) -> Iterator[Plan]:
+    """Ways to bring object o to `target`, treated as the goal says."""
     game, there = world.game, o in world.contents[target]
     ready = not goal.state or o in world.is_in[goal.state]
     if game.object_types[o] not in game.accepts[target] or (ready and there):
         return
-    kind, verb = APPLIANCE.get(goal.state, ("", ""))
-    treatments: list[list[Stop]] = (
-        [[]] if ready else [[(r, verb)] for r, found in enumerate(game.receptacle_types) if found == kind]
-    )
+    appliance, verb = APPLIANCE.get(goal.state, ("", ""))
+    treatments: list[list[Stop]] = [[(r, verb)] for r, kind in enumerate(game.receptacle_types) if kind == appliance]
     for grip in _grips(world, o):
         # some objects stand in two receptacles at once: taken from one, they are still in the other
-        place: list[Stop] = [] if there and grip != [(target, "take")] else [(target, "put")]
-        for treatment in treatments:
-            stops = [*grip, *treatment, *place]
+        put: list[Stop] = [] if there and grip != [(target, "take")] else [(target, "put")]
+        for treatment in [[]] if ready else treatments:
+            stops = [*grip, *treatment, *put]
             yield _cost(world, stops), o, stops
 
 
 def _lamp_plans(world: World, goal: Goal, known: set[int]) -> Iterator[Plan]:
     """Ways to hold the goal's object at a lamp, and to switch it on."""
-    game = world.game
-    lamps = {
-        r: o
+    types, able = world.game.object_types, world.game.able
+    lamps = [
+        r
         for r, things in enumerate(world.contents)
-        for o in things & known
-        if game.object_types[o] == goal.lamp and "use" in game.able[o]
-    }
-    for o in (o for o in sorted(known) if game.object_types[o] == goal.object):
+        if any(types[o] == goal.lamp and "use" in able[o] for o in things & known)
+    ]
+    for o in (o for o in sorted(known) if types[o] == goal.object):
         for grip in _grips(world, o):
             for r in lamps:
                 yield _cost(world, [*grip, (r, "use")]), o, [*grip, (r, "use")]
@@ -120,8 +108,11 @@ def _cost(world: World, stops: list[Stop]) -> int:
 
 
 class Expert:
-    """One episode's player. With noise it knows only what it has seen: it looks where the object may be, opens what is closed, until it finds it. With
-    noise n it plays any command that changes something with n a turn, and with n it forgets to clean, heat or cool until the object is in place."""
+    """One episode's player. With noise it knows only what it has seen: it looks where the object may be, and opens what is closed.
+
+    With noise n it plays any command that changes something with n a turn, and with n it forgets to clean, heat or cool
+    until the object is in place.
+    """
 
     def __init__(self, world: World, draw: random.Random):
         self._world, self._draw = world, draw
@@ -138,9 +129,17 @@ class Expert:
         self._known |= {o for r in visible for o in world.contents[r]} | {world.held} - {-1}
         known = self._known if noise else set(range(len(world.game.objects)))
         act = None if draw.random() < noise else self._next(known) or self._search()
-        return next((command for command, possible in world.options.items() if possible == act), None) or draw.choice(
-            self._changing() or ["look"]
-        )
+        commands = [command for command, possible in world.possible.items() if possible == act]
+        if commands:
+            return commands[0]
+        changing = sorted(command for command, possible in world.possible.items() if possible[0] in CHANGING)
+        return draw.choice(changing or ["look"])
+
+    def _next(self, known: set[int]) -> Act | None:
+        goal = self._world.game.goal
+        act = plan(self._world, replace(goal, state=""), known) if self._careless else None
+        self._careless = self._careless and (act is not None or not known)
+        return act or plan(self._world, goal, known)
 
     def _search(self) -> Act | None:
         """Open what is closed here, else go where nobody has looked yet, to likely places first."""
@@ -149,13 +148,3 @@ class Expert:
             return "open", r, -1
         likely = sorted(r for r in self._unseen if game.goal.object in game.accepts[r]) or sorted(self._unseen)
         return ("go", self._draw.choice(likely), -1) if likely else None
-
-    def _changing(self) -> list[str]:
-        """The possible commands that change something."""
-        return sorted(command for command, act in self._world.options.items() if act[0] in CHANGING)
-
-    def _next(self, known: set[int]) -> Act | None:
-        goal = self._world.game.goal
-        act = plan(self._world, replace(goal, state=""), known) if self._careless else None
-        self._careless = self._careless and (act is not None or not known)
-        return act or plan(self._world, goal, known)

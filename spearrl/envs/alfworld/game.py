@@ -17,10 +17,8 @@ GOAL_TYPE = re.compile(r"\((objectType|receptacleType) \?\w+ (\w+)\)")
 STATES = {"isClean": "clean", "isHot": "hot", "isCool": "cool"}
 LAMPS = ("DeskLampType", "FloorLampType")
 KNIVES = ("KnifeType", "ButterKnifeType")
-FLAGS = {
-    "cleanable": "clean", "heatable": "hot", "coolable": "cool", "pickupable": "take",
-    "sliceable": "slice", "toggleable": "use", "isReceptacleObject": "box",
-}  # fmt: skip
+FLAGS = {"cleanable": "clean", "heatable": "hot", "coolable": "cool", "pickupable": "take", "sliceable": "slice"}
+FLAGS |= {"toggleable": "use", "isReceptacleObject": "box"}
 THINGS = (*FLAGS, "isCool", "inReceptacle", "inReceptacleObject", "objectAtLocation")  # facts that begin with an object
 
 
@@ -60,22 +58,23 @@ class Game:
     cool: frozenset[int]
     goal: Goal
     routes: dict[str, Act]  # "go to …" for every receptacle
+    task: str  # the text after "Your task is to: "
+    old: bool  # the grammar of the 2.1.1 game files
 
 
 def parse_problem(text: str, where: str) -> tuple[dict[str, list[tuple[str, ...]]], Goal]:
     """Facts and goal of a PDDL problem. Raises ConfigError for a problem that is not one of ALFWorld's six kinds."""
     start, end = text.find("(:init"), text.find("(:goal")
     if start < 0 or end < start:
-        raise ConfigError(
-            "no (:init … (:goal … in this PDDL problem", where=where, hint="give a game.tw-pddl file of ALFWorld"
-        )
+        reason = "no (:init … (:goal … in this PDDL problem"
+        raise ConfigError(reason, where=where, hint="give a game.tw-pddl file of ALFWorld")
     facts: dict[str, list[tuple[str, ...]]] = {}
     for predicate, arguments in FACT.findall(text, start, end):
         facts.setdefault(predicate, []).append(tuple(arguments.split()))
-    return facts, parse_goal(text[end:], where)
+    return facts, _parse_goal(text[end:], where)
 
 
-def parse_goal(text: str, where: str) -> Goal:
+def _parse_goal(text: str, where: str) -> Goal:
     """The goal of a PDDL problem, recognised by the predicates in it."""
     types: dict[str, list[str]] = {"objectType": [], "receptacleType": []}
     for predicate, name in GOAL_TYPE.findall(text):
@@ -88,14 +87,67 @@ def parse_goal(text: str, where: str) -> Goal:
     elif objects and receptacles and "isSliced" not in text and "inReceptacleObject" not in text:
         state = next((name for predicate, name in STATES.items() if predicate in text), "")
         return Goal("two" if "?o2" in text else "place", objects[0], receptacles[0], state)
-    raise ConfigError(
-        "the goal is none of ALFWorld's six kinds",
-        where=where,
-        hint="leave out games with sliced or stacked objects, as ALFWorld does",
+    hint = "leave out games with sliced or stacked objects, as ALFWorld does"
+    raise ConfigError("the goal is none of ALFWorld's six kinds", where=where, hint=hint)
+
+
+def compile_game(facts: Facts, goal: Goal, where: str, task: str, *, old: bool = False) -> Game:
+    """Number everything and index the facts. Raises ConfigError where a fact names something that does not exist."""
+    try:
+        return _compile(facts, goal, task, old)
+    except (KeyError, ValueError, IndexError) as error:
+        reason = f"the facts do not fit together: {error!r}"
+        raise ConfigError(reason, where=where, hint="give an unchanged ALFWorld game") from error
+
+
+def _compile(facts: Facts, goal: Goal, task: str, old: bool) -> Game:
+    kind_of, location_of = dict(facts["receptacleType"]), dict(facts["receptacleAtLocation"])
+    # some things have no type, but a number
+    type_of = {row[0]: "" for predicate in THINGS for row in facts.get(predicate, ())} | dict(facts["objectType"])
+    ((_, start),) = facts["atLocation"]
+    lying = facts.get("objectAtLocation", ())
+    names = _numbered_names([*kind_of, *type_of])
+    receptacles, objects = sorted(kind_of, key=str.lower), sorted(type_of, key=str.lower)
+    places = sorted({start, *location_of.values()})  # where the agent can ever be
+    place_names = _numbered_names({*places, *(place for _, place in lying)})
+    number_r, number_o, number_p = (
+        {identifier: number for number, identifier in enumerate(ids)} for ids in (receptacles, objects, places)
+    )
+    place_of = tuple(number_p[location_of[identifier]] for identifier in receptacles)
+    accepts: dict[str, set[str]] = {kind: set() for kind in kind_of.values()}
+    for kind, thing_type in facts.get("canContain", ()):
+        if kind in accepts:
+            accepts[kind].add(thing_type)
+    shared = {kind: frozenset(types) for kind, types in accepts.items()}
+    flags = ((thing, flag) for predicate, flag in FLAGS.items() for (thing,) in facts.get(predicate, ()))
+    able: list[set[str]] = [set() for _ in objects]
+    for thing, flag in flags:
+        able[number_o[thing]].add(flag)
+    return Game(
+        receptacles=tuple(names[identifier] for identifier in receptacles),
+        objects=tuple(names[identifier] for identifier in objects),
+        places=tuple(place_names[identifier] for identifier in places),
+        receptacle_types=tuple(kind_of[identifier] for identifier in receptacles),
+        object_types=tuple(type_of[identifier] for identifier in objects),
+        place_of=place_of,
+        at_place=tuple(tuple(r for r, place in enumerate(place_of) if place == p) for p in range(len(places))),
+        openable=frozenset(number_r[identifier] for (identifier,) in facts.get("openable", ())),
+        accepts=tuple(shared[kind_of[identifier]] for identifier in receptacles),
+        able=tuple(map(frozenset, able)),
+        inner=tuple(map(tuple, map(sorted, _grouped(facts.get("inReceptacleObject", ()), number_o, number_o)))),
+        start=number_p[start],
+        contents=_grouped(facts.get("inReceptacle", ()), number_o, number_r),
+        lying=_grouped((pair for pair in lying if pair[1] in number_p), number_o, number_p),
+        open=frozenset(number_r[identifier] for (identifier,) in facts.get("opened", ())),
+        cool=frozenset(number_o[identifier] for (identifier,) in facts.get("isCool", ())),
+        goal=goal,
+        routes={f"go to {names[identifier]}": ("go", r, -1) for r, identifier in enumerate(receptacles)},
+        task=task,
+        old=old,
     )
 
 
-def named(ids: Iterable[str]) -> dict[str, str]:
+def _numbered_names(ids: Iterable[str]) -> dict[str, str]:
     """PDDL ids -> names, as ALFWorld numbers them: sorted within their kind, the first gets the highest number."""
     kinds: dict[str, list[str]] = {}
     for identifier in sorted(ids, key=str.lower):
@@ -108,70 +160,11 @@ def named(ids: Iterable[str]) -> dict[str, str]:
     }
 
 
-def compile_game(facts: Facts, goal: Goal, where: str) -> Game:
-    """Number everything and index the facts. Raises ConfigError where a fact names something that does not exist."""
-    try:
-        return _compile(facts, goal)
-    except (KeyError, ValueError, IndexError) as error:
-        raise ConfigError(
-            f"the facts do not fit together: {error!r}", where=where, hint="give an unchanged ALFWorld game"
-        ) from error
-
-
-def _compile(facts: Facts, goal: Goal) -> Game:
-    kind_of = dict(facts["receptacleType"])
-    # some things have no type, but a number
-    type_of = {row[0]: "" for predicate in THINGS for row in facts.get(predicate, ())} | dict(facts["objectType"])
-    names = named([*kind_of, *type_of])
-    order_r = {identifier: i for i, identifier in enumerate(sorted(kind_of, key=str.lower))}
-    order_o = {identifier: i for i, identifier in enumerate(sorted(type_of, key=str.lower))}
-    ((_, standing),) = facts["atLocation"]
-    at = dict(facts["receptacleAtLocation"])
-    order_l = {
-        identifier: i for i, identifier in enumerate(sorted({standing, *at.values()}))
-    }  # where the agent can ever be
-    place_of = tuple(order_l[at[identifier]] for identifier in order_r)
-    able: list[set[str]] = [set() for _ in order_o]
-    for predicate, can in FLAGS.items():
-        for (thing,) in facts.get(predicate, ()):
-            able[order_o[thing]].add(can)
-    takes: dict[str, set[str]] = {kind: set() for kind in kind_of.values()}
-    for kind, thing_type in facts.get("canContain", ()):
-        if kind in takes:
-            takes[kind].add(thing_type)
-    shared = {kind: frozenset(types) for kind, types in takes.items()}
-    receptacles = tuple(names[identifier] for identifier in order_r)
-    lying = facts.get("objectAtLocation", ())
-    places = named({*order_l, *(place for _, place in lying)})
-    return Game(
-        receptacles,
-        objects=tuple(names[identifier] for identifier in order_o),
-        places=tuple(places[identifier] for identifier in order_l),
-        receptacle_types=tuple(kind_of[identifier] for identifier in order_r),
-        object_types=tuple(type_of[identifier] for identifier in order_o),
-        place_of=place_of,
-        at_place=tuple(tuple(r for r, place in enumerate(place_of) if place == where) for where in range(len(order_l))),
-        openable=frozenset(order_r[identifier] for (identifier,) in facts.get("openable", ())),
-        accepts=tuple(shared[kind_of[identifier]] for identifier in order_r),
-        able=tuple(frozenset(can) for can in able),
-        inner=tuple(
-            tuple(sorted(things)) for things in _grouped(facts.get("inReceptacleObject", ()), order_o, order_o)
-        ),
-        start=order_l[standing],
-        contents=_grouped(facts.get("inReceptacle", ()), order_o, order_r),
-        lying=_grouped((pair for pair in lying if pair[1] in order_l), order_o, order_l),
-        open=frozenset(order_r[identifier] for (identifier,) in facts.get("opened", ())),
-        cool=frozenset(order_o[identifier] for (identifier,) in facts.get("isCool", ())),
-        goal=goal,
-        routes={f"go to {name}": ("go", r, -1) for r, name in enumerate(receptacles)},
-    )
-
-
 def _grouped(
     pairs: Iterable[tuple[str, str]], members: Mapping[str, int], holders: Mapping[str, int]
 ) -> tuple[frozenset[int], ...]:
     """For every holder, the numbers of what it holds."""
-    found: list[set[int]] = [set() for _ in holders]
+    groups: list[set[int]] = [set() for _ in holders]
     for member, holder in pairs:
-        found[holders[holder]].add(members[member])
-    return tuple(map(frozenset, found))
+        groups[holders[holder]].add(members[member])
+    return tuple(map(frozenset, groups))

@@ -24,9 +24,8 @@ ABLE = {predicate: _kinds(text) for predicate, text in _TABLE["able"].items()}
 ROOMS: dict[str, tuple[str, dict[str, int], str]] = {
     name: (room["has"], room["may_have"], _kinds(room["lying"])) for name, room in _TABLE["rooms"].items()
 }
-KINDS: dict[str, tuple[str, str, list[str], list[str]]] = _TABLE[
-    "kinds"
-]  # task type -> kind of goal, state, rooms, texts
+# task type -> kind of goal, state, rooms, texts
+KINDS: dict[str, tuple[str, str, list[str], list[str]]] = _TABLE["kinds"]
 LAMP_ON = ("Desk", "Dresser", "Shelf", "SideTable", "CoffeeTable")
 TREATS = {"clean": ("cleanable", "SinkBasin"), "hot": ("heatable", "Microwave"), "cool": ("coolable", "Fridge")}
 SIZES = {"small": ((6, 10), (6, 10)), "large": ((12, 22), (20, 36))}  # receptacles, objects

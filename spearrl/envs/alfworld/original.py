@@ -9,11 +9,12 @@ from typing import Any
 from spearrl.errors import ConfigError
 
 
-class Engine:
+class OriginalEngine:
     """One game in the original engine. `text` and `commands` are what it shows now.
 
     Args:
-        source: `pddl_problem` and `task_desc`, played with the domain and grammar that the package alfworld ships; or the `file` of a game.
+        source: `pddl_problem` and `task_desc`, played with the domain and grammar that the package alfworld ships; or the
+            `file` of a game.
     Raises:
         ConfigError: a package is missing.
     """
@@ -24,20 +25,15 @@ class Engine:
             from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
             from textworld.envs import PddlEnv
         except ImportError as error:
-            where, hint = (
-                "env.options.backend",
-                'pip install "spearrl[alfworld]", or leave env.options.backend at native',
-            )
-            raise ConfigError(f"the original engine is not installed: {error}", where=where, hint=hint) from error
+            reason = f"the original engine is not installed: {error}"
+            hint = 'pip install "spearrl[alfworld]", or leave env.options.backend at native'
+            raise ConfigError(reason, where="env.options.backend", hint=hint) from error
         if "file" in source:
             game = json.loads(Path(source["file"]).read_text(encoding="utf-8"))
         else:
             grammar = Path(ALFRED_TWL2_PATH).read_text(encoding="utf-8").replace("UNKNOWN GOAL", source["task_desc"])
-            game = {
-                "pddl_domain": Path(ALFRED_PDDL_PATH).read_text(encoding="utf-8"),
-                "grammar": grammar,
-                "pddl_problem": source["pddl_problem"],
-            }
+            domain = Path(ALFRED_PDDL_PATH).read_text(encoding="utf-8")
+            game = {"pddl_domain": domain, "grammar": grammar, "pddl_problem": source["pddl_problem"]}
         self._env = AlfredDemangler(PddlEnv())
         self._env.load(game)
         self._show(self._env.reset())

@@ -14,13 +14,13 @@ CHANGING = ("go", "open", "close", "take", "put", "clean", "heat", "cool", "use"
 
 
 class World:
-    """`act` plays a command and returns the engine's text; `options` maps every possible command to its act.
+    """`act` plays a command and returns the engine's text; `possible` maps every possible command to its act.
 
-    `old`: the grammar of the 2.1.1 game files ("put … in/on …", "You arrive at loc 5.", no help).
+    `old`: the grammar of the 2.1.1 files ("put … in/on …", "You arrive at loc 5.", no help); default: as the game says.
     """
 
-    def __init__(self, game: Game, *, old: bool = False):
-        self.game, self.old = game, old
+    def __init__(self, game: Game, *, old: bool | None = None):
+        self.game, self.old = game, game.old if old is None else old
         self.place, self.held, self.facing = game.start, -1, -1  # facing: the receptacle gone to last
         self.last: Act = ("", -1, -1)
         self.contents = [set(things) for things in game.contents]
@@ -29,44 +29,43 @@ class World:
         self.is_in: dict[str, set[int]] = {"clean": set(), "hot": set(), "cool": set(game.cool)}
         self.sliced: set[int] = set()
         self.on: set[int] = set()
-        self.moved: set[tuple[int, int]] = (
-            set()
-        )  # (object, receptacle) it was taken from and has not been put back into
-        self.options = self._options()
+        # (object, receptacle) it was taken from and has not been put back into
+        self.moved: set[tuple[int, int]] = set()
+        self.possible = self._possible()
 
     def intro(self) -> str:
         """What the engine shows before the first action, without the task."""
-        return f"-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room. Looking quickly around you, you see {listed(self.game.receptacles)}."
+        room = "You are in the middle of a room. Looking quickly around you, you see"
+        return f"-= Welcome to TextWorld, ALFRED! =-\n\n{room} {_listed(self.game.receptacles)}."
 
     def act(self, command: str) -> str:
         """Play one command; one that is not possible changes nothing."""
-        act = self.last = self.options.get(command.strip(), ("", -1, -1))
-        verb, first, second = act
+        verb, first, second = self.last = self.possible.get(command.strip(), ("", -1, -1))
         if not verb:
             return NOTHING
         text = self._treat(verb, first, second) if verb in TREATMENTS else getattr(self, f"_{verb}")(first, second)
         if verb in CHANGING:
-            self.options = self._options()
+            self.possible = self._possible()
         return text
 
     def commands(self) -> tuple[str, ...]:
         """All possible commands, sorted as the engine sorts them."""
-        return tuple(sorted(self.options))
+        return tuple(sorted(self.possible))
 
     def won(self) -> bool:
         """Whether the goal of the PDDL problem holds now."""
-        game, goal = self.game, self.game.goal
-        types = game.object_types
+        game, goal, types = self.game, self.game.goal, self.game.object_types
         if goal.kind == "light":
             here = game.at_place[self.place]
             lit = any(types[o] == goal.lamp and any(o in self.contents[r] for r in here) for o in self.on)
             return lit and self.held >= 0 and types[self.held] == goal.object
-        fit = self.is_in[goal.state] if goal.state else None
-        wanted = 2 if goal.kind == "two" else 1
         for r, kind in enumerate(game.receptacle_types):
             if kind == goal.receptacle:
-                found = [o for o in self.contents[r] if types[o] == goal.object and (fit is None or o in fit)]
-                if len(found) >= wanted and (not goal.state or any(goal.state in game.able[o] for o in found)):
+                fitting = [o for o in self.contents[r] if types[o] == goal.object]
+                fitting = [o for o in fitting if not goal.state or o in self.is_in[goal.state]]
+                if len(fitting) >= (2 if goal.kind == "two" else 1) and (
+                    not goal.state or any(goal.state in game.able[o] for o in fitting)
+                ):
                     return True
         return False
 
@@ -79,49 +78,36 @@ class World:
         sets = (*self.contents, self.open, *self.is_in.values(), self.sliced, self.on)
         return (self.place, self.held, *(tuple(sorted(things)) for things in sets))
 
-    def _options(self) -> dict[str, Act]:
+    def _possible(self) -> dict[str, Act]:
         game, held, here = self.game, self.held, self.game.at_place[self.place]
-        found = dict(game.routes)
-        found["look"], found["inventory"] = ("look", -1, -1), ("inventory", -1, -1)
+        acts: dict[str, Act] = dict(game.routes) | {"look": ("look", -1, -1), "inventory": ("inventory", -1, -1)}
         if not self.old:
-            found["help"] = ("help", -1, -1)
+            acts["help"] = ("help", -1, -1)
         for r in here:
-            name = game.receptacles[r]
-            del found[f"go to {name}"]
-            found[f"examine {name}"] = ("examine", r, -1)
+            name, reach = game.receptacles[r], self.reach(r)
+            del acts[f"go to {name}"]
+            acts[f"examine {name}"] = ("examine", r, -1)
             if r in game.openable:
-                found[f"close {name}" if r in self.open else f"open {name}"] = (
-                    "close" if r in self.open else "open",
-                    r,
-                    -1,
-                )
-            reach = self.reach(r)
+                verb = "close" if r in self.open else "open"
+                acts[f"{verb} {name}"] = (verb, r, -1)
             for o in self.contents[r]:
                 if reach and held < 0 and "take" in game.able[o]:
-                    found[f"take {game.objects[o]} from {name}"] = ("take", o, r)
+                    acts[f"take {game.objects[o]} from {name}"] = ("take", o, r)
                 if "use" in game.able[o]:
-                    found[f"use {game.objects[o]}"] = ("use", o, r)
+                    acts[f"use {game.objects[o]}"] = ("use", o, r)
             if held >= 0:
-                self._with_held(found, r, reach)
+                thing, treatment = game.objects[held], APPLIANCES.get(game.receptacle_types[r], "")
+                if reach and game.object_types[held] in game.accepts[r]:
+                    acts[f"put {thing} in/on {name}" if self.old else f"move {thing} to {name}"] = ("put", held, r)
+                if TREATMENTS.get(treatment) in game.able[held]:
+                    acts[f"{treatment} {thing} with {name}"] = (treatment, held, r)
         if held >= 0:
-            found[f"examine {game.objects[held]}"] = ("inspect", held, -1)
+            acts[f"examine {game.objects[held]}"] = ("inspect", held, -1)
             if game.object_types[held] in KNIVES:
-                found |= {
-                    f"slice {game.objects[o]} with {game.objects[held]}": ("slice", o, held)
-                    for o in self.lying[self.place]
-                    if "slice" in game.able[o]
-                }
-        return found
-
-    def _with_held(self, found: dict[str, Act], r: int, reach: bool) -> None:
-        """Add what can be done with the held object at receptacle r."""
-        game, held = self.game, self.held
-        thing, name, kind = game.objects[held], game.receptacles[r], game.receptacle_types[r]
-        if reach and game.object_types[held] in game.accepts[r]:
-            found[f"put {thing} in/on {name}" if self.old else f"move {thing} to {name}"] = ("put", held, r)
-        verb = APPLIANCES.get(kind, "")
-        if TREATMENTS.get(verb) in game.able[held]:
-            found[f"{verb} {thing} with {name}"] = (verb, held, r)
+                for o in self.lying[self.place]:
+                    if "slice" in game.able[o]:
+                        acts[f"slice {game.objects[o]} with {game.objects[held]}"] = ("slice", o, held)
+        return acts
 
     # one method an action: (first, second) of its Act -> text
 
@@ -131,39 +117,34 @@ class World:
             return "You are in the middle of a room. Looking quickly around you, you see nothing."
         # the engine forgets where a thing stands now: it lists what was taken from one of these and put into another
         beside = [game.objects[o] for o in sorted(self.lying[self.place]) if any((o, r) in self.moved for r in here)]
-        return (
-            f"You are facing the {joined([game.receptacles[r] for r in here])}. Next to it, you see {listed(beside)}."
-        )
+        facing = _joined([game.receptacles[r] for r in here])
+        return f"You are facing the {facing}. Next to it, you see {_listed(beside)}."
 
     def _inventory(self, _: int, __: int) -> str:
-        return (
-            f"You are carrying: a {self.game.objects[self.held]}."
-            if self.held >= 0
-            else "You are not carrying anything."
-        )
+        if self.held < 0:
+            return "You are not carrying anything."
+        return f"You are carrying: a {self.game.objects[self.held]}."
 
     def _help(self, _: int, __: int) -> str:
         return HELP
 
     def _go(self, r: int, _: int) -> str:
         self.place, self.facing = self.game.place_of[r], r
-        return f"You arrive at {self.game.places[self.place] if self.old else self.game.receptacles[r]}. {self._examine(r, -1)}"
+        arrived = self.game.places[self.place] if self.old else self.game.receptacles[r]
+        return f"You arrive at {arrived}. {self._examine(r, -1)}"
 
     def _examine(self, r: int, _: int) -> str:
         name = self.game.receptacles[r]
         if not self.reach(r):
             return f"The {name} is closed."
-        seen = listed([self.game.objects[o] for o in sorted(self.contents[r])])
-        return (
-            f"The {name} is open. In it, you see {seen}."
-            if r in self.game.openable
-            else f"On the {name}, you see {seen}."
-        )
+        things = _listed([self.game.objects[o] for o in sorted(self.contents[r])])
+        where = f"The {name} is open. In it" if r in self.game.openable else f"On the {name}"
+        return f"{where}, you see {things}."
 
     def _inspect(self, o: int, _: int) -> str:
         game, name = self.game, self.game.objects[o]
         if "box" in game.able[o]:
-            return f"This is a normal {name}. In it, you see {listed([game.objects[i] for i in game.inner[o]])}."
+            return f"This is a normal {name}. In it, you see {_listed([game.objects[i] for i in game.inner[o]])}."
         marks = " and ".join(state for state in ("hot", "cool", "clean") if o in self.is_in[state])
         words = f"{marks} sliced".strip() if o in self.sliced else "cold" if marks == "cool" else marks
         if words:
@@ -212,13 +193,13 @@ class World:
         return f"You sliced the {self.game.objects[o]} with the {self.game.objects[knife]}."
 
 
-def joined(names: Iterable[str]) -> str:
+def _joined(names: Iterable[str]) -> str:
     """Example: "desk 1, drawer 2, and drawer 1"."""
     *first, last = names
     return f"{', '.join(first)}, and {last}" if first else last
 
 
-def listed(names: Iterable[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     """Example: "a desk 1, and a drawer 1"; "nothing" for none."""
-    found = [f"a {name}" for name in names]
-    return joined(found) if found else "nothing"
+    articles = [f"a {name}" for name in names]
+    return _joined(articles) if articles else "nothing"
