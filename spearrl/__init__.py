@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from spearrl.envs import Done, Environment, ToolEnvironment, call, make, tool
     from spearrl.envs.check import RuleFinding, check_environment, failures
     from spearrl.errors import ConfigError, ContractError, SpearError
-    from spearrl.evaluation import EvalResult, Rate
-    from spearrl.launch.assembly import evaluate
+    from spearrl.evaluation import EvalResult, Rate, evaluate
     from spearrl.learner import UpdateResult
     from spearrl.trainer import Trainer
     from spearrl.types import (
@@ -47,8 +46,7 @@ _HOMES = {
     "spearrl.envs": ("Done", "Environment", "ToolEnvironment", "call", "make", "tool"),
     "spearrl.envs.check": ("RuleFinding", "check_environment", "failures"),
     "spearrl.errors": ("ConfigError", "ContractError", "SpearError"),
-    "spearrl.evaluation": ("EvalResult", "Rate"),
-    "spearrl.launch.assembly": ("evaluate",),
+    "spearrl.evaluation": ("EvalResult", "Rate", "evaluate"),
     "spearrl.learner": ("UpdateResult",),
     "spearrl.trainer": ("Trainer",),
 }

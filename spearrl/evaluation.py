@@ -1,18 +1,27 @@
-"""Fixed panels of tasks, success rates with intervals. The same collector as training; no bonus, no filters, no penalties."""
+"""Evaluation: fixed panels of tasks, success rates with intervals.
+
+`evaluate(config)` plays the panel with the model directory that a config names, `Trainer.evaluate_policy` with a run's
+current weights; both through `play_panel`, with the same collector as training and no bonus, filters or penalties.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from spearrl.config import EvalSection, RunConfig
-from spearrl.envs import Environment
-from spearrl.errors import ConfigError
+from spearrl.envs import Environment, tasks_of
+from spearrl.launch.assembly import players_of
+from spearrl.launch.parts import make_environment
+from spearrl.models import prepare_torch
 from spearrl.rollout import Player
+from spearrl.run.metrics import mean, numeric_means
 from spearrl.types import Group, Task, Trajectory
 
 Z95 = 1.959963984540054
@@ -33,7 +42,18 @@ class Rate:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What a panel gave. `panel` identifies split, tasks, attempts, sampling and seed: only equal panels compare."""
+    """The result of a panel.
+
+    Args:
+        panel: identifies split, tasks, attempts, sampling and seed: only equal panels compare.
+        success, reward, turns: means over sound episodes.
+        pass_at: k -> chance that one of k attempts succeeds, for k = 1, 2, 4, ... attempts.
+        strata: success by the environment's `stratum` of a task.
+        measures: means of the environment's numeric measures.
+        notes: the environment's textual measures, e.g. which noun tagger judged.
+        statuses: number of episodes by status.
+        errors: episodes lost to faults; not in any rate.
+    """
 
     split: str
     panel: str
@@ -42,112 +62,133 @@ class EvalResult:
     success: Rate
     reward: float
     turns: float
-    pass_at: dict[str, float] = field(
-        default_factory=dict
-    )  # k -> chance that one of k attempts wins, for k = 1, 2, 4, ... attempts
-    strata: dict[str, Rate] = field(default_factory=dict)  # by the environment's `stratum` of a task
-    measures: dict[str, float] = field(default_factory=dict)  # means of the environment's numeric measures
-    notes: dict[str, str] = field(
-        default_factory=dict
-    )  # the environment's textual measures, e.g. which noun tagger judged
+    pass_at: dict[str, float] = field(default_factory=dict)
+    strata: dict[str, Rate] = field(default_factory=dict)
+    measures: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     statuses: dict[str, int] = field(default_factory=dict)
-    errors: int = 0  # episodes lost to faults; not in any rate
+    errors: int = 0
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def values(self) -> dict[str, Any]:
+        """What the event log says of it."""
+        return {
+            "success": self.success.rate,
+            "low": self.success.low,
+            "high": self.success.high,
+            "reward": self.reward,
+            **self.measures,
+            **{f"success {name}": rate.rate for name, rate in self.strata.items()},
+            "turns": self.turns,
+            "tasks": self.success.tasks,
+            "errors": self.errors,
+            **self.notes,
+            "panel": self.panel,
+        }
 
-def some_tasks(environment: Environment, split: str, where: str) -> Sequence[Task]:
-    """The tasks of a split. Raises ConfigError where there are none."""
-    tasks = environment.tasks(split)
-    if not tasks:
-        raise ConfigError(f"split {split!r} has no tasks", where=where, hint="name a split the environment has")
-    return tasks
+
+def evaluate(config: RunConfig) -> EvalResult:
+    """Play the configured panel with the model of `config.model.path`, a directory; nothing is trained or written.
+
+    Raises:
+        SpearError: the model cannot be loaded, or nothing plays its episodes.
+    """
+    return evaluate_with_groups(config)[0]
 
 
-def choose_panel(environment: Environment, settings: EvalSection) -> list[Task]:
-    """The first `settings.tasks` tasks of the split."""
-    return list(some_tasks(environment, settings.split, "eval.split")[: settings.tasks])
+def evaluate_with_groups(config: RunConfig) -> tuple[EvalResult, list[Group]]:
+    """`evaluate`, with the episodes that were played."""
+    device, environment = prepare_torch(config), make_environment(config)
+    with ExitStack() as stack:
+        players = players_of(config, environment, device, stack)
+        return play_panel(players.evaluator, tasks_of_panel(environment, config.eval), config)
+
+
+def play_panel(player: Player, tasks: Sequence[Task], config: RunConfig) -> tuple[EvalResult, list[Group]]:
+    """Play a panel's tasks; the result and the episodes.
+
+    Seeds come from `eval.seed` and a task's index in the panel, so a panel is the same for every run and step.
+    """
+    settings = config.eval
+    groups = player.collect(tasks, settings.attempts, run_seed=settings.seed, step=0, first_group_id=0, purpose="eval")
+    return summarise(groups, settings, panel_id(tasks, config)), groups
+
+
+def tasks_of_panel(environment: Environment, settings: EvalSection) -> list[Task]:
+    """The first `settings.tasks` tasks of the split. Raises ConfigError where it has none."""
+    return list(tasks_of(environment, settings.split, setting="eval.split")[: settings.tasks])
 
 
 def panel_id(tasks: Sequence[Task], config: RunConfig) -> str:
     """Hash of everything that defines the panel: environment, prompts, limits, sampling, seed, tasks."""
     settings, limits = config.eval, config.rollout
-    options = json.dumps(config.env.model_dump(), sort_keys=True, default=str)
-    lengths = (limits.max_reply_tokens, limits.max_response_tokens, limits.context_tokens)
     parts = [
-        options,
-        str(lengths),
+        json.dumps(config.env.model_dump(), sort_keys=True, default=str),
+        str((limits.max_reply_tokens, limits.max_response_tokens, limits.context_tokens)),
         settings.split,
         str(settings.attempts),
         repr(settings.temperature),
         repr(settings.top_p),
         str(settings.seed),
+        *(task.id for task in tasks),
     ]
-    parts += [t.id for t in tasks]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=6).hexdigest()
-
-
-def run_panel(collector: Player, tasks: Sequence[Task], config: RunConfig) -> tuple[EvalResult, list[Group]]:
-    """Play the panel. Seeds come from `eval.seed` and the task's place, so a panel is the same for every run and step."""
-    settings = config.eval
-    groups = collector.collect(
-        tasks, settings.attempts, run_seed=settings.seed, step=0, first_group_id=0, purpose="eval"
-    )
-    return summarise(groups, settings, panel_id(tasks, config)), groups
 
 
 def summarise(groups: Sequence[Group], settings: EvalSection, panel: str) -> EvalResult:
     """Rates, means and counts of played groups."""
-    played = [t for g in groups for t in g.valid]
+    sound = [t for g in groups for t in g.valid]
     strata = sorted({str(g.task.data["stratum"]) for g in groups if "stratum" in g.task.data})
-    strata = strata if len(strata) > 1 else []
-    statuses: dict[str, int] = {}
-    for trajectory in (t for g in groups for t in g.trajectories):
-        statuses[trajectory.status.value] = statuses.get(trajectory.status.value, 0) + 1
     return EvalResult(
         split=settings.split,
         panel=panel,
         attempts=settings.attempts,
         temperature=settings.temperature,
         success=success_rate(groups),
-        reward=_mean([t.reward for t in played]),
-        turns=_mean([len(t.turns) for t in played]),
+        reward=mean([t.reward for t in sound]),
+        turns=mean([len(t.turns) for t in sound]),
         pass_at=pass_rates(groups, settings.attempts),
-        strata={name: success_rate([g for g in groups if str(g.task.data.get("stratum")) == name]) for name in strata},
-        measures=numeric_means(played) | pictures_shown(played),
-        notes={key: value for t in played for key, value in t.info.items() if isinstance(value, str)},
-        statuses=statuses,
+        strata={
+            name: success_rate([g for g in groups if str(g.task.data.get("stratum")) == name])
+            for name in (strata if len(strata) > 1 else ())
+        },
+        measures=numeric_means(sound) | images_shown(sound),
+        notes={key: value for t in sound for key, value in t.info.items() if isinstance(value, str)},
+        statuses=dict(Counter(t.status.value for g in groups for t in g.trajectories)),
         errors=sum(len(g.trajectories) - len(g.valid) for g in groups),
     )
 
 
 def success_rate(groups: Sequence[Group]) -> Rate:
-    """Mean over tasks of the share of attempts won. Interval: Wilson for one attempt a task, else normal over task means."""
-    shares = [_mean([float(t.success) for t in g.valid]) for g in groups if g.valid]
+    """Mean over tasks of the share of successful attempts.
+
+    Interval: Wilson's for one attempt a task or equal shares (no spread to estimate it from), else normal over shares.
+    """
+    shares = [mean([float(t.success) for t in g.valid]) for g in groups if g.valid]
     count = len(shares)
     if count == 0:
         return Rate(0.0, 0.0, 1.0, 0)
-    rate = _mean(shares)
-    if all(len(g.valid) <= 1 for g in groups):
-        return Rate(rate, *wilson(rate, count), count)
-    if len(set(shares)) == 1:  # no spread to estimate an interval from
+    rate = mean(shares)
+    if all(len(g.valid) <= 1 for g in groups) or len(set(shares)) == 1:
         return Rate(rate, *wilson(rate, count), count)
     spread = math.sqrt(sum((s - rate) ** 2 for s in shares) / max(1, count - 1) / count)
     return Rate(rate, max(0.0, rate - Z95 * spread), min(1.0, rate + Z95 * spread), count)
 
 
 def pass_rates(groups: Sequence[Group], attempts: int) -> dict[str, float]:
-    """pass@k for k = 1, 2, 4, … and `attempts`, unbiased: mean over tasks of 1 − C(n − c, k) / C(n, k) with c of n attempts won (arXiv 2107.03374 eq. 1).
+    """pass@k for k = 1, 2, 4, … and `attempts`: mean over tasks of 1 − C(n − c, k) / C(n, k), c of n attempts successful.
 
-    Tasks that lost more attempts to faults than a k leaves are not in its mean; empty for one attempt a task.
+    Unbiased (arXiv 2107.03374 eq. 1). Tasks that lost more attempts to faults than a k leaves are not in its mean; empty
+    for one attempt a task.
     """
     counts = [(len(g.valid), sum(t.success for t in g.valid)) for g in groups]
-    found: dict[str, float] = {}
+    rates: dict[str, float] = {}
     for k in sorted({attempts, *(2**i for i in range(attempts.bit_length()))}) if attempts > 1 else ():
         chances = [1 - math.comb(n - c, k) / math.comb(n, k) for n, c in counts if n >= k]
-        found |= {str(k): _mean(chances)} if chances else {}
-    return found
+        rates |= {str(k): mean(chances)} if chances else {}
+    return rates
 
 
 def wilson(rate: float, count: int) -> tuple[float, float]:
@@ -157,19 +198,7 @@ def wilson(rate: float, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def numeric_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Mean of every numeric measure in the trajectories' info; an episode without the measure counts 0."""
-    keys = sorted(
-        {k for t in trajectories for k, v in t.info.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    )
-    return {key: _mean([float(t.info.get(key, 0.0)) for t in trajectories]) for key in keys}
-
-
-def pictures_shown(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Mean number of pictures in a prompt; nothing where there were none."""
+def images_shown(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Mean number of images in a prompt, as the measure "pictures"; nothing where there were none."""
     counts = [len(turn.images) for t in trajectories for turn in t.turns]
-    return {"pictures": _mean(counts)} if any(counts) else {}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(sum(values) / len(values)) if values else 0.0
+    return {"pictures": mean(counts)} if any(counts) else {}

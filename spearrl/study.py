@@ -200,11 +200,11 @@ def _measure(studied: Trainer, other: Trainer, steps: int, tell: Report) -> tupl
     """The episodes of every step, and what both learners spent on them; FLOPs of learning are still missing."""
     recorded, measured = [], []
     for step in range(1, steps + 1):
-        before = _counters(studied.parts.engine)
+        before = _counters(studied.parts.players.engine)
         start = _now()
         groups, _ = studied.play(step)
         seconds, cpu_seconds = _since(start)
-        tokens = {name: value - before[name] for name, value in _counters(studied.parts.engine).items()}
+        tokens = {name: value - before[name] for name, value in _counters(studied.parts.players.engine).items()}
         spent, rows = {}, 0.0
         for trainer in (
             (studied, other) if step % 2 else (other, studied)

@@ -26,9 +26,9 @@ LAYERS = [
     {"sandbox", "batching", "sync"},
     {"buffers", "models", "envs"},
     {"rollout", "learner", "algorithm"},
-    {"evaluation"},
     {"run", "start"},
     {"launch"},
+    {"evaluation"},
     {"trainer"},
     {"study"},
     {"cli"},
@@ -58,8 +58,6 @@ SAME_MODULES = {
     "sft": "the verb `spearrl sft` and what it runs",
     "study": "the verb `spearrl study` and what it runs",
     "workers": "processes that take work: an environment pool's, a rollout's",
-    "build": "to be told apart: batching/build.py, launch/build.py",
-    "worker": "to be told apart: launch/worker.py, rollout/workers/worker.py",
 }
 SAME_CLASSES = {"Expert": "the script that wins an environment's tasks", "Options": "an environment's settings"}
 

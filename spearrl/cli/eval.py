@@ -43,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
         )
     overrides = [*args.overrides, *([f"eval.split={args.split}"] if args.split else [])]
     config = load_config(target / "config.toml", [*overrides, f"model.path={model_of(target, args.step)}"])
-    from spearrl.launch.assembly import evaluate_groups
+    from spearrl.evaluation import evaluate_with_groups
 
-    result, groups = evaluate_groups(config)
+    result, groups = evaluate_with_groups(config)
     print(
         json.dumps({"model": config.model.path, **result.as_json()}) if args.json else _table(result, config.model.path)
     )

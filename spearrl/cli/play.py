@@ -197,14 +197,14 @@ def _reply(
 
 def _by_model(config: RunConfig, environment: Environment, task: Task, seed: int, printer: _Printer) -> dict[str, Any]:
     """The episode of a model, through the trainer's own collector; prompts are shown with their control tokens."""
-    from spearrl.launch.assembly import playing
-    from spearrl.launch.build import make_collector, make_pool
+    from spearrl.launch.assembly import players_of
+    from spearrl.launch.parts import make_collector, make_pool
     from spearrl.models import load_tokenizer, prepare_torch
 
     tokenizer = load_tokenizer(config.model.path)
     here = config.model_copy(update={"rollout": config.rollout.model_copy(update={"workers": 0})})
     with ExitStack() as stack:
-        players = playing(here, environment, prepare_torch(here), stack)
+        players = players_of(here, environment, prepare_torch(here), stack)
         engine, encoder = cast(Any, players.engine), cast(Any, players.evaluator).encoder
         # The collector derives a seed of its own; here the episode is the one that --seed names, as by hand.
         pool = make_pool(here, environment, episode_seed=seed)

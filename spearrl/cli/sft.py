@@ -24,8 +24,8 @@ def run(args: argparse.Namespace) -> int:
     config = config_from(args)
     from spearrl.cli.progress import Progress
     from spearrl.config import to_toml
-    from spearrl.launch.assembly import evaluate
-    from spearrl.launch.build import make_environment
+    from spearrl.evaluation import evaluate
+    from spearrl.launch.parts import make_environment
     from spearrl.models import prepare_torch
     from spearrl.start.origin import starting_model
 

@@ -125,6 +125,14 @@ def make(name_or_import_path: str, **options: Any) -> Environment:
     return load(name_or_import_path)(**options)
 
 
+def tasks_of(environment: Environment, split: str, *, setting: str) -> Sequence[Task]:
+    """The tasks of a split. Raises ConfigError, naming the setting that chose the split, where there are none."""
+    tasks = environment.tasks(split)
+    if not tasks:
+        raise ConfigError(f"split {split!r} has no tasks", where=setting, hint="name a split the environment has")
+    return tasks
+
+
 def import_path(cls: type[Environment]) -> str:
     """The "my_pkg.mod:Class" by which another process finds a class. Raises ConfigError where there is none."""
     module, name = cls.__module__, cls.__qualname__

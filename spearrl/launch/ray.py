@@ -10,13 +10,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from spearrl.config import RunConfig
 from spearrl.errors import ConfigError
-from spearrl.launch.worker import open_worker
+from spearrl.launch.worker_process import open_worker
 from spearrl.processes import child_environment
 from spearrl.rollout.workers.link import Launcher, Link, log_tail
 from spearrl.rollout.workers.messages import Start
@@ -97,20 +97,18 @@ class ActorLink:
         return f"{self._ending}{log_tail(self._log)}"
 
 
-def actors(
-    config: RunConfig, model_dir: str, folder: Path, *, gpus: int = 0, environment: Mapping[str, str] | None = None
-) -> Launcher:
+def actors(start: Start, folder: Path, *, gpus: int = 0, environment: Mapping[str, str] | None = None) -> Launcher:
     """Starts workers as actors, on the cluster at RAY_ADDRESS or on a local one.
 
     Args:
-        model_dir: a path that every machine of the cluster can read.
+        start: what each is built from, but for its index. Every machine of the cluster can read the model's directory.
         folder: where worker-<index>.log goes, on machines that have it.
         gpus: of each worker; Ray says which.
         environment: variables of the workers.
     Raises:
         ConfigError: Ray is not installed, no cluster answers, or it does not have what the workers need.
     """
-    ray = _connect()
+    ray, config = _connect(), start.config
     needs = {"CPU": 1.0, **({"GPU": float(gpus)} if gpus else {})}
     _await_resources(
         ray, {name: count * config.rollout.workers for name, count in needs.items()}, config.rollout.workers
@@ -124,7 +122,7 @@ def actors(
     remote = remote.options(scheduling_strategy="SPREAD", runtime_env={"env_vars": variables})
 
     def launch(index: int) -> Link:
-        return ActorLink(remote.remote(), Start(config, model_dir, index), folder.resolve() / f"worker-{index}.log")
+        return ActorLink(remote.remote(), replace(start, index=index), folder.resolve() / f"worker-{index}.log")
 
     return launch
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from spearrl.algorithm import episode_bonuses, mixed
 from spearrl.batching import Batch, Rows, anchor_id
 from spearrl.config import AlgoSection
-from spearrl.evaluation import numeric_means
-from spearrl.types import Group
+from spearrl.types import Group, Trajectory
 
 
 class Clock:
@@ -55,6 +55,18 @@ def rollout_metrics(groups: list[Group], kept: list[Group]) -> dict[str, float]:
     statuses = [t.status.value for g in groups for t in g.trajectories]
     metrics |= {f"status/{name}": float(statuses.count(name)) for name in sorted(set(statuses))}
     return metrics | {f"env/{key}": value for key, value in numeric_means(played).items()}
+
+
+def numeric_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Mean of every numeric measure in the trajectories' info; an episode without the measure counts 0."""
+    infos = [t.info for t in trajectories]
+    names = {k for info in infos for k, v in info.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return {name: mean([float(info.get(name, 0.0)) for info in infos]) for name in sorted(names)}
+
+
+def mean(values: Sequence[float]) -> float:
+    """0 for no values."""
+    return float(sum(values) / len(values)) if values else 0.0
 
 
 def sampler_gap(batch: Batch) -> dict[str, float]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from spearrl.algorithm import needs_reference
 from spearrl.config import RunConfig
-from spearrl.envs import Environment
-from spearrl.evaluation import some_tasks
+from spearrl.envs import Environment, tasks_of
+from spearrl.errors import ConfigError
 from spearrl.models import build_tiny, load_model, load_tokenizer, save_model
 from spearrl.rollout import ChatEncoder
 from spearrl.seeds import derive
@@ -20,6 +21,9 @@ from spearrl.start.sft import encode, fit
 from spearrl.start.transcripts import Transcript, play_expert, read_conversations, texts
 
 Report = Callable[[str, dict[str, Any]], None]
+# Folders of a run directory: the weights it began with, which workers load before the bridge brings newer ones; and the
+# frozen model that divergences are measured from and adapters are trained on.
+START, REFERENCE = "start", "reference"
 CORPUS_EPISODES = 500  # episodes whose text the tiny tokenizer is trained on, where there is no cold start
 
 
@@ -110,6 +114,38 @@ def starting_model(
     return Origin(tokenizer, model=model, scratch=scratch)
 
 
+def models_of_run(
+    config: RunConfig,
+    environment: Environment,
+    device: str,
+    run_folder: Path,
+    report: Report,
+    *,
+    checkpoint: Path | None,
+) -> tuple[Origin, Path | None]:
+    """The model a run begins or goes on with, and the directory of the frozen one where algorithm or adapters need it.
+
+    Args:
+        checkpoint: what a resumed run goes on from (its adapters are loaded later, on the frozen model); None: it is new.
+    Raises:
+        ConfigError: a resumed run needs the frozen model now, and did not keep it when it began.
+    """
+    adapters = config.learner.lora.rank > 0
+    reference = run_folder / REFERENCE if adapters or needs_reference(config.algo) else None
+    if checkpoint is None:
+        origin = starting_model(config, environment, device, run_folder / START, report)
+        if reference is not None:
+            origin.keep(reference)
+        return origin, reference
+    if reference is not None and not reference.is_dir():
+        raise ConfigError(
+            "the run began without a KL divergence or adapters and kept no reference model",
+            where=str(reference),
+            hint="start a new run, or leave algo.kl.loss_coef, algo.kl.reward_coef and learner.lora.rank at 0",
+        )
+    return Origin.of(reference if reference is not None and adapters else checkpoint), reference
+
+
 def cold_start(
     config: RunConfig, model: torch.nn.Module, tokenizer: Any, transcripts: list[Transcript], *, report: Report
 ) -> None:
@@ -150,7 +186,7 @@ def _transcripts(config: RunConfig, environment: Environment) -> list[Transcript
         return read_conversations(sft.data)
     return play_expert(
         environment,
-        some_tasks(environment, config.rollout.train_split, "rollout.train_split"),
+        tasks_of(environment, config.rollout.train_split, setting="rollout.train_split"),
         sft.episodes if sft.enabled else CORPUS_EPISODES,
         noise=sft.noise,
         recovery=sft.recovery,

@@ -85,7 +85,7 @@ def test_the_count_of_a_tiny_model_is_the_one_worked_out_by_hand():
 def test_the_estimate_of_a_rollout_is_near_the_count_and_not_above_it(tmp_path):
     """Not above: a rollout that seems dearer than it is would make the extra share smaller."""
     trainer = Trainer(small_config(tmp_path, "sft.enabled=false", algo="grpo"))
-    engine = trainer.parts.engine
+    engine = trainer.parts.players.engine
     before = dict(engine.counters)
     counted = count_flops(lambda: trainer.play(1))
     tokens = {name: engine.counters[f"{name}_tokens"] - before[f"{name}_tokens"] for name in ("prefilled", "sampled")}

@@ -275,7 +275,7 @@ def test_a_run_with_adapters_learns(base, tmp_path):
         "run.checkpoint_every=0",
     )
     trainer = Trainer(from_model(base, tmp_path, *changes, "eval.tasks=24", name="lora"))
-    before = trainer.evaluate()
+    before = trainer.evaluate_policy()
     after = trainer.train()
     trainer.close()
     assert after.success.rate > before.success.rate + 0.1

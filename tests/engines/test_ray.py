@@ -12,6 +12,7 @@ pytest.importorskip("ray")
 from spearrl.errors import ConfigError  # noqa: E402
 from spearrl.launch import ray as launching  # noqa: E402
 from spearrl.rollout.workers.fleet import Fleet  # noqa: E402
+from spearrl.rollout.workers.messages import Start  # noqa: E402
 from tests.rollout.test_fleet import episodes, in_process, play, send_weights  # noqa: E402
 from tests.support.gates import Gate, killed_in_mid_episode, until, wait_gone  # noqa: E402
 from tests.support.worker_fleet import config_of, saved_model  # noqa: E402
@@ -47,7 +48,7 @@ def test_an_address_without_a_cluster_is_an_error_at_once(model: str, tmp_path: 
     monkeypatch.setattr(ray, "init", lambda **settings: pytest.fail("Ray was asked"))
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(ConfigError, match="no Ray cluster answers at 127.0.0.1:1"):
-        launching.actors(config_of(tmp_path, *ROGUE), model, tmp_path)
+        launching.actors(Start(config_of(tmp_path, *ROGUE), model), tmp_path)
 
 
 def raylets(fleet: Fleet) -> set[str]:
@@ -60,13 +61,13 @@ def test_what_the_cluster_lacks_is_named(cluster, model: str, tmp_path: Path, mo
     with pytest.raises(
         ConfigError, match=r"rollout.workers=2 needs 4 GPU \(it has 0\) of a Ray cluster of \d machines"
     ):
-        launching.actors(config_of(tmp_path, *ROGUE), model, tmp_path, gpus=2)
+        launching.actors(Start(config_of(tmp_path, *ROGUE), model), tmp_path, gpus=2)
 
 
 def test_a_worker_that_cannot_be_built_says_why(cluster, model: str, tmp_path: Path):
     config = config_of(tmp_path, "rollout.workers=1", "rollout.cache_mib=1", "rollout.context_tokens=4000")
     with pytest.raises(ConfigError, match="rollout.cache_mib is 1"):
-        Fleet(config, launching.actors(config, model, tmp_path))
+        Fleet(config, launching.actors(Start(config, model), tmp_path))
 
 
 def test_workers_land_on_different_nodes_and_a_dead_nodes_episodes_are_played_again(
@@ -78,7 +79,7 @@ def test_workers_land_on_different_nodes_and_a_dead_nodes_episodes_are_played_ag
     wanted = episodes(play(in_process(model, tmp_path, *ROGUE[:1]), NAMES))
     fleet = Fleet(
         config,
-        launching.actors(config, model, tmp_path),
+        launching.actors(Start(config, model), tmp_path),
         on_start=lambda receiver: send_weights(receiver, model, fleet.version, tmp_path),
     )
     try:

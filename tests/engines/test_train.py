@@ -181,6 +181,6 @@ def _workers(parent: int) -> list[int]:
                 words, status = (folder / "cmdline").read_bytes().split(b"\0"), (folder / "stat").read_text()
             except OSError:
                 continue
-            if b"spearrl.launch.worker" in words and int(status.rsplit(")", 1)[1].split()[1]) == parent:
+            if b"spearrl.launch.worker_process" in words and int(status.rsplit(")", 1)[1].split()[1]) == parent:
                 found.append(int(folder.name))
     return sorted(found)

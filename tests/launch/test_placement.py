@@ -12,11 +12,12 @@ import pytest
 from spearrl.cli.main import main
 from spearrl.config import resolve
 from spearrl.errors import ConfigError
-from spearrl.launch.assembly import Parts, Players
+from spearrl.launch import assembly, parts
+from spearrl.launch.assembly import Assembly, Players, launcher_of
 from spearrl.launch.describe import arithmetic, describe
 from spearrl.launch.devices import EXTRAS, Gpu, Machine, detect, imagined, parameters_of, visible
 from spearrl.launch.launcher import follow
-from spearrl.launch.placement import GIB, place
+from spearrl.launch.placement import GIB, place, with_settings
 from spearrl.processes import under_launcher
 
 QWEN_1_5B = 1_543_714_304
@@ -69,6 +70,31 @@ def test_one_gpu_needs_no_configuration():
     )
     ahead = placed(machine(1), "rollout.max_staleness=1")
     assert ahead.config.rollout.workers == 1 and not ahead.sleeps and ahead.config.vllm.memory_fraction < 0.65 / 1.9
+
+
+@pytest.mark.parametrize(
+    ("host", "settings", "transport", "sleeps"),
+    [
+        (machine(1), (), "ipc", True),
+        (machine(1), ("rollout.workers=1", "rollout.max_staleness=1"), "ipc", False),  # one GPU for both, both awake
+        (machine(2), (), "ipc", True),
+        (machine(2), ("rollout.max_staleness=1",), "nccl", False),
+        (machine(8, ranks=8, local_ranks=4), (), "nccl", False),
+        (machine(2), ("rollout.max_staleness=1", "sync.transport=shared_memory"), None, False),
+    ],
+)
+def test_every_engine_gets_what_the_placement_decided(monkeypatch, tmp_path, host, settings, transport, sleeps):
+    """In the trainer's process and in a worker: how weights reach it, and whether it gives its memory back."""
+    placement = placed(host, *settings)
+    config = with_settings(placement.config, {"placement.mode": "auto"})
+    assert place(config, host).colocated == placement.colocated
+    monkeypatch.setattr(parts, "VLLMEngine", lambda model, *_, transfer_backend, sleep, **__: (transfer_backend, sleep))
+    monkeypatch.setattr(assembly, "processes", lambda start, *_: start)
+    start = launcher_of(with_settings(config, {"rollout.launcher": "processes"}), "model", placement, tmp_path)
+    assert (start.colocated, start.sleeps) == (placement.colocated, placement.sleeps)
+    for told in (start, placement):
+        engine = parts.make_engine(config, "model", device="cuda", colocated=told.colocated, sleeps=told.sleeps)
+        assert engine == (transport, sleeps)
 
 
 def test_a_model_built_from_scratch_stays_on_one_gpu_unless_asked():
@@ -347,5 +373,5 @@ def test_the_learner_gives_its_memory_back_before_engines_wake():
     every = All()
     for host, expected in ((machine(1), ["release", "wake", "publish"]), (machine(0), ["publish"])):
         order.clear()
-        Parts(None, None, None, every, Players(None, None, [every]), every, placed(host)).publish(1)
+        Assembly(None, every, Players(None, None, [every]), every, placed(host)).publish(1)
         assert order == expected

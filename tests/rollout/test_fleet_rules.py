@@ -18,7 +18,7 @@ from spearrl.launch.ray import actors
 from spearrl.rollout.workers import fleet as fleets
 from spearrl.rollout.workers import member as members
 from spearrl.rollout.workers.fleet import Fleet
-from spearrl.rollout.workers.messages import Assignment, Hello, Report
+from spearrl.rollout.workers.messages import Assignment, Hello, Report, Start
 from spearrl.rollout.workers.worker import RolloutWorker
 from spearrl.types import Action, Status, Task, Trajectory, Turn
 from tests.support.gates import until
@@ -554,7 +554,7 @@ def test_a_worker_that_does_not_start_is_given_up_in_time(tmp_path: Path, monkey
 def test_ray_that_is_not_installed_is_an_error_with_the_fix(tmp_path: Path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="Ray is not installed") as caught:
-        actors(small_config(tmp_path, "rollout.workers=2"), "model", tmp_path)
+        actors(Start(small_config(tmp_path, "rollout.workers=2"), "model"), tmp_path)
     assert "spearrl[ray]" in caught.value.hint
 
 

@@ -99,7 +99,7 @@ def change_logprobs(
     trainer: Trainer, change: Callable[[tuple[int, ...], tuple[float, ...]], tuple[float, ...]]
 ) -> None:
     """From now on the engine reports change(request id, log-probabilities) in place of what it sampled with; evaluation included."""
-    engine = trainer.parts.engine
+    engine = trainer.parts.players.engine
     generate = engine.generate
 
     async def changed(request):

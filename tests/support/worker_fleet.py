@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 from spearrl.config import RunConfig
-from spearrl.launch.build import make_environment
-from spearrl.launch.worker import processes
+from spearrl.launch.parts import make_environment
+from spearrl.launch.worker_process import processes
 from spearrl.models import build_tiny, save_model
 from spearrl.rollout.workers.fleet import Fleet
+from spearrl.rollout.workers.messages import Start
 from tests.support.small_run import small_config
 
 WORDS = "look say red blue green pink gold gray want or nothing happens it is end now show turn fine hang once exit"
@@ -31,7 +32,7 @@ def open_fleet(model: str, folder: Path, *changes: str, on_start=None) -> Fleet:
     """Two workers that log into `folder`."""
     folder.mkdir(exist_ok=True)
     config = config_of(folder, *changes)
-    return Fleet(config, processes(config, model, folder), on_start=on_start)
+    return Fleet(config, processes(Start(config, model), folder), on_start=on_start)
 
 
 def main(folder: Path) -> None:

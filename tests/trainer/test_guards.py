@@ -53,14 +53,14 @@ def keep_groups(trainer: Trainer) -> list[list]:
 
 def fail_requests(trainer: Trainer, wrong) -> None:
     """The engine refuses the requests whose id makes `wrong` true."""
-    generate = trainer.parts.engine.generate
+    generate = trainer.parts.players.engine.generate
 
     async def refusing(request: Request):
         if wrong(*request.id):
             raise EngineError("the machine is gone")
         return await generate(request)
 
-    trainer.parts.engine.generate = refusing
+    trainer.parts.players.engine.generate = refusing
 
 
 # Log-probabilities that are no numbers

@@ -107,7 +107,7 @@ def test_the_three_algorithms_differ_only_in_config(tmp_path):
 def test_only_sampled_tokens_train(tmp_path):
     """In every batch the learner gets, the masked tokens of a trajectory are exactly the tokens the engine sampled for it, with its log-probabilities."""
     trainer = Trainer(small_config(tmp_path))
-    update, collect, sampled, checked = trainer.parts.learner.update, trainer.parts.collector.collect, {}, []
+    update, collect, sampled, checked = trainer.parts.learner.update, trainer.parts.players.collector.collect, {}, []
 
     def spy_collect(*tasks, **settings):
         groups = collect(*tasks, **settings)
@@ -129,7 +129,7 @@ def test_only_sampled_tokens_train(tmp_path):
                 checked.append(trajectory)
         return update(on_policy, replay, **settings)
 
-    trainer.parts.collector.collect, trainer.parts.learner.update = spy_collect, spy_update
+    trainer.parts.players.collector.collect, trainer.parts.learner.update = spy_collect, spy_update
     trainer.train()
     trainer.close()
     assert len(checked) > 32

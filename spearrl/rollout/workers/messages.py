@@ -15,11 +15,20 @@ from spearrl.types import Task
 
 @dataclass(slots=True, frozen=True)
 class Start:
-    """What a worker is built from."""
+    """What a worker is built from.
+
+    Args:
+        model_dir: what it loads its model from.
+        index: of the worker among those of the run.
+        colocated: its engine shares GPUs with the learner, as the run's Placement has it.
+        sleeps: its engine gives its memory back while the learner works.
+    """
 
     config: RunConfig
     model_dir: str
-    index: int
+    index: int = 0
+    colocated: bool = False
+    sleeps: bool = False
 
 
 @dataclass(slots=True, frozen=True)

@@ -1,6 +1,6 @@
 """A rollout worker: an engine, environments and collectors in a process of their own, driven by messages.
 
-spearrl.launch.worker builds one from a config; the same class serves in a process of this machine and inside a Ray actor.
+spearrl.launch.worker_process builds one from a config; the same class serves in a process of this machine and inside a Ray actor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A rollout worker's process: `python -m spearrl.launch.worker`, started by `processes`; builds the worker and serves the controller over a socket."""
+"""A rollout worker's process: `python -m spearrl.launch.worker_process`, started by `processes`; builds the worker and serves the controller over a socket."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from spearrl.config import RunConfig
-from spearrl.launch.build import make_collector, make_engine, make_environment, make_pool, receiver_of
+from spearrl.launch.parts import make_collector, make_engine, make_environment, make_pool, receiver_of
 from spearrl.models import load_tokenizer, prepare_torch
 from spearrl.models.chat import ChatEncoder
 from spearrl.processes import connection_to_parent
@@ -25,23 +25,22 @@ from spearrl.rollout.workers.worker import RolloutWorker, portable
 GOODBYE_S = 3.0
 
 
-def processes(
-    config: RunConfig, model_dir: str, folder: Path, environments: Sequence[Mapping[str, str]] = ()
-) -> Launcher:
+def processes(start: Start, folder: Path, environments: Sequence[Mapping[str, str]] = ()) -> Launcher:
     """Starts workers as processes of this machine.
 
     Args:
-        model_dir: what they load their model from; must stay for as long as workers may have to be replaced.
+        start: what each is built from, but for its index. The model's directory must stay for as long as workers may
+            have to be replaced.
         folder: where worker-<index>.log goes.
         environments: variables of each worker's process, CUDA_VISIBLE_DEVICES among them.
     """
+    config = start.config
     cores = max(1, (config.run.threads or os.cpu_count() or 1) // max(1, config.rollout.workers))
 
     def launch(index: int) -> Link:
         variables = {"OMP_NUM_THREADS": str(cores), **(environments[index] if environments else {})}
-        return ProcessLink(
-            "spearrl.launch.worker", Start(config, model_dir, index), folder / f"worker-{index}.log", variables
-        )
+        log = folder / f"worker-{index}.log"
+        return ProcessLink("spearrl.launch.worker_process", replace(start, index=index), log, variables)
 
     return launch
 
@@ -53,7 +52,8 @@ def build_worker(start: Start, send: Callable[[bytes], None]) -> RolloutWorker:
     encoder = ChatEncoder(load_tokenizer(start.model_dir))
     encoder.verify()
     pool = make_pool(config, make_environment(config))
-    engine = make_engine(config, start.model_dir, device=device, index=start.index)
+    shared = {"colocated": start.colocated, "sleeps": start.sleeps}
+    engine = make_engine(config, start.model_dir, device=device, index=start.index, **shared)
     return RolloutWorker(
         config.rollout.engine,
         engine,

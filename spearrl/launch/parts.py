@@ -1,16 +1,20 @@
-"""Builds what plays episodes from a config: environment, pool, engine, collector; in the trainer's process and in workers alike."""
+"""The parts a config names, each made alone: environment, pool, engine, collector, learner. `assembly` wires them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from spearrl import envs
+from spearrl.algorithm import needs_critic
 from spearrl.config import RunConfig
 from spearrl.envs import Environment
 from spearrl.envs.pool import Pool, open_pool
 from spearrl.errors import ConfigError
+from spearrl.launch.placement import Placement
+from spearrl.learner import Learner, LocalLearner, ValueHead
 from spearrl.models import load_model
 from spearrl.models.chat import ChatEncoder
 from spearrl.rollout.collector import Collector
@@ -20,6 +24,7 @@ from spearrl.rollout.protocol import Engine
 from spearrl.rollout.vllm import VLLMEngine
 from spearrl.rollout.vllm.arguments import engine_arguments
 from spearrl.seeds import derive
+from spearrl.start.origin import Origin
 from spearrl.sync.receivers import Receiver
 
 
@@ -45,12 +50,21 @@ def make_pool(config: RunConfig, environment: Environment, *, episode_seed: int 
     )
 
 
-def make_engine(config: RunConfig, model: torch.nn.Module | str, *, device: str, index: int = 0) -> Engine:
+def make_engine(
+    config: RunConfig,
+    model: torch.nn.Module | str,
+    *,
+    device: str,
+    index: int = 0,
+    colocated: bool = False,
+    sleeps: bool = False,
+) -> Engine:
     """The configured engine.
 
     Args:
         model: a model to share parameters with (local engine only), or a model directory to load.
         index: of the worker it belongs to; chooses its server where there are several.
+        colocated, sleeps: as the run's Placement has it.
     Raises:
         ConfigError, EngineError: the engine does not start.
     """
@@ -72,8 +86,9 @@ def make_engine(config: RunConfig, model: torch.nn.Module | str, *, device: str,
         from spearrl.rollout.vllm.server import RemoteEngine
 
         return RemoteEngine(servers[index % len(servers)], model, config.vllm, settings)
-    colocated = config.placement.mode == "colocated" or (config.placement.mode == "auto" and not settings.max_staleness)
-    wanted = config.sync.transport if config.sync.transport != "auto" else "ipc" if colocated else "nccl"
+    transport = config.sync.transport
+    if transport == "auto":  # NCCL has no way between two processes on one GPU
+        transport = "ipc" if colocated else "nccl"
     return VLLMEngine(
         model,
         config.vllm,
@@ -82,25 +97,19 @@ def make_engine(config: RunConfig, model: torch.nn.Module | str, *, device: str,
         precision=config.learner.precision,
         seed=derive(config.run.seed, "engine", index),
         lora_rank=config.learner.lora.rank,
-        transfer_backend=wanted if device == "cuda" and wanted != "shared_memory" else None,
-        sleep=device == "cuda" and colocated and not settings.max_staleness,
+        transfer_backend=transport if device == "cuda" and transport != "shared_memory" else None,
+        sleep=sleeps,
         threads=torch.get_num_threads() if config.run.threads else 0,  # this process's share of run.threads
     )
 
 
 def engine_dtype(config: RunConfig, folder: str | Path) -> torch.dtype:
-    """The type engines hold a model directory's weights in; float32 for servers of the user's own, which say nothing of theirs."""
+    """The type engines hold a model directory's weights in; float32 for servers of the user's own, which do not say."""
     if config.rollout.engine == "local" or config.vllm.servers:
         return torch.float32
-    return getattr(
-        torch,
-        str(
-            engine_arguments(folder, config.vllm, config.rollout, device="cpu", precision=config.learner.precision)[
-                "dtype"
-            ]
-        ),
-        torch.float32,
-    )
+    precision = config.learner.precision
+    arguments = engine_arguments(folder, config.vllm, config.rollout, device="cpu", precision=precision)
+    return getattr(torch, str(arguments["dtype"]), torch.float32)
 
 
 def receiver_of(engine: Engine) -> Receiver:
@@ -130,3 +139,30 @@ def make_collector(
         reply_deadline_s=settings.reply_deadline_s,
         pool=pool,
     )
+
+
+def make_learner(
+    config: RunConfig, origin: Origin, device: str, placement: Placement, *, reference: Path | None
+) -> Learner:
+    """The configured learner.
+
+    Args:
+        reference: directory of the frozen model, where the algorithm needs one.
+    Raises:
+        ConfigError, WorkerError: it does not start.
+    """
+    settings = config.learner
+    common: dict[str, Any] = {
+        "device": device,
+        "critic": ValueHead(origin.width, derive(config.run.seed, "critic")) if needs_critic(config.algo) else None,
+        "temperature": config.rollout.temperature,
+        "joint": config.algo.sil.update == "joint",
+        "seed": derive(config.run.seed, "adapters"),
+    }
+    if settings.backend == "deepspeed":
+        from spearrl.learner.deepspeed import DeepSpeedLearner
+
+        environments = [placement.rank_environment(rank) for rank in range(settings.processes)]
+        return DeepSpeedLearner(origin.folder, settings, reference=reference, environments=environments, **common)
+    frozen = None if reference is None or settings.lora.rank else load_model(str(reference))
+    return LocalLearner(origin.model, settings, reference=frozen, **common)
