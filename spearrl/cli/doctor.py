@@ -133,7 +133,7 @@ def _sandbox(args: argparse.Namespace) -> Iterator[Finding]:
     try:
         with open_sandbox(SandboxOptions(**chosen)) as sandbox:
             times = [sandbox.run("print(1)").seconds for _ in range(9)]
-            words = f"{sandbox.means()}; print(1) takes {1e3 * statistics.median(times):.1f} ms"
+            words = f"{sandbox.describe()}; print(1) takes {1e3 * statistics.median(times):.1f} ms"
     except ConfigError as error:
         yield Finding("sandbox", "fail", f"code that a model wrote will not be run: {error.message}", error.hint or "")
     else:

@@ -1,4 +1,4 @@
-"""Running code that a model wrote: in a bubblewrap jail on this machine, on a SandboxFusion server or, for code you trust, unprotected.
+"""Running code that a model wrote: in a bubblewrap jail, on a SandboxFusion server or, for code you trust, unprotected.
 
 with open_sandbox(SandboxOptions(timeout_s=5)) as sandbox:
     sandbox.run("print(6 * 7)").stdout
@@ -10,52 +10,46 @@ import sys
 
 from spearrl.errors import ConfigError
 from spearrl.sandbox.command import WAYS_OUT
-from spearrl.sandbox.fusion import FusionSandbox
 from spearrl.sandbox.jailed import JailedSandbox
-from spearrl.sandbox.options import Result, Sandbox, SandboxOptions, Session
-from spearrl.sandbox.selftest import probe
+from spearrl.sandbox.options import RunResult, Sandbox, SandboxOptions, SandboxSession
+from spearrl.sandbox.selftest import check_isolation
 
-__all__ = ["Result", "Sandbox", "SandboxOptions", "Session", "open_sandbox", "probe"]
+__all__ = ["RunResult", "Sandbox", "SandboxOptions", "SandboxSession", "check_isolation", "open_sandbox"]
 
 
 def open_sandbox(options: SandboxOptions) -> Sandbox:
-    """A sandbox that was seen to work. Never falls back to less isolation than asked for.
+    """A sandbox that was tried and works. It never falls back to less isolation than asked for.
 
     Raises:
-        ConfigError: it cannot be had here, with the reason and the ways out: isolation is missing or does not hold, a package is not there, the
-            server does not answer.
+        ConfigError: there is none here, with the reason and the ways out: isolation is missing or does not hold, a
+            package is not installed, the server does not answer.
     """
     if options.kind == "fusion":
-        return _working(FusionSandbox(options))
+        from spearrl.sandbox.fusion import FusionSandbox  # loads an HTTP client, which a jail does not need
+
+        return _tried(FusionSandbox(options))
     if sys.platform != "linux":
-        raise ConfigError(
-            f"no sandbox on {sys.platform}: it is made of Linux namespaces",
-            where="sandbox",
-            hint="use sandbox.kind=fusion with a server",
-        )
+        complaint, hint = f"no sandbox on {sys.platform}: it is made of Linux namespaces", "use sandbox.kind=fusion"
+        raise ConfigError(complaint, where="sandbox", hint=f"{hint} with a server")
     if options.kind == "none":
-        if not options.unsandboxed:
-            hint = f"sandbox.unsandboxed=true, if you trust it; else {WAYS_OUT}"
-            raise ConfigError(
-                "sandbox.kind=none runs code as you, with your files and your network", where="sandbox", hint=hint
-            )
-        return _working(JailedSandbox(options))
+        if options.unsandboxed:
+            return _tried(JailedSandbox(options))
+        complaint = "sandbox.kind=none runs code as you, with your files and your network"
+        hint = f"sandbox.unsandboxed=true, if you trust it; else {WAYS_OUT}"
+        raise ConfigError(complaint, where="sandbox", hint=hint)
     sandbox = JailedSandbox(options)
-    broken = [check for check in probe(sandbox, options) if not check.held]
+    broken = [check for check in check_isolation(sandbox, options) if not check.held]
     if broken:
         sandbox.close()
-        what = "; ".join(f"{check.what}: {check.said}" for check in broken)
+        what = "; ".join(f"{check.what}: {check.output}" for check in broken)
         raise ConfigError(f"isolation does not hold on this machine ({what})", where="sandbox", hint=WAYS_OUT)
     return sandbox
 
 
-def _working(sandbox: Sandbox) -> Sandbox:
+def _tried(sandbox: Sandbox) -> Sandbox:
     result = sandbox.run("print(6 * 7)")
     if result.stdout.strip() != "42":
         sandbox.close()
-        raise ConfigError(
-            f"the sandbox does not run code: {result.status}: {result.stderr.strip()[-500:]}",
-            where="sandbox",
-            hint=WAYS_OUT,
-        )
+        complaint = f"the sandbox does not run code: {result.status}: {result.stderr.strip()[-500:]}"
+        raise ConfigError(complaint, where="sandbox", hint=WAYS_OUT)
     return sandbox

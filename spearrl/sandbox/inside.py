@@ -1,10 +1,11 @@
-"""The program inside the jail: a warm interpreter that forks a supervisor and a child for every run. Standard library only.
+"""The program inside the jail: a warm interpreter that forks a supervisor and a child for every run.
 
     host ──(fd 0: one socket a run)──► zygote ──fork──► supervisor ──fork──► child, which runs the code
 
-Supervisor and child have user, process, mount and IPC namespaces of their own. The child is process 1 of its namespace, so that when it ends
-the kernel ends everything it started; it can name no process outside, and has no file descriptor but its own three and the link to its
-supervisor. The supervisor keeps the deadline and the cap on output; it believes nothing that comes over the link.
+Supervisor and child have user, process, mount and IPC namespaces of their own. The child is process 1 of its
+namespace: when it ends, the kernel ends everything it started. It can name no process outside, and has no file
+descriptor but its own three and the link to its supervisor. The supervisor keeps the deadline and the cap on output;
+it believes nothing that comes over the link. Standard library only: nothing else of ours is in the jail.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ NEW_USER, NEW_MOUNTS, NEW_PIDS, NEW_IPC = 0x10000000, 0x00020000, 0x20000000, 0x
 NO_SUID, NO_DEVICES = 2, 4
 DEATH_SIGNAL, SET_SECCOMP, NO_NEW_PRIVILEGES = 1, 22, 38  # prctl(2)
 CAPABILITIES_V3 = 0x20080522
+LIBC = ctypes.CDLL(None, use_errno=True)
 SESSION_CPU_S = 600  # of processor time in all of a session, its idle time included
 
 
-class Gone(Exception):
+class ConnectionClosed(Exception):
     """The other end closed."""
 
 
@@ -46,20 +48,21 @@ def send(peer: socket.socket, message: dict[str, Any]) -> None:
 
 
 def receive(reader: BinaryIO) -> dict[str, Any]:
-    """The next message of a peer's makefile("rb"). Raises Gone at its end."""
+    """The next message of a peer's makefile("rb"). Raises ConnectionClosed at its end."""
     if not (line := reader.readline()):
-        raise Gone
+        raise ConnectionClosed
     return json.loads(line)  # type: ignore[no-any-return]
 
 
-class Kept:
-    """The beginning and the end of a stream of text, `limit` characters together; memory stays bounded."""
+class OutputBuffer:
+    """The beginning and the end of a stream of text, `limit` characters together, in bounded memory."""
 
     def __init__(self, limit: int):
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._half, self._head, self._tail, self._total = max(1, limit // 2), "", "", 0
 
     def add(self, data: bytes) -> None:
+        """Append bytes of the stream."""
         text = self._decoder.decode(data)
         self._total += len(text)
         room = self._half - len(self._head)
@@ -72,6 +75,7 @@ class Kept:
         return self._total - len(self._head) - len(self._tail)
 
     def text(self) -> str:
+        """The kept text, with a note in the middle where characters are missing."""
         return f"{self._head}\n[... {self.cut:,} characters cut]\n{self._tail}" if self.cut else self._head + self._tail
 
 
@@ -86,12 +90,12 @@ def zygote() -> None:
     fault = _try_namespaces(settings) if settings["isolate"] else "not asked for"
     settings["nested"] = not fault
     control.send(json.dumps({"missing": missing, "fault": fault, "python": sys.version.split()[0]}).encode())
-    _same_draws()  # numpy loads its generators when they are first used
+    _seed_generators()  # numpy loads its generators when they are first used
     gc.collect()
     gc.freeze()  # a collection in a child would touch, and so copy, every page
     while True:
-        word, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-        if not word:
+        data, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        if not data:
             return
         if os.fork() == 0:
             control.close()
@@ -124,24 +128,24 @@ def _try_namespaces(settings: dict[str, Any]) -> str:
         finally:
             os._exit(0)
     os.close(writer)
-    said = os.read(reader, 1000).decode()
+    answer = os.read(reader, 1000).decode()
     os.close(reader)
-    return "" if said == "yes" else said or "a process that tried died"
+    return "" if answer == "yes" else answer or "a process that tried died"
 
 
 def enter_namespaces(settings: dict[str, Any]) -> None:
-    """Namespaces of this process's own, with an empty /tmp and /dev/shm in them. Children will be in a process namespace of theirs."""
+    """Give this process namespaces of its own with an empty /tmp and /dev/shm; its children get a process namespace."""
     user, group = os.getuid(), os.getgid()
-    _checked(libc().unshare(NEW_USER | NEW_MOUNTS | NEW_PIDS | NEW_IPC), "unshare")
-    for name, words in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
-        Path(f"/proc/self/{name}").write_text(words)
+    _check(LIBC.unshare(NEW_USER | NEW_MOUNTS | NEW_PIDS | NEW_IPC), "unshare")
+    for name, line in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        Path(f"/proc/self/{name}").write_text(line)
     _mount("tmpfs", "/tmp", f"size={settings['tmp_mib']}m,nr_inodes=4096,mode=0700,uid={user},gid={group}")
     _mount("tmpfs", "/dev/pts", "size=4k,mode=0500")
     _mount("tmpfs", "/dev/shm", f"size=8m,nr_inodes=256,mode=0700,uid={user},gid={group}")
 
 
 def supervise(channel: socket.socket, settings: dict[str, Any]) -> None:
-    """Start a child and pass it what the host sends, run by run, until it or the host ends."""
+    """Start a child and pass on what the host sends, run by run, until the child or the host ends."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if settings["nested"]:
         enter_namespaces(settings)
@@ -151,7 +155,7 @@ def supervise(channel: socket.socket, settings: dict[str, Any]) -> None:
     pid = os.fork()
     if pid == 0:
         try:
-            serve(theirs, (pipes[0][1], pipes[1][1]), folder, settings)
+            run_child(theirs, (pipes[0][1], pipes[1][1]), folder, settings)
         except BaseException as error:
             os.write(2, f"the sandbox failed: {type(error).__name__}: {error}\n".encode())
         finally:
@@ -159,23 +163,23 @@ def supervise(channel: socket.socket, settings: dict[str, Any]) -> None:
     theirs.close()
     for _, writer in pipes:
         os.close(writer)
-    ended, requests = False, channel.makefile("rb")
+    ended, requests, outputs = False, channel.makefile("rb"), [reader for reader, _ in pipes]
     try:
         while not ended:
             request = receive(requests)
-            report = Watch(pid, link, [reader for reader, _ in pipes], channel, settings).run(request)
+            report = WatchedRun(pid, link, outputs, channel, settings["output_chars"]).run(request)
             ended = report["ended"]
             send(channel, report)
             if request["last"]:
-                raise Gone
-    except (Gone, OSError):  # the host is not interested any more
-        ended = ended or _end(pid) is not None
+                raise ConnectionClosed
+    except (ConnectionClosed, OSError):  # the host has closed, or this was the last run
+        ended = ended or _kill(pid) is not None
     finally:
         if not settings["isolate"]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _end(pid: int) -> int:
+def _kill(pid: int) -> int:
     """Kill the child with all it started; its exit status, negative for a signal."""
     for kill in (os.killpg, os.kill):  # the group: without namespaces the child's own children live on
         try:
@@ -185,37 +189,35 @@ def _end(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-class Watch:
-    """One run of the child, watched: output is kept up to the cap, and at the deadline the child is killed with all it started."""
+class WatchedRun:
+    """One run of the child: output is kept up to the cap; at the deadline the child is killed with all it started."""
 
-    def __init__(
-        self, pid: int, link: socket.socket, outputs: list[int], channel: socket.socket, settings: dict[str, Any]
-    ):
+    def __init__(self, pid: int, link: socket.socket, outputs: list[int], channel: socket.socket, limit: int):
         self.pid, self.link, self.channel = pid, link, channel
-        self.kept = {fd: Kept(settings["output_chars"]) for fd in outputs}
+        self.buffers = {fd: OutputBuffer(limit) for fd in outputs}
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The report: status of the process, texts, seconds, whether the child is gone."""
-        begun = time.monotonic()
-        code, ended = self._until(request, begun + request["timeout_s"])
+        """The report: exit code (None: no exit), both texts, seconds, whether the child has ended."""
+        start = time.monotonic()
+        code, ended = self._wait(request, start + request["timeout_s"])
         timeout = code is None and not ended
         if ended or timeout:
-            status, ended = _end(self.pid), True
+            status, ended = _kill(self.pid), True
             code = code if code is not None else status
-        self._drain()
-        out, err = self.kept.values()
+        self._read_rest()
+        out, err = self.buffers.values()
         return {
             "code": None if timeout else code,
             "timeout": timeout or code == -signal.SIGXCPU,
             "stdout": out.text(),
             "stderr": err.text(),
             "cut": bool(out.cut or err.cut),
-            "seconds": time.monotonic() - begun,
+            "seconds": time.monotonic() - start,
             "ended": ended,
         }
 
-    def _until(self, request: dict[str, Any], deadline: float) -> tuple[int | None, bool]:
-        """(exit code the child reported, whether it is gone); (None, False) at the deadline."""
+    def _wait(self, request: dict[str, Any], deadline: float) -> tuple[int | None, bool]:
+        """(exit code that the child reported, whether it has ended); (None, False) at the deadline."""
         self.link.settimeout(max(0.01, request["timeout_s"]))
         try:
             send(self.link, request)
@@ -225,23 +227,23 @@ class Watch:
             return None, True
         process = os.pidfd_open(self.pid)
         poll = select.poll()
-        for fd in (*self.kept, self.link.fileno(), process):
+        for fd in (*self.buffers, self.link.fileno(), process):
             poll.register(fd, select.POLLIN)
         poll.register(self.channel.fileno(), select.POLLHUP)
         try:
             while (left := deadline - time.monotonic()) > 0:
                 events = [fd for fd, _ in poll.poll(1000 * left)]
                 if self.channel.fileno() in events:
-                    raise Gone
+                    raise ConnectionClosed
                 for fd in events:
-                    if fd in self.kept and not self._read(fd):
+                    if fd in self.buffers and not self._read(fd):
                         poll.unregister(fd)
                 if process in events:
                     return None, True
                 if self.link.fileno() in events:
-                    word = self.link.recv(4)
-                    if len(word) == 4:
-                        return struct.unpack(">i", word)[0], False
+                    data = self.link.recv(4)
+                    if len(data) == 4:
+                        return struct.unpack(">i", data)[0], False
                     poll.unregister(self.link.fileno())  # closed by the snippet: its death will tell
         finally:
             os.close(process)
@@ -249,20 +251,20 @@ class Watch:
 
     def _read(self, fd: int) -> bool:
         data = os.read(fd, PIECE)
-        self.kept[fd].add(data)
+        self.buffers[fd].add(data)
         return bool(data)
 
-    def _drain(self) -> None:
-        """What lies in the pipes still: at most what they hold, whoever may go on writing."""
-        for fd in self.kept:
+    def _read_rest(self) -> None:
+        """Read what is left in the pipes: at most what they hold, whoever may go on writing."""
+        for fd in self.buffers:
             for _ in range(16):
                 if not select.select([fd], [], [], 0)[0] or not self._read(fd):
                     break
 
 
-def serve(link: socket.socket, outputs: tuple[int, int], folder: str, settings: dict[str, Any]) -> NoReturn:
+def run_child(link: socket.socket, outputs: tuple[int, int], folder: str, settings: dict[str, Any]) -> NoReturn:
     """The child: give up everything, then run what comes over the link."""
-    _checked(libc().prctl(DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "prctl")
+    _check(LIBC.prctl(DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "prctl")
     os.setsid()
     if settings["nested"]:
         _mount("proc", "/proc", "")
@@ -273,26 +275,25 @@ def serve(link: socket.socket, outputs: tuple[int, int], folder: str, settings: 
         os.dup2(fd, 3, inheritable=False)
     link = socket.socket(fileno=3)
     os.closerange(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0] if settings["isolate"] else 4096)
-    _give_up(settings)
-    sys.stdout, sys.stderr = (
-        open(fd, "w", encoding="utf-8", errors="replace", buffering=1, closefd=False) for fd in (1, 2)
-    )  # noqa: SIM115
+    _drop_privileges(settings)
+    output: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "buffering": 1, "closefd": False}
+    sys.stdout, sys.stderr = open(1, "w", **output), open(2, "w", **output)  # noqa: SIM115
     sys.argv = ["snippet.py"]
     main = sys.modules["__main__"] = ModuleType("__main__")
-    _same_draws()
+    _seed_generators()
     requests = link.makefile("rb")
     while True:
         request = receive(requests)
         _limit("CPU", int(request["timeout_s"]) + 2 if request["last"] else SESSION_CPU_S)
-        _give(request["stdin"], folder)
+        _set_stdin(request["stdin"], folder)
         code = _execute(request, main)
         if request["last"]:
-            _finish()
+            _run_exit_handlers()
         _flush()
         link.sendall(struct.pack(">i", code))
 
 
-def _give_up(settings: dict[str, Any]) -> None:
+def _drop_privileges(settings: dict[str, Any]) -> None:
     """Limits, then capabilities, then the right to gain any, then system calls."""
     try:
         Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, the kernel takes this one
@@ -306,12 +307,12 @@ def _give_up(settings: dict[str, Any]) -> None:
         _limit(name, value)
     if settings["isolate"]:
         header, nothing = struct.pack("Ii", CAPABILITIES_V3, 0), bytes(24)
-        _checked(libc().capset(header, nothing), "capset")
-    _checked(libc().prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0), "prctl")
+        _check(LIBC.capset(header, nothing), "capset")
+    _check(LIBC.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0), "prctl")
     if code := bytes.fromhex(settings["filter"]):
-        kept = ctypes.create_string_buffer(code)
-        program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(kept))
-        _checked(libc().prctl(SET_SECCOMP, 2, program, 0, 0), "seccomp")
+        instructions = ctypes.create_string_buffer(code)
+        program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(instructions))
+        _check(LIBC.prctl(SET_SECCOMP, 2, program, 0, 0), "seccomp")
 
 
 def _limit(name: str, value: int) -> None:
@@ -322,7 +323,7 @@ def _limit(name: str, value: int) -> None:
     resource.setrlimit(kind, (bound, bound))
 
 
-def _same_draws() -> None:
+def _seed_generators() -> None:
     """Snippets that do not seed their generators draw the same numbers in every run."""
     import random
 
@@ -331,12 +332,12 @@ def _same_draws() -> None:
         numpy.random.seed(0)
 
 
-def _give(text: str, folder: str) -> None:
+def _set_stdin(text: str, folder: str) -> None:
     """Make a text standard input, in a file without a name (files in memory are denied)."""
-    with tempfile.TemporaryFile(dir=folder) if text else open(os.devnull, "r+b") as given:
-        given.write(text.encode("utf-8", "replace"))
-        given.seek(0)
-        os.dup2(given.fileno(), 0)
+    with tempfile.TemporaryFile(dir=folder) if text else open(os.devnull, "r+b") as file:
+        file.write(text.encode("utf-8", "replace"))
+        file.seek(0)
+        os.dup2(file.fileno(), 0)
     sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
 
 
@@ -372,8 +373,8 @@ def _flush() -> None:
             continue
 
 
-def _finish() -> None:
-    """What the interpreter does at its end, without taking itself apart."""
+def _run_exit_handlers() -> None:
+    """What the interpreter does at its end, short of taking itself apart: a snippet's threads end, then its atexit."""
     import atexit
     import threading
 
@@ -384,18 +385,12 @@ def _finish() -> None:
         os.write(2, f"{type(error).__name__} at exit\n".encode())
 
 
-def libc() -> Any:
-    return ctypes.CDLL(None, use_errno=True)
-
-
 def _mount(kind: str, target: str, options: str) -> None:
-    _checked(
-        libc().mount(kind.encode(), target.encode(), kind.encode(), NO_SUID | NO_DEVICES, options.encode()),
-        f"mount {kind} on {target}",
-    )
+    source, flags = kind.encode(), NO_SUID | NO_DEVICES
+    _check(LIBC.mount(source, target.encode(), source, flags, options.encode()), f"mount {kind} on {target}")
 
 
-def _checked(result: int, what: str) -> None:
+def _check(result: int, what: str) -> None:
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")

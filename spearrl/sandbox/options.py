@@ -41,14 +41,14 @@ class SandboxOptions(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class RunResult:
     """What became of a run.
 
     Args:
-        status: ok; error: it raised, or exited with another code than 0; timeout; memory: it ran out of it; killed: a signal, or the sandbox
-            itself, ended it; unavailable: it did not run.
-        stdout, stderr: within the cap, "[... N characters cut]" in the middle where `cut`.
-        exit_code: negative for a signal; none where there was no exit.
+        status: "ok"; "error": it raised, or exited with another code than 0; "timeout"; "memory": it ran out of it;
+            "killed": a signal, or the sandbox itself, ended it; "unavailable": it did not run.
+        stdout, stderr: at most `output_chars` each, "[... N characters cut]" in the middle where `cut`.
+        exit_code: negative for a signal; None where there was no exit.
         seconds: of wall time.
     """
 
@@ -74,46 +74,50 @@ class Closing(abc.ABC):
         """End everything this started. May be called twice."""
 
 
-class Session(Closing):
+class SandboxSession(Closing):
     """An interpreter that keeps its variables from run to run; for one thread at a time."""
 
     @abc.abstractmethod
-    def run(self, code: str, *, stdin: str = "", timeout_s: float | None = None) -> Result:
-        """Run code where the last run ended. After a run that ends the interpreter (status timeout or killed), the next begins in a fresh one."""
+    def run(self, code: str, *, stdin: str = "", timeout_s: float | None = None) -> RunResult:
+        """Run code where the last run ended.
+
+        After a run that ends the interpreter (status "timeout" or "killed"), the next begins in a fresh one.
+        """
 
 
 class Sandbox(Closing):
-    """Runs Python code. Safe to share between threads; runs beyond the concurrency limit wait for their turn."""
+    """Runs Python code, `concurrency` runs at a time; others wait for their turn. Safe to share between threads."""
 
-    concurrency: int  # runs at a time
+    concurrency: int
 
     @abc.abstractmethod
-    def run(self, code: str, *, stdin: str = "", timeout_s: float | None = None) -> Result:
+    def run(self, code: str, *, stdin: str = "", timeout_s: float | None = None) -> RunResult:
         """Run code in a fresh interpreter; never raises for what the code does."""
 
     @abc.abstractmethod
-    def session(self) -> Session:
+    def session(self) -> SandboxSession:
         """A new interpreter for an episode."""
 
     @abc.abstractmethod
-    def means(self) -> str:
+    def describe(self) -> str:
         """What keeps code in, in words."""
 
 
-def refusal(code: str) -> Result | None:
-    """The result of code that is too long to be run."""
+def refusal(code: str) -> RunResult | None:
+    """The result of code that is too long to be run; None for other code."""
     if len(code) <= MAX_CODE:
         return None
-    return Result("error", stderr=f"the code has {len(code):,} characters; at most {MAX_CODE:,} are run", exit_code=1)
+    words = f"the code has {len(code):,} characters; at most {MAX_CODE:,} are run"
+    return RunResult("error", stderr=words, exit_code=1)
 
 
-def verdict(code: int | None, timeout: bool, stderr: str) -> Status:
-    """The status of a run that left this exit code and these last words."""
+def status_of(exit_code: int | None, timeout: bool, stderr: str) -> Status:
+    """The status of a run, by how it ended and by the last line it wrote to stderr."""
     if timeout:
         return "timeout"
-    if code is None or code < 0:
+    if exit_code is None or exit_code < 0:
         return "killed"
-    last = stderr.rstrip().rpartition("\n")[2].partition(":")[0]
-    if code and last.endswith(("MemoryError", "ArrayMemoryError")):
+    exception = stderr.rstrip().rpartition("\n")[2].partition(":")[0]
+    if exit_code and exception.endswith(("MemoryError", "ArrayMemoryError")):
         return "memory"
-    return "error" if code else "ok"
+    return "error" if exit_code else "ok"

@@ -1,4 +1,4 @@
-"""The system-call filter of a snippet, as a classic BPF program (seccomp(2)); the table beside this file names what is denied."""
+"""The system-call filter of a snippet, as a classic BPF program (seccomp(2)). seccomp.toml names what is denied."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import struct
 
 from spearrl.config.tables import table
 
-MACHINES = {
-    "x86_64": (0, 0xC000003E, 56),
-    "aarch64": (1, 0xC00000B7, 220),
-}  # column of the table, AUDIT_ARCH_*, number of clone
+# Column of the table, AUDIT_ARCH_*, number of clone.
+MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}
 CLONE3 = 435
 NEW_NAMESPACES = 0x7E020000  # CLONE_NEWNS, CGROUP, UTS, IPC, USER, PID, NET
 X32 = 0x40000000  # x86_64's second table of system calls
@@ -20,33 +18,22 @@ ALLOW, DENY, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 NUMBER, ARCH, FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
 
 
-def program(machine: str | None = None) -> bytes:
-    """The filter for a machine (default: this one): 8 bytes an instruction; b"" for machines that the table does not know.
+def filter_program(machine: str | None = None) -> bytes:
+    """The filter for a machine (None: this one), 8 bytes an instruction; b"" for a machine that the table has not.
 
     Denied calls fail with EPERM; clone3, whose flags a filter cannot see, with ENOSYS, after which libc uses clone.
     """
-    known = MACHINES.get(machine or platform.machine())
-    if known is None:
+    name = machine or platform.machine()
+    if name not in MACHINES:
         return b""
-    column, arch, clone = known
+    column, arch, clone = MACHINES[name]
     denied = [numbers[column] for numbers in table(__file__, "seccomp.toml").values() if numbers[column] >= 0]
-    refuse = DENY | errno.EPERM
-    code = [
-        (LOAD, 0, 0, ARCH),
-        (EQUAL, 1, 0, arch),
-        (RETURN, 0, 0, KILL),
-        (LOAD, 0, 0, NUMBER),
-        (ABOVE, 0, 1, X32),
-        (RETURN, 0, 0, refuse),
-    ]
+    refuse = (RETURN, 0, 0, DENY | errno.EPERM)
+    code = [(LOAD, 0, 0, ARCH), (EQUAL, 1, 0, arch), (RETURN, 0, 0, KILL)]
+    code += [(LOAD, 0, 0, NUMBER), (ABOVE, 0, 1, X32), refuse]
     code += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, DENY | errno.ENOSYS)]
     for number in denied:
-        code += [(EQUAL, 0, 1, number), (RETURN, 0, 0, refuse)]
-    code += [
-        (EQUAL, 0, 3, clone),
-        (LOAD, 0, 0, FIRST_ARGUMENT),
-        (ANY_BIT, 0, 1, NEW_NAMESPACES),
-        (RETURN, 0, 0, refuse),
-        (RETURN, 0, 0, ALLOW),
-    ]
+        code += [(EQUAL, 0, 1, number), refuse]
+    code += [(EQUAL, 0, 3, clone), (LOAD, 0, 0, FIRST_ARGUMENT), (ANY_BIT, 0, 1, NEW_NAMESPACES), refuse]
+    code += [(RETURN, 0, 0, ALLOW)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)

@@ -44,13 +44,13 @@ def test_this_machine(capsys):
     assert "processors" in found["machine"]["words"]
     try:
         with open_sandbox(SandboxOptions()) as sandbox:
-            means = sandbox.means()
+            description = sandbox.describe()
     except ConfigError as error:
         assert found["sandbox"]["state"] == "fail" and error.message in found["sandbox"]["words"]
     else:
-        assert found["sandbox"]["state"] == "ok" and found["sandbox"]["words"].startswith(means)
+        assert found["sandbox"]["state"] == "ok" and found["sandbox"]["words"].startswith(description)
         for part in ("bubblewrap", "namespaces", "filter", "24 processes", "no network"):
-            assert part in means
+            assert part in description
 
 
 def test_what_is_missing_matters_where_it_is_asked_for(capsys, no_bubblewrap, no_extras):

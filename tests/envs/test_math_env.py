@@ -19,7 +19,7 @@ from spearrl.envs.math import Math
 from spearrl.envs.math.env import EMPTY, FAILED, SUFFIX
 from spearrl.errors import ConfigError
 from spearrl.rollout import Collector, ScriptedEngine
-from spearrl.sandbox import Result
+from spearrl.sandbox import RunResult
 from spearrl.types import Action, Group, Reply, Status, Task, Trajectory, Turn
 from tests.models.test_chat import encoder_of
 
@@ -96,7 +96,7 @@ def test_a_sandbox_that_fails_is_a_fault_and_no_exception(monkeypatch):
     monkeypatch.setattr(
         environment,
         "_sandbox",
-        type("Down", (), {"run": lambda self, text: Result("unavailable", stderr="server away")})(),
+        type("Down", (), {"run": lambda self, text: RunResult("unavailable", stderr="server away")})(),
     )
     (outcome,) = played(environment, code("print(1)"))
     assert (

@@ -12,7 +12,7 @@ from spearrl.envs.math import judge as judging
 from spearrl.envs.math.grade import LONGEST, boxed, number, released, right
 from spearrl.envs.math.judge import COUNT, Judges
 from spearrl.errors import ConfigError, EnvironmentFault
-from spearrl.sandbox import Result, SandboxOptions, open_sandbox
+from spearrl.sandbox import RunResult, SandboxOptions, open_sandbox
 from tests.support.shared_data import golden
 
 TRUSTED = SandboxOptions(kind="none", unsandboxed=True)
@@ -134,7 +134,7 @@ def test_without_a_jail_answers_are_judged_in_another_process_all_the_same():
 def test_a_judge_that_is_not_there_is_a_fault_of_the_machine(judges, monkeypatch):
     class Down:
         def run(self, code):
-            return Result("unavailable", stderr="no jail")
+            return RunResult("unavailable", stderr="no jail")
 
         def close(self):
             closed.append(self)
@@ -153,7 +153,7 @@ def test_a_judge_that_is_not_there_is_a_fault_of_the_machine(judges, monkeypatch
 def test_an_answer_whose_judge_was_killed_is_judged_again(judges):
     class Killed:
         def run(self, code):
-            return Result("killed", exit_code=-9)
+            return RunResult("killed", exit_code=-9)
 
         def close(self):
             pass

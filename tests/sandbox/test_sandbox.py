@@ -17,7 +17,7 @@ import pytest
 
 from spearrl.errors import ConfigError
 from spearrl.sandbox import SandboxOptions, jailed, open_sandbox, selftest
-from spearrl.sandbox.seccomp import program
+from spearrl.sandbox.seccomp import filter_program
 
 HOSTILE = tomllib.loads(Path(__file__).with_name("hostile.toml").read_text())
 PLENTY_S = 60.0  # for what takes milliseconds on an idle machine
@@ -71,7 +71,7 @@ def at_rest(sandbox) -> bool:
     inside = processes(sandbox._jail._process.pid)
     return (
         all("inside.py" in words for words in inside.values())
-        and sum("bwrap" not in words for words in inside.values()) <= 1 + 2 * sandbox._count
+        and sum("bwrap" not in words for words in inside.values()) <= 1 + 2 * sandbox.concurrency
     )
 
 
@@ -101,7 +101,7 @@ def single():
         patch.setattr(jailed, "jail_command", lambda *given: plain(*given)[:-1] + ["--disable-userns", "--"])
         opened = open_sandbox(SandboxOptions(timeout_s=PLENTY_S, concurrency=1, packages=()))
     with opened:
-        assert opened.hello["fault"]
+        assert opened.startup["fault"]
         yield opened
 
 
@@ -152,9 +152,9 @@ def test_hostile_code_in_a_jail_of_its_own(single, name):
 
 
 @needs_isolation
-def test_probe_says_what_holds(sandbox, single):
+def test_the_self_test_says_what_holds(sandbox, single):
     for one in (sandbox, single):
-        checks = selftest.probe(one, one.options)
+        checks = selftest.check_isolation(one, one.options)
         assert len(checks) == 6 and all(check.held for check in checks), checks
 
 
@@ -320,14 +320,16 @@ def test_a_fork_of_this_process_is_refused_and_does_no_harm(tmp_path):
 
 @needs_isolation
 def test_no_more_runs_at_a_time_than_allowed(monkeypatch):
-    active, most, lock, play = [0], [0], threading.Lock(), jailed.Run.play
+    active, most, lock, play = [0], [0], threading.Lock(), jailed.JailedRun.execute
 
     def count(change):
         with lock:
             active[0] += change
             most[0] = max(most[0], active[0])
 
-    monkeypatch.setattr(jailed.Run, "play", lambda self, *a, **k: (count(1), play(self, *a, **k), count(-1))[1])
+    monkeypatch.setattr(
+        jailed.JailedRun, "execute", lambda self, *a, **k: (count(1), play(self, *a, **k), count(-1))[1]
+    )
     with open_sandbox(SandboxOptions(packages=(), concurrency=2, timeout_s=PLENTY_S)) as opened:
         threads = [threading.Thread(target=opened.run, args=("import time; time.sleep(0.02)",)) for _ in range(12)]
         for thread in threads:
@@ -363,10 +365,10 @@ def test_as_another_user():
         pytest.skip("no Python of this version that another user may run")
     script = "import sys, tomllib\nfrom spearrl.sandbox import *\ns = open_sandbox(SandboxOptions())\n"
     script += "for case in tomllib.loads(sys.stdin.read()).values():\n    r = s.run(case['code'], timeout_s=case.get('timeout_s', 60))\n"
-    script += "    assert r.status in case['status'] and 'ESCAPED' not in r.stdout, (case, r)\nprint('held', s.hello['fault'])"
+    script += "    assert r.status in case['status'] and 'ESCAPED' not in r.stdout, (case, r)\nprint('held', s.startup['fault'])"
     done = subprocess.run(
         [*prefix, fit[0], "-c", script],
-        input=(ROOT / "tests/hostile.toml").read_text(),
+        input=(ROOT / "tests/sandbox/hostile.toml").read_text(),
         capture_output=True,
         text=True,
         cwd="/",
@@ -442,7 +444,7 @@ def test_the_filter_decides_as_the_kernel_would(machine, arch, clone):
     column = 0 if machine == "x86_64" else 1
     denied = {numbers[column] for numbers in table.values()} - {-1}
     assert len(denied) > 50
-    code = program(machine)
+    code = filter_program(machine)
     for number in range(500):
         expected = refuse if number in denied else 0x00050026 if number == 435 else allow
         assert decide(code, arch, number, 17) == expected, number
@@ -450,7 +452,7 @@ def test_the_filter_decides_as_the_kernel_would(machine, arch, clone):
         assert decide(code, arch, clone, flag | 17) == refuse
     assert decide(code, arch, 0x40000000 + 165, 0) == refuse
     assert decide(code, arch ^ 1, 1, 0) == 0x80000000
-    assert program("riscv64") == b""
+    assert filter_program("riscv64") == b""
 
 
 def decide(code: bytes, arch: int, number: int, argument: int) -> int:

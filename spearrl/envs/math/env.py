@@ -19,7 +19,7 @@ from spearrl.envs.math.grade import boxed, number, released, right
 from spearrl.envs.math.judge import Judges
 from spearrl.envs.tool import OPEN, Done, ToolEnvironment, call, read_calls, tool
 from spearrl.errors import ConfigError
-from spearrl.sandbox import Result, Sandbox, SandboxOptions, Session, open_sandbox
+from spearrl.sandbox import RunResult, Sandbox, SandboxOptions, SandboxSession, open_sandbox
 from spearrl.seeds import derive
 from spearrl.types import Action, Observation, Outcome, Reply, Task
 
@@ -85,7 +85,7 @@ class Math(ToolEnvironment):
         self._judges = _judges(chosen.sandbox) if chosen.grader == "math_verify" else None
         self._sandbox = _sandbox(chosen.sandbox)
         self.threads = self._sandbox.concurrency  # what waits for its turn does so before its step's deadline begins
-        self._session: Session | None = None
+        self._session: SandboxSession | None = None
 
     def spawn(self) -> Math:
         """A slot that shares problems, sandbox and judges."""
@@ -208,7 +208,7 @@ def _code(code: str) -> str:
     return call("code_interpreter", {"code": code})
 
 
-def _shown(result: Result, timeout_s: float) -> str:
+def _shown(result: RunResult, timeout_s: float) -> str:
     """What the model sees of a run: nothing that was measured, so that two runs of a config show the same."""
     if result.status == "ok":
         return result.stdout.rstrip() or EMPTY

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from queue import SimpleQueue
 
 from spearrl.errors import ConfigError, EnvironmentFault
-from spearrl.sandbox import Result, Sandbox, SandboxOptions, Session, open_sandbox
+from spearrl.sandbox import RunResult, Sandbox, SandboxOptions, SandboxSession, open_sandbox
 
 COUNT = 2  # judges at a time
 DEADLINE_S = 5.0  # for one answer
@@ -44,7 +44,7 @@ class Judges:
             "memory_mib": MEMORY_MIB,
         }
         self._sandbox = _opened(options.model_copy(update=changes))
-        self._free: SimpleQueue[tuple[Session | None, int]] = (
+        self._free: SimpleQueue[tuple[SandboxSession | None, int]] = (
             SimpleQueue()
         )  # none: yet to be started; and the answers each has judged
         for _ in range(COUNT):
@@ -63,7 +63,7 @@ class Judges:
             )
         return result.status == "ok" and result.stdout.split()[-1:] == ["True"]
 
-    def _ask(self, *pair: str) -> Result:
+    def _ask(self, *pair: str) -> RunResult:
         session, judged = self._free.get()
         try:
             if session is None:
