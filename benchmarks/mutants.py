@@ -40,10 +40,10 @@ BUILD, SHAPE, CREDIT, MEMORY = "batching/build.py", "algorithm/rewards.py", "alg
 REPLAY, BASELINE, ADMISSION = "buffers/replay.py", "buffers/baseline.py", "buffers/admission.py"
 TRAINER, PLAN, MINIBATCH = "trainer.py", "learner/partition.py", "learner/minibatch.py"
 FILL, CHOSEN = '_fill(tokens["action_mask"], ((0, shown), (1, sampled)))', "chosen = torch.isin(rows.trajectory,"
-DRAWN, DUE = "rows.pad(flat)[chosen], rows.select(chosen)", "replay = self.memory.due(step) if gamma > 0 else None"
+DRAWN, DUE = "rows.select(drawn), rows.turns_of(drawn), logprobs[drawn]", "replay = self.memory.due(step) if gamma > 0 else None"
 FACTOR = "(gamma if objective.on_replay else 1.0)"
 RETEST, USABLE = "if self.keep_zero else means > 0", "if step - entry.step <= self.max_age]"
-GOOD = "good = self._unit_means(rows, advantages.double(), owner, len(ids)) > 0"
+GOOD = "good = self._unit_means(rows, unit, advantages.double()) > 0"
 RECALIBRATED = "return recalibrated_advantages(entry.rewards, level) / self.reward_scale"
 
 MUTANTS = (
@@ -173,7 +173,7 @@ MUTANTS = (
         "old_logprobs",
         REPLAY,
         DRAWN,
-        DRAWN.replace("[chosen]", "[: int(chosen.sum())]"),
+        DRAWN.replace("[drawn]", "[: int(drawn.sum())]"),
         "drawn rows get the log-probabilities of the first ones",
     ),
     Mutant(
@@ -213,8 +213,8 @@ MUTANTS = (
     Mutant(
         "filter",
         REPLAY,
-        "> (float(rewards.mean())",
-        ">= (float(rewards.mean())",
+        "int((rewards > level).sum())",
+        "int((rewards >= level).sum())",
         "ties with the baseline count towards a flush",
     ),
     Mutant("filter", REPLAY, USABLE, USABLE.replace("<=", "<"), "trajectories leave a step early"),
@@ -226,7 +226,7 @@ MUTANTS = (
         "self._entries = self._usable(step), self._entries",
         "a flush does not empty the buffer",
     ),
-    Mutant("filter", REPLAY, "min(wanted, self.capacity)", "wanted", "no capacity"),
+    Mutant("filter", REPLAY, "else count, self.capacity)", "else count, count)", "no capacity"),
     Mutant("filter", REPLAY, "> self.fill_factor * self.capacity", "> self.capacity", "fill factor left out"),
     Mutant(
         "filter",
@@ -279,15 +279,15 @@ MUTANTS = (
     Mutant(
         "recalibration",
         BASELINE,
-        "return _percentile(joined.sort().values, q)",
-        "return float(joined.mean())",
+        "return value_at(ordered, (len(ordered) - 1) * q / 100) if",
+        "return float(ordered.mean()) if",
         "mean instead of median",
     ),
     Mutant(
         "recalibration",
         BASELINE,
-        "_percentile(joined.sort().values, q)",
-        "_percentile(joined, q)",
+        "*values]).sort().values",
+        "*values])",
         "the middle one in time, not in size",
     ),
     Mutant(

@@ -20,7 +20,10 @@ def cosine_decay(step: float, total: float) -> float:
 
 
 def schedule_value(kind: str, step: float, total: float, *, rising: bool) -> float:
-    """Value in [0, 1] of a schedule: "cosine" | "linear" | "constant" (always 1), rising from 0 or falling from 1 over `total` steps.
+    """Value in [0, 1] of a schedule that rises from 0, or falls from 1, over `total` steps.
+
+    Args:
+        kind: "cosine", "linear", or "constant" (always 1).
 
     Raises:
         ContractError: unknown kind, or total <= 0.
@@ -35,36 +38,34 @@ def schedule_value(kind: str, step: float, total: float, *, rising: bool) -> flo
 
 
 def adaptive_progress(kind: str, value: float, *, low: float, high: float) -> float:
-    """How far an adaptive curriculum has gone, in [0, 1] and linear in between: γ = peak · progress, μ = peak · (1 − progress).
+    """How far an adaptive curriculum has gone, in [0, 1] and linear in between.
 
-    An answer of ours to a question that SPEAR (arXiv:2509.22601) leaves open: what to do where nobody knows how many steps the run needs.
+    γ = peak · progress, μ = peak · (1 − progress). An answer of ours to a question that SPEAR (arXiv:2509.22601) leaves
+    open: what to do where nobody knows how many steps the run needs.
 
     Args:
-        kind: what `value` is. "entropy": policy entropy / entropy of the first step; "curiosity": share of the step's anchor states that the
-            run had never seen (both: 0 at >= high, 1 at <= low). "success": estimate of the success rate (0 at <= low, 1 at >= high).
+        kind: what `value` is. "entropy": policy entropy / entropy of the first step; "curiosity": share of the step's
+            anchor states that were new to the run (both: 0 at >= high, 1 at <= low). "success": estimate of the success
+            rate (0 at <= low, 1 at >= high).
         value: the driving quantity, a number without unit.
+
     Raises:
         ContractError: unknown kind, low >= high, or a value that is NaN.
     """
     if kind not in ADAPTIVE:
         raise ContractError(f"adaptive schedule kind {kind!r} is not known", hint=f"use {', '.join(ADAPTIVE)}")
     if not low < high:
-        raise ContractError(
-            f"the band of an adaptive schedule is low={low}, high={high}; low must be < high",
-            hint="for example low = 0.2, high = 0.8",
-        )
+        text = f"the band of an adaptive schedule is low={low}, high={high}; low must be < high"
+        raise ContractError(text, hint="for example low = 0.2, high = 0.8")
     if math.isnan(value):
-        raise ContractError(
-            f"the {kind} that drives a schedule is NaN", hint="skip steps in which it could not be measured"
-        )
+        hint = "skip steps in which it could not be measured"
+        raise ContractError(f"the {kind} that drives a schedule is NaN", hint=hint)
     done = min(max((value - low) / (high - low), 0.0), 1.0)
     return done if kind == "success" else 1 - done
 
 
 def _progress(step: float, total: float) -> float:
     if not total > 0:
-        raise ContractError(
-            f"a schedule over total={total} steps; must be > 0",
-            hint="for a weight that never changes use kind 'constant'",
-        )
+        hint = "for a weight that never changes use kind 'constant'"
+        raise ContractError(f"a schedule over total={total} steps; must be > 0", hint=hint)
     return min(max(step / total, 0.0), 1.0)

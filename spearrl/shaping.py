@@ -1,4 +1,4 @@
-"""What happens to rewards and turns between rollout and advantages: intrinsic bonus, quality flags, group filter, penalty."""
+"""What happens to rewards and turns before advantages: intrinsic bonus, quality flags, group filter, penalty."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spearrl.advantages import above_minimum, means_by_index, numbered_by_appearance
 from spearrl.errors import ContractError
 
 _ACTION = re.compile(r"<action>.*?</action>", re.DOTALL)
-# U+FFFD itself, its UTF-8 bytes read as Latin-1 or GBK, and those of the full-width question mark that some decoders put in its place.
+# U+FFFD itself, its UTF-8 bytes read as Latin-1 or GBK, and those of the full-width question mark that some decoders
+# put in its place.
 _GARBAGE = ("\ufffd", "\u00ef\u00bf\u00bd", "\u951f\u65a4\u62f7", "\u00ef\u00bc\u0178", "\u00ef\u00bc\u009f")
 
 
 def tool_bonus(count: int, *, per_call: float = 0.1, cap: float = 1.0) -> float:
-    """Intrinsic reward of an episode with `count` tool calls, before its schedule: min(cap, per_call * count) (SPEAR, arXiv:2509.22601)."""
+    """Intrinsic reward of an episode with `count` tool calls, before its schedule (SPEAR, arXiv:2509.22601)."""
     return min(cap, per_call * count)
 
 
@@ -32,7 +34,10 @@ def overlong(tokens: int, limit: int) -> bool:
 
 
 def void_turn(text: str | None) -> bool:
-    """Whether a reply has no `<action>…</action>` after its last `</think>`. An empty action counts as one; so does a reply that never thinks."""
+    """Whether a reply has no `<action>…</action>` after its last `</think>`, or anywhere where it does not think.
+
+    An empty action counts as one.
+    """
     return _ACTION.search((text or "").rpartition("</think>")[2]) is None
 
 
@@ -43,10 +48,8 @@ def repetitive(token_ids: Sequence[int], *, ngram: int = 20, times: int = 10) ->
         ContractError: ngram or times below 1.
     """
     if ngram < 1 or times < 1:
-        raise ContractError(
-            f"repetitive(ngram={ngram}, times={times}); both must be >= 1",
-            hint="the usual setting is ngram=20, times=10",
-        )
+        hint = "the usual setting is ngram=20, times=10"
+        raise ContractError(f"repetitive(ngram={ngram}, times={times}); both must be >= 1", hint=hint)
     if len(token_ids) < ngram + times - 1:
         return False
     if max(Counter(token_ids).values()) < times:  # a run repeats only if its first token does
@@ -61,35 +64,25 @@ def unreadable(text: str) -> bool:
 
 
 def filter_groups_by_std(rewards: Tensor, group_ids: Tensor, trajectory_ids: Tensor, *, keep: float = 0.75) -> Tensor:
-    """Ids of the int(keep * groups) groups (at least 1) whose trajectories differ most in reward, in order of first appearance.
+    """The int(keep * groups) groups (at least 1) whose trajectories differ most in reward.
 
-    A trajectory's reward is the mean over its turns; deviations have ddof 0; of equal ones the group that appears first is kept.
+    A trajectory's reward is the mean over its turns; deviations have ddof 0; of equal ones the group that appears first
+    is kept.
 
     Args:
         rewards, group_ids, trajectory_ids: [N] per turn.
         keep: share of groups; 1 or more keeps all.
+
+    Returns:
+        Their ids, in order of first appearance.
     """
-    values = rewards.double()
-    groups, group_of_turn = torch.unique(group_ids, return_inverse=True)
-    trajectories, trajectory = torch.unique(trajectory_ids, return_inverse=True)
-    position = torch.arange(len(values), device=values.device)
-    first = torch.full((len(groups),), len(values), device=values.device).scatter_reduce(
-        0, group_of_turn, position, "amin"
-    )
+    groups, group = numbered_by_appearance(group_ids)
     if keep >= 1 or len(groups) < 2:
-        return groups[first.argsort()]
-    member_of = torch.zeros_like(trajectories).scatter_(0, trajectory, group_of_turn)
-    # Distances from a member of the group, so that equal rewards have a deviation of exactly 0 and ties stay ties.
-    floor = values.new_full((len(groups),), torch.inf).scatter_reduce(0, group_of_turn, values, "amin")
-    scores = _means(values - floor[group_of_turn], trajectory, len(trajectories))
-    centred = scores - _means(scores, member_of, len(groups))[member_of]
-    variance = _means(centred.square(), member_of, len(groups))
-    order = first.argsort()
-    ranked = order[variance[order].argsort(descending=True, stable=True)]
-    kept = ranked[: max(1, int(keep * len(groups) + 1e-9))]
-    return groups[kept[first[kept].argsort()]]
-
-
-def _means(values: Tensor, index: Tensor, groups: int) -> Tensor:
-    zeros = values.new_zeros(groups)
-    return zeros.index_add(0, index, values) / zeros.index_add(0, index, torch.ones_like(values))
+        return groups
+    trajectories, trajectory = torch.unique(trajectory_ids, return_inverse=True)
+    means = means_by_index(above_minimum(rewards.double(), group, len(groups)), trajectory, len(trajectories))
+    group_of_trajectory = torch.zeros_like(trajectories).scatter_(0, trajectory, group)
+    centred = means - means_by_index(means, group_of_trajectory, len(groups))[group_of_trajectory]
+    variance = means_by_index(centred.square(), group_of_trajectory, len(groups))
+    ranked = variance.argsort(descending=True, stable=True)
+    return groups[ranked[: max(1, int(keep * len(groups) + 1e-9))].sort().values]

@@ -122,8 +122,8 @@ class Observation:
 class Outcome:
     """The result of one step.
 
-    `info["success"]` (bool) is set at the end of an episode; `info["fault"]` (true) where the machinery failed (a tool timed out, a backend
-    restarted) and the episode went on: such a trajectory trains, but is never imitated.
+    `info["success"]` (bool) is set at the end of an episode; `info["fault"]` (true) where the machinery failed (a tool
+    timed out, a backend restarted) and the episode went on: such a trajectory trains, but is never imitated.
     """
 
     observation: Observation

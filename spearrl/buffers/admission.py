@@ -11,14 +11,15 @@ from spearrl.types import Group, Trajectory
 
 
 class Admission:
-    """Refuses trajectories touched by a fault of the environment, wins of tasks not yet won often enough, and (as released for mathematics)
-    trajectories without a tool call.
+    """Refuses trajectories that a fault touched, and wins of tasks not yet won often enough.
 
-    A fault ends a trajectory with an error status, or the environment survived it and said so in `Outcome.info["fault"]`. What such an
-    episode earned says something about the machine, not about the policy.
+    A fault ends a trajectory with an error status, or the environment survived it and said so in
+    `Outcome.info["fault"]`. What such an episode earned says something about the machine, not about the policy.
 
     Args:
-        min_wins: a win is stored once its task was won this often in the run, itself included: in a stochastic environment one win may be luck.
+        min_wins: a win is stored once its task was won this often in the run, itself included: in a stochastic
+            environment one win may be luck.
+        require_tool_call: refuse trajectories without a tool call too (as released for mathematics).
     """
 
     def __init__(self, *, min_wins: int = 1, require_tool_call: bool = False):

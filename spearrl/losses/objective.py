@@ -151,20 +151,13 @@ class Objective:
         rule: ClipCov | KlCov | None = self.kl_cov if self.surrogate == "kl_cov" else self.clip_cov
         return rule.scope if rule is not None and self.kind in ("policy", "sil") else None
 
-    def covariance_tokens(
-        self,
-        batch: LossBatch,
-        logprobs: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-        keys: Tensor | None = None,
-    ) -> Tensor | None:
+    def covariance_tokens(self, batch: LossBatch, logprobs: Tensor, *, keys: Tensor | None = None) -> Tensor | None:
         """bool [B, T]: the tokens of these rows that Clip-Cov drops or KL-Cov penalises; None where neither is on.
 
         Args:
             batch: the whole mini-batch, unless the scope is "micro_batch".
             logprobs: [B, T] of the current policy.
-            generator, keys: of the draw, as in `covariance_selection`.
+            keys: of the draw, as in `covariance_selection`.
         """
         advantages, mask = self._advantages(batch), batch.action_mask
         if self.surrogate == "kl_cov":
@@ -175,7 +168,7 @@ class Objective:
         if self.surrogate == "clip":
             clips = {"clip_low": self.clip_low, "clip_high": self.clip_high}
             rule["exclude"] = clipped_tokens(logprobs, batch.old_logprobs, advantages, mask, **clips)
-        return covariance_selection(logprobs, advantages, mask, **rule, generator=generator, keys=keys)
+        return covariance_selection(logprobs, advantages, mask, **rule, keys=keys)
 
     def loss(
         self,

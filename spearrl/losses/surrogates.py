@@ -55,8 +55,8 @@ def clipped_tokens(
     advantages: Tensor,
     action_mask: Tensor,
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    clip_low: float,
+    clip_high: float,
 ) -> Tensor:
     """bool [B, T]: tokens whose gradient PPO's clip has already removed. All arguments [B, T]."""
     _, advantages, log_ratio = masked_log_ratio(logprobs, old_logprobs, advantages, action_mask)

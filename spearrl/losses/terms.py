@@ -1,4 +1,4 @@
-"""What stands beside the policy's surrogate: KL divergence, the critic's error, importance weights between engine and learner."""
+"""What stands beside the policy's surrogate: KL divergence, the critic's error, importance weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ K3_LIMIT = 10.0
 
 
 def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
-    """Per-token KL estimate from samples of the current policy (http://joschu.net/blog/kl-approx.html), d = logprobs - ref_logprobs:
+    """KL divergence per token, estimated from samples of the current policy (http://joschu.net/blog/kl-approx.html).
 
-    k1: d · abs: |d| · k2: d² / 2 · k3: exp(-d) + d - 1, clamped to ±10 (no gradient beyond)
+    k1: d   abs: |d|   k2: d² / 2   k3: exp(-d) + d - 1, clamped to ±10 (no gradient beyond)
+    d = logprobs - ref_logprobs
 
     Returns:
-        [B, T]; aggregate it under the action mask. Non-finite inputs give NaN with gradient 0, so garbage outside the mask stays there.
+        [B, T]; aggregate it under the action mask. Non-finite inputs give NaN with gradient 0: garbage outside the mask
+        stays there.
 
     Raises:
         ContractError: unknown estimator.
@@ -53,22 +55,15 @@ def value_loss(
 
     l = max((v - R)², (clip(v, v_old - clip, v_old + clip) - R)²) / 2
 
-    Args (all [B, T]): see the package; metrics clip_fraction, error (mean |v - R|), dropped_fraction.
+    Args (all [B, T]): see the package. Metrics clip_fraction, error (|v - R|).
     """
     mask = action_mask.bool()
     values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     bounded = torch.maximum(torch.minimum(values, old_values + clip), old_values - clip)
     free, limited = (values - returns).square(), (bounded - returns).square()
     metrics = {"clip_fraction": limited > free, "error": (values - returns).abs()}
-    return reduced(
-        torch.maximum(free, limited) / 2,
-        mask,
-        metrics,
-        drop=drop,
-        aggregation=aggregation,
-        horizon=horizon,
-        denominator=denominator,
-    )
+    loss = torch.maximum(free, limited) / 2
+    return reduced(loss, mask, metrics, drop=drop, aggregation=aggregation, horizon=horizon, denominator=denominator)
 
 
 @torch.no_grad()
@@ -82,28 +77,30 @@ def importance_weights(
     cap: float = 2.0,
     floor: float = 0.5,
 ) -> Tensor:
-    """[B, T] factors of the advantages, w = exp(old_logprobs - rollout_logprobs) kept bounded; 0 outside the mask, no gradient.
-
-    "tis": min(w, cap), truncated importance sampling (IMPALA's ρ, arXiv:1802.01561 eq. 1) · "mis": w where floor <= w <= cap, else 0
+    """Factors of the advantages, for engines whose log-probabilities differ: w = exp(old_logprobs - rollout_logprobs).
 
     Args:
-        old_logprobs, rollout_logprobs, action_mask: [B, T]; a token whose rollout log-probability is not finite weighs 0.
+        old_logprobs, rollout_logprobs, action_mask: [B, T]; where rollout_logprobs is not finite, the weight is 0.
+        mode: "tis": min(w, cap), truncated importance sampling (IMPALA's ρ, arXiv:1802.01561 eq. 1); "mis": w where
+            floor <= w <= cap, else 0.
         level: "token", or "sequence" (one weight per row, the product over its action tokens).
+
+    Returns:
+        [B, T], 0 outside the mask, without gradient.
 
     Raises:
         ContractError: unknown mode or level.
     """
     if mode not in ("tis", "mis") or level not in ("token", "sequence"):
-        raise ContractError(
-            f"importance_weights(mode={mode!r}, level={level!r})",
-            hint="mode 'tis' or 'mis', level 'token' or 'sequence'",
-        )
-    sound = action_mask.bool() & torch.isfinite(rollout_logprobs)
-    log_ratio = torch.where(sound, old_logprobs - rollout_logprobs, 0.0)
+        hint = "mode 'tis' or 'mis', level 'token' or 'sequence'"
+        raise ContractError(f"importance_weights(mode={mode!r}, level={level!r})", hint=hint)
+    mask = action_mask.bool() & torch.isfinite(rollout_logprobs)
+    log_ratio = torch.where(mask, old_logprobs - rollout_logprobs, 0.0)
     if level == "sequence":
         log_ratio = log_ratio.sum(-1, keepdim=True).expand_as(log_ratio)
     weights = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    bounded = (
-        weights.clamp(max=cap) if mode == "tis" else torch.where((weights >= floor) & (weights <= cap), weights, 0.0)
-    )
-    return torch.where(sound, bounded, 0.0)
+    if mode == "tis":
+        weights = weights.clamp(max=cap)
+    else:
+        mask = mask & (weights >= floor) & (weights <= cap)
+    return torch.where(mask, weights, 0.0)

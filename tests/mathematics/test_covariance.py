@@ -31,7 +31,7 @@ def hand():
 
 def test_selection_by_hand():
     new, old, advantages = hand()
-    clipped = clipped_tokens(new, old, advantages, FULL, clip_high=0.28)
+    clipped = clipped_tokens(new, old, advantages, FULL, clip_low=0.2, clip_high=0.28)
     assert clipped.nonzero().tolist() == [[0, 0], [1, 2]]
     drawn = covariance_selection(new, advantages, FULL, ratio=0.3, lower=0.2, upper=60.0, exclude=clipped)
     assert drawn.nonzero().tolist() == [[1, 0], [1, 1]]

@@ -88,7 +88,7 @@ LOWER, UPPER, RATIO = "quantile:0.2113", 40.0, 0.4
 def select(part: Part, rule: str) -> torch.Tensor:
     if rule == "kl_cov":
         return losses.kl_cov_selection(part.logprobs, part.advantages, part.mask, ratio=RATIO, keys=part.keys)
-    exclude = losses.clipped_tokens(part.logprobs, part.old, part.advantages, part.mask, clip_high=0.28)
+    exclude = losses.clipped_tokens(part.logprobs, part.old, part.advantages, part.mask, clip_low=0.2, clip_high=0.28)
     return losses.covariance_selection(
         part.logprobs,
         part.advantages,
