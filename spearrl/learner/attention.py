@@ -1,4 +1,7 @@
-"""Attention in float32 on processors, where torch's bf16 backward pass is twice as slow (measured: torch 2.13, rows of 200 tokens) and less exact."""
+"""Attention in float32 on CPUs: torch's bfloat16 backward pass is twice as slow there, and less exact.
+
+Measured with torch 2.13 on rows of 200 tokens.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,11 @@ class Float32Attention(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func is not scaled_dot_product_attention or not torch.is_autocast_enabled("cpu"):
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
-            return func(
-                *(_wide(value) for value in args), **{name: _wide(value) for name, value in (kwargs or {}).items()}
-            )
+            return func(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
 
 
 def _wide(value: Any) -> Any:

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import torch
 
-from spearrl.errors import CheckpointError
+from spearrl.models.weights import TensorFiles, write_file
 
-FILE = "training/value_head.safetensors"
+STEM = "training/value_head"  # of its file in a checkpoint
 
 
 class ValueHead(torch.nn.Module):
-    """V(s) from the hidden state before a token: two layers, float32, 0 everywhere at the start.
+    """V(s) from the hidden state before a token: two layers in float32; every value is 0 at the start.
 
-    It reads the hidden states without a gradient to them: rewards of 10 make value errors that would drown the policy's own gradient.
+    No gradient flows into the hidden states: rewards of 10 make value errors that would drown the policy's own
+    gradient.
 
     Args:
         width: of the hidden states.
@@ -31,28 +32,19 @@ class ValueHead(torch.nn.Module):
         torch.nn.init.zeros_(self.outer.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, width] → [n]."""
+        """Values [n] of hidden states [n, width]."""
         hidden = hidden.detach().to(self.inner.weight.dtype)
         normed = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:])
         return self.outer(torch.nn.functional.gelu(self.inner(normed))).squeeze(-1)
 
     def save(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        (folder / FILE).parent.mkdir(exist_ok=True)
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}, folder / FILE
-        )
+        """Write the weights into a checkpoint."""
+        write_file(folder / f"{STEM}.safetensors", self.state_dict())
 
     def load(self, folder: Path) -> None:
-        """Exactly what `save` wrote. Raises CheckpointError where it is missing or of another width."""
-        from safetensors.torch import load_file
+        """Restore what `save` wrote.
 
-        try:
-            self.load_state_dict(load_file(folder / FILE))
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"the critic cannot be restored: {error}",
-                where=str(folder / FILE),
-                hint="resume with the algorithm that saved it",
-            ) from error
+        Raises:
+            CheckpointError: it is missing (the run that saved it had no critic), or of another width.
+        """
+        TensorFiles(folder, STEM, "the critic").copy_to(self.state_dict())

@@ -1,14 +1,14 @@
-"""Low-rank adapters (arXiv 2106.09685) inside a model: W x + (alpha / rank) B A x, A and B trained, W frozen.
+"""Low-rank adapters (arXiv 2106.09685) inside a model: W x + (alpha / rank) B A x, with A and B trained and W frozen.
 
-They are put into the model's own layers, so whoever shares the model (the local engine) samples with them, and the model without them is the
-one training began with: the reference of KL divergences takes no memory.
+They are put into the model's own layers by peft, so whoever shares the model (the local engine) samples with them. The
+model without them is the one training began with: the reference of KL divergences takes no memory.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,28 +19,32 @@ import torch
 from spearrl.config import LoraSection
 from spearrl.errors import CheckpointError, ConfigError
 from spearrl.models.vision import vision_of
-from spearrl.models.weights import Stored, copy_weights, read_weights
+from spearrl.models.weights import TensorFiles, write_file
 
 FOLDER = "adapter"  # of a checkpoint, in peft's format
 NAME = "default"  # of the adapter inside peft
-TOWER = r"(.*\.)?visual\..*"  # gets no adapters: vLLM would not sample with them
+TOWER = r"(.*\.)?visual\..*"  # the vision tower gets no adapters: vLLM would not sample with them
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a weight of a model directory (or of an adapter directory) comes from."""
+class ExportedWeight:
+    """One weight of a model directory (or of an adapter directory), and the parameters that it is computed from.
+
+    Args:
+        name: in the directory.
+        adapter: the layer whose adapters are added to the parameter; None: none are.
+    """
 
     name: str
     parameter: torch.nn.Parameter
-    adapter: Any = None  # the layer whose adapters are added to it
+    adapter: Any = None
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """What has to be whole in this process before `tensor` is asked for."""
-        return [
-            self.parameter,
-            *((self.adapter.lora_A[NAME].weight, self.adapter.lora_B[NAME].weight) if self.adapter is not None else ()),
-        ]
+        """What has to be whole in this process before `tensor` is called."""
+        if self.adapter is None:
+            return [self.parameter]
+        return [self.parameter, self.adapter.lora_A[NAME].weight, self.adapter.lora_B[NAME].weight]
 
     def tensor(self) -> torch.Tensor:
         """The weight, with the adapters added in float32 or wider; nothing in the model changes."""
@@ -52,7 +56,7 @@ class Source:
 
 
 def add_adapters(model: Any, settings: LoraSection, seed: int) -> None:
-    """Put adapters into `model`, in place, and freeze everything else. They change nothing until they are trained (B is 0).
+    """Put adapters into `model`, in place, and freeze everything else. B is 0: untrained ones change nothing.
 
     Args:
         seed: of the initial A.
@@ -62,27 +66,19 @@ def add_adapters(model: Any, settings: LoraSection, seed: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
+        text = f"learner.lora.rank={settings.rank} needs peft, which cannot be imported: {error}"
         hint = "pip install 'spearrl[lora]', or set learner.lora.rank=0"
-        raise ConfigError(
-            f"learner.lora.rank={settings.rank} needs peft, which cannot be imported: {error}",
-            where="learner.lora",
-            hint=hint,
-        ) from error
-    targets = _targets(model, settings.targets)
+        raise ConfigError(text, where="learner.lora", hint=hint) from error
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=_target_names(model, settings.targets),
+        task_type="CAUSAL_LM",
+        exclude_modules=TOWER if vision_of(model) is not None else None,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
-        spared = TOWER if vision_of(model) is not None else None
-        inject_adapter_in_model(
-            LoraConfig(
-                r=settings.rank,
-                lora_alpha=settings.alpha,
-                target_modules=targets,
-                task_type="CAUSAL_LM",
-                exclude_modules=spared,
-            ),
-            model,
-            NAME,
-        )
+        inject_adapter_in_model(config, model, NAME)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
 
@@ -90,7 +86,7 @@ def add_adapters(model: Any, settings: LoraSection, seed: int) -> None:
 @contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
     """Inside, `model` is the one training began with."""
-    layers = _layers(model).values()
+    layers = _adapted_layers(model).values()
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -100,49 +96,40 @@ def without_adapters(model: Any) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def sources(model: torch.nn.Module) -> list[Source]:
-    """Every weight of the model directory once (tied ones under their first name), adapters merged; of a model without adapters, its parameters."""
-    layers, found = _layers(model), []
+def model_weights(model: torch.nn.Module) -> list[ExportedWeight]:
+    """Every weight of the model directory once, tied ones under their first name, with the adapters merged."""
+    layers, weights = _adapted_layers(model), []
     for name, parameter in model.named_parameters():
         owner, _, part = name.partition(".base_layer.")
         if part and owner in layers:
-            found.append(Source(f"{owner}.{part}", parameter, layers[owner] if part == "weight" else None))
+            weights.append(ExportedWeight(f"{owner}.{part}", parameter, layers[owner] if part == "weight" else None))
         elif name.partition(".lora_")[0] not in layers:
-            found.append(Source(name, parameter))
-    return found
+            weights.append(ExportedWeight(name, parameter))
+    return weights
 
 
-def adapter_sources(model: torch.nn.Module) -> list[Source]:
-    """Every weight of the adapters, under its name in peft's files."""
-    pairs = [
-        (path, part, getattr(layer, part)[NAME].weight)
-        for path, layer in _layers(model).items()
+def adapter_weights(model: torch.nn.Module) -> list[ExportedWeight]:
+    """Every weight of the adapters, under its name in peft's files; none in a model without adapters."""
+    return [
+        ExportedWeight(f"base_model.model.{path}.{part}.weight", getattr(layer, part)[NAME].weight)
+        for path, layer in _adapted_layers(model).items()
         for part in ("lora_A", "lora_B")
     ]
-    return [Source(f"base_model.model.{path}.{part}.weight", weight) for path, part, weight in pairs]
 
 
-def adapter_config(model: Any) -> dict[str, Any]:
-    """What peft's adapter_config.json says of this model's adapters; its base is the directory the model was loaded from."""
-    settings = {
-        **model.peft_config[NAME].to_dict(),
+def save_adapters(folder: Path, model: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a directory of peft's format.
+
+    Args:
+        model: holds the adapters' settings; their base is the directory it was loaded from.
+        tensors: what `adapter_weights` names.
+    """
+    settings = model.peft_config[NAME].to_dict() | {
         "inference_mode": True,
         "base_model_name_or_path": model.name_or_path or None,
     }
-    return json.loads(json.dumps(settings, default=sorted))
-
-
-def save_adapters(folder: Path, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
-    """Write tensors (`adapter_sources`) and `adapter_config` as a directory of peft's format."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    write_file(folder / "adapter_model.safetensors", tensors)
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1, default=sorted) + "\n")
 
 
 def load_adapters(model: torch.nn.Module, folder: Path) -> None:
@@ -151,63 +138,53 @@ def load_adapters(model: torch.nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: there are none, they belong to other settings, or the model is not their base.
     """
-    copy_weights(
-        {source.name: source.parameter for source in adapter_sources(model)},
-        read_weights(folder / FOLDER, "adapter_model*"),
-        folder,
-    )
+    stored = TensorFiles(folder / FOLDER, "adapter_model", "the adapters' weights")
+    stored.copy_to({weight.name: weight.parameter for weight in adapter_weights(model)})
     check_base(merged_ends(model), folder)
 
 
-def merged_ends(model: torch.nn.Module) -> list[Source]:
-    """The first and the last weight that has adapters: what `check_base` looks at."""
-    adapted = [source for source in sources(model) if source.adapter is not None]
-    return [adapted[0], adapted[-1]]
+def merged_ends(model: torch.nn.Module) -> list[ExportedWeight]:
+    """The first and the last weight that has adapters: those that `check_base` compares."""
+    merged = [weight for weight in model_weights(model) if weight.adapter is not None]
+    return [merged[0], merged[-1]]
 
 
-def check_base(merged: list[Source], folder: Path) -> None:
-    """Compare weights with the merged ones of a checkpoint: on another base, its own merged weights say, adapters would train something else unseen.
+def check_base(weights: Sequence[ExportedWeight], folder: Path) -> None:
+    """Compare merged weights with those of a checkpoint: on another base the adapters would train another model unseen.
 
     Raises:
         CheckpointError: they differ by more than rounding.
     """
-    stored = Stored(folder, "model", "the merged weights")
-    for source in merged:
-        found, wanted, weight = (
-            t.detach().float().cpu() for t in (source.tensor(), stored.read(source.name), source.parameter)
-        )
-        beyond_rounding = (found - wanted).abs() - 2 * torch.finfo(source.parameter.dtype).eps * wanted.abs()
-        if not float(beyond_rounding.max()) <= float((found - weight).abs().max()) / 4:
+    stored = TensorFiles(folder, "model", "the merged weights")
+    for weight in weights:
+        tensors = (weight.tensor(), stored.read(weight.name), weight.parameter)
+        merged, expected, base = (tensor.detach().float().cpu() for tensor in tensors)
+        beyond_rounding = (merged - expected).abs() - 2 * torch.finfo(weight.parameter.dtype).eps * expected.abs()
+        if not float(beyond_rounding.max()) <= float((merged - base).abs().max()) / 4:
+            text = f"the adapters were trained on another model ({weight.name} differs)"
             hint = "begin with the model directory that the run began with"
-            raise CheckpointError(
-                f"the adapters were trained on another model ({source.name} differs)", where=str(folder), hint=hint
-            )
+            raise CheckpointError(text, where=str(folder), hint=hint)
 
 
-def _layers(model: torch.nn.Module) -> dict[str, Any]:
+def _adapted_layers(model: torch.nn.Module) -> dict[str, Any]:
     """Layers that hold adapters, by path."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if hasattr(module, "lora_A") and hasattr(module, "base_layer")
-    }
+    modules = model.named_modules()
+    return {path: layer for path, layer in modules if hasattr(layer, "lora_A") and hasattr(layer, "base_layer")}
 
 
-def _targets(model: Any, wanted: str) -> list[str]:
+def _target_names(model: Any, targets: str) -> list[str]:
     """Last names of the layers that get adapters. Raises ConfigError for one that is no linear layer, or the head."""
     head = model.get_output_embeddings()
-    found = {
-        path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+    linear = {
+        path.rpartition(".")[2]
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head and not re.fullmatch(TOWER, path)
     }
-    linear = {path.rpartition(".")[2] for path in found if not re.fullmatch(TOWER, path)}
-    names = [name.strip() for name in wanted.split(",") if name.strip()] or sorted(linear)
+    names = [name.strip() for name in targets.split(",") if name.strip()] or sorted(linear)
     unknown = [name for name in names if name not in linear]
     if unknown or not names:
-        listed = ", ".join(sorted(linear)) or "none"
-        text = f"no linear layer of {type(model).__name__} is called {', '.join(unknown) or 'anything'}; there are {listed}"
-        raise ConfigError(
-            text,
-            where="learner.lora.targets",
-            hint="name some of these (the head gets no adapter), or leave it empty for all of them",
-        )
+        missing, listed = ", ".join(unknown) or "anything", ", ".join(sorted(linear)) or "none"
+        text = f"no linear layer of {type(model).__name__} is called {missing}; there are {listed}"
+        hint = "name some of these (the head gets no adapter), or leave it empty for all of them"
+        raise ConfigError(text, where="learner.lora.targets", hint=hint)
     return names

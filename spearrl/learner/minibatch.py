@@ -1,4 +1,4 @@
-"""One optimiser step's rows: their denominators, the tokens covariance clipping drops, and the metrics they add up to."""
+"""One optimiser step's rows: their denominators, the tokens that covariance rules choose, their metrics."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Weighted = Sequence[tuple[Objective, float]]  # objectives with the factor of ea
 
 @dataclass
 class LossInputs:
-    """What an objective reads: [B, T], on the learner's device."""
+    """What an objective reads of a batch: [B, T] each (uid: [B]), on the learner's device."""
 
     action_mask: torch.Tensor
     advantages: torch.Tensor
     old_logprobs: torch.Tensor
-    uid: torch.Tensor  # [B]
+    uid: torch.Tensor
     ref_logprobs: torch.Tensor | None = None
     rollout_logprobs: torch.Tensor | None = None
     values: torch.Tensor | None = None
@@ -32,40 +32,53 @@ class LossInputs:
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> LossInputs:
+        """Those of a batch."""
         tensors = {name: tensor.to(device) for name, tensor in batch.tensors().items()}
         return cls(action_mask=batch.action_mask.to(device), uid=batch.rows.uid, **tensors)
 
 
 @dataclass(frozen=True)
 class Share:
-    """A batch's part in one optimiser step. `current`: no step ran since old_logprobs were computed, so they are the current ones.
+    """A batch's part in one optimiser step. On several processes, each has a share with its own rows of the batch.
 
-    Where the batch is one process's part of the mini-batch, `divisors` and `rows` are those of the whole of it.
+    Args:
+        seed: of the tokens that a covariance rule draws.
+        denominators: of each objective, over the rows of all processes.
+        rows: number of rows on all processes.
+        current: no step was made since old_logprobs were computed, so they are the current ones.
     """
 
     batch: Batch
     objectives: Weighted
     seed: int
-    current: bool = False
-    divisors: tuple[float, ...] = ()
-    rows: int = 0
+    denominators: tuple[float, ...]
+    rows: int
+    current: bool
 
-    def denominators(self) -> list[float]:
-        """Of the whole mini-batch, one per objective."""
-        return list(self.divisors) or [
-            denominator(self.batch.action_mask, o.aggregation, o.horizon) for o, _ in self.objectives
-        ]
+    @classmethod
+    def of(cls, batch: Batch, objectives: Weighted, seed: int, *, current: bool) -> Share:
+        """The share of all rows of a mini-batch."""
+        denominators = [denominator(batch.action_mask, o.aggregation, o.horizon) for o, _ in objectives]
+        return cls(batch, objectives, seed, tuple(denominators), len(batch), current)
 
-    def whole_scope(self) -> list[int]:
-        """Objectives, by place, whose covariance rule chooses among the tokens of the whole mini-batch."""
-        return [i for i, (objective, _) in enumerate(self.objectives) if objective.scope == "mini_batch"]
+    @property
+    def has_mini_batch_rule(self) -> bool:
+        """Whether a covariance rule looks at the tokens of the whole mini-batch."""
+        return any(objective.scope == "mini_batch" for objective, _ in self.objectives)
 
-    def selections(
-        self, inputs: LossInputs, logprobs: torch.Tensor, objectives: Sequence[int]
-    ) -> dict[int, torch.Tensor]:
-        """bool [B, T] by place: what these objectives' rules choose at these current log-probabilities of the whole mini-batch."""
-        found = {i: selected_tokens(self.objectives[i][0], inputs, logprobs, self.seed) for i in objectives}
-        return {i: selection for i, selection in found.items() if selection is not None}
+    def covariance_tokens(self, inputs: LossInputs, logprobs: torch.Tensor) -> dict[int, torch.Tensor]:
+        """bool [B, T] by index of the objective: tokens of the covariance rules over the whole mini-batch.
+
+        Args:
+            inputs: of the whole mini-batch.
+            logprobs: [B, T] of the current policy.
+        """
+        by_objective = {
+            index: covariance_tokens(objective, inputs, logprobs, self.seed)
+            for index, (objective, _) in enumerate(self.objectives)
+            if objective.scope == "mini_batch"
+        }
+        return {index: tokens for index, tokens in by_objective.items() if tokens is not None}
 
     def total(self, losses: Sequence[float], tally: Tally) -> float:
         """The weighted sum of the objectives' losses, which are reported too."""
@@ -73,25 +86,21 @@ class Share:
             tally.add(objective.prefix, {"loss": value}, 1.0)
         return sum(factor * value for (_, factor), value in zip(self.objectives, losses, strict=True))
 
-    def part(self, objective: Objective, rows: int) -> float:
-        """Factor of a micro-batch's loss: 1, or its share of the rows where each micro-batch is averaged by itself (as released)."""
-        return rows / (self.rows or len(self.batch)) if objective.denominator == "micro_batch" else 1.0
-
 
 def split_objectives(objectives: Sequence[Objective], gamma: float) -> tuple[Weighted, Weighted]:
-    """(on-policy, replay) objectives with their factors: weight, times γ on replay."""
+    """(on-policy, replay) objectives with their factors: weight, times γ on replay. Those of factor 0 are left out."""
     weighted = [(objective, objective.weight * (gamma if objective.on_replay else 1.0)) for objective in objectives]
     live = [(objective, factor) for objective, factor in weighted if factor]
     return [item for item in live if not item[0].on_replay], [item for item in live if item[0].on_replay]
 
 
-def row_keys(uid: torch.Tensor, seed: int) -> torch.Tensor:
-    """[B] hash by which rows are dealt to optimiser steps, whatever their order."""
-    return counter_keys(derive(seed, "mini-batch"), uid, 1).flatten()
+def covariance_tokens(
+    objective: Objective, inputs: LossInputs, logprobs: torch.Tensor, seed: int
+) -> torch.Tensor | None:
+    """bool [B, T], the tokens that an objective's rule drops (Clip-Cov) or penalises (KL-Cov); None: it has no rule.
 
-
-def selected_tokens(objective: Objective, inputs: LossInputs, logprobs: torch.Tensor, seed: int) -> torch.Tensor | None:
-    """bool [B, T], what a covariance rule selects, None where there is none; the draw is a hash of seed, row and position, whatever the order."""
+    The draw is a hash of seed, row and position: it does not depend on the order of rows.
+    """
     if objective.scope is None:
         return None
     keys = counter_keys(derive(seed, "clip-cov", objective.kind), inputs.uid.to(logprobs.device), logprobs.shape[1])
@@ -106,12 +115,13 @@ class Tally:
     _weights: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, prefix: str, metrics: Mapping[str, float], weight: float) -> None:
-        """Count metrics with a weight, such as the tokens they are a mean over. Non-finite values count too: they must be seen."""
+        """Count metrics with a weight, such as the tokens they are a mean over; also values that are not finite."""
         for name, value in metrics.items():
             self._sums[f"{prefix}/{name}"] += value * weight if weight else 0.0
             self._weights[f"{prefix}/{name}"] += weight
 
     def means(self) -> dict[str, float]:
+        """The mean of each metric by name; not a number where its weights are 0."""
         return {name: self._sums[name] / weight if weight else math.nan for name, weight in self._weights.items()}
 
     def state(self) -> list[dict[str, float]]:

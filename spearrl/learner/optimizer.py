@@ -10,13 +10,13 @@ import torch
 
 from spearrl.config import LearnerSection
 from spearrl.errors import CheckpointError
-from spearrl.models.weights import Stored, write_tensors
+from spearrl.models.weights import TensorFiles, write_tensors
 from spearrl.schedules import schedule_value
 
 # A folder below the model directory: vLLM loads every safetensors file that lies beside the weights.
 STATE, MASTER, COUNTERS = "training/optimizer", "training/master", "training/learner.json"
 FORMAT = "spearrl.learner/1"
-CRITIC_SCALE = 10.0  # a fresh head on a trained trunk
+CRITIC_SCALE = 10.0  # the critic's rate as a multiple of the policy's: a fresh head on a trained model
 
 
 def make_optimizer(
@@ -26,53 +26,58 @@ def make_optimizer(
     critic: torch.nn.Module | None = None,
     kind: str = "adamw",
 ) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) over what requires a gradient; vectors (norm weights, biases) are not decayed. A group has the rate times its "scale".
+    """AdamW (arXiv 1711.05101) over parameters that require a gradient; norm weights and biases are not decayed.
 
-    `kind`: "sgd" is for tests, where AdamW would hide the size of an error.
+    Args:
+        critic: has a group of its own. The rate of a group is the learning rate times its "scale".
+        kind: "sgd" is for tests, where AdamW would hide the size of an error.
     """
     trained = [p for _, p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if dimensions(p) >= 2], "weight_decay": settings.weight_decay, "scale": 1.0},
-        {"params": [p for p in trained if dimensions(p) < 2], "weight_decay": 0.0, "scale": 1.0},
-    ]
+    matrices, vectors = [p for p in trained if _axes(p) >= 2], [p for p in trained if _axes(p) < 2]
+    groups = [(matrices, settings.weight_decay, 1.0), (vectors, 0.0, 1.0)]
     if critic is not None:
-        rate = CRITIC_SCALE if settings.critic_lr is None else settings.critic_lr / settings.lr
-        groups.append({"params": list(critic.parameters()), "weight_decay": 0.0, "scale": rate})
-    groups = [g for g in groups if g["params"]]
+        scale = CRITIC_SCALE if settings.critic_lr is None else settings.critic_lr / settings.lr
+        groups.append((list(critic.parameters()), 0.0, scale))
+    options = [{"params": own, "weight_decay": decay, "scale": scale} for own, decay, scale in groups if own]
     if kind == "sgd":
-        return torch.optim.SGD([{**g, "weight_decay": 0.0} for g in groups], lr=settings.lr)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
+        return torch.optim.SGD([{**group, "weight_decay": 0.0} for group in options], lr=settings.lr)
+    return torch.optim.AdamW(options, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
 
 
-def dimensions(parameter: torch.Tensor) -> int:
-    """Axes of a parameter, also where this process holds only a shard of it (ZeRO-3)."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group the rate times its scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
 
 
 def learning_rate(step: int, settings: LearnerSection, total_steps: int | None, *, decay: str = "linear") -> float:
-    """Rate of optimiser step `step` (from 0): linear warm-up, then constant, or falling to 0 at `total_steps` ("linear" or "cosine")."""
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / (settings.warmup_steps + 1)
+    """Rate of optimiser step `step` (from 0): linear warm-up, then constant, or falling to 0 at `total_steps`.
+
+    Args:
+        decay: "linear" or "cosine".
+    """
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return settings.lr * (step + 1) / (warmup + 1)
     if total_steps is None:
         return settings.lr
-    return settings.lr * schedule_value(
-        decay, step - settings.warmup_steps, max(1, total_steps - settings.warmup_steps), rising=False
-    )
+    return settings.lr * schedule_value(decay, step - warmup, max(1, total_steps - warmup), rising=False)
 
 
 def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], steps: int) -> None:
-    """Write moments under parameter names, and the step count."""
+    """Write moments under parameter names, and the number of optimiser steps made."""
     write_tensors(folder, STATE, named_state(optimizer, names))
     save_counters(folder, steps)
 
 
 def named_state(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """("parameter/moment", tensor) of each parameter that has a name."""
+    """("parameter/moment", tensor) of each parameter that has state."""
     for parameter, state in optimizer.state.items():
         yield from ((f"{names[parameter]}/{key}", value) for key, value in state.items())
 
 
 def save_counters(folder: Path, steps: int) -> None:
+    """Write the number of optimiser steps made."""
     (folder / COUNTERS).parent.mkdir(exist_ok=True)
     (folder / COUNTERS).write_text(json.dumps({"format": FORMAT, "steps": steps}) + "\n")
 
@@ -91,37 +96,35 @@ def load_counters(folder: Path) -> int:
 def load_optimizer(
     folder: Path, optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], *, known: Iterable[str] = ()
 ) -> int:
-    """Restore what `save_optimizer` wrote; returns the step count.
+    """Restore what `save_optimizer` wrote; returns the number of optimiser steps made.
 
     Args:
         known: parameters whose state is there too, and is someone else's to restore.
     Raises:
         CheckpointError: files are missing, or their tensors belong to another model.
     """
-    steps, stored = load_counters(folder), Stored(folder, STATE, "optimiser state")
-    states: dict[str, list[str]] = {}
+    steps, stored = load_counters(folder), TensorFiles(folder, STATE, "optimiser state")
+    fields: dict[str, list[str]] = {}
     for key in stored.files:
         name, _, field = key.rpartition("/")
-        states.setdefault(name, []).append(field)
-    unknown = set(states) - set(names.values()) - set(known)
+        fields.setdefault(name, []).append(field)
+    unknown = set(fields) - set(names.values()) - set(known)
     if unknown:
-        raise CheckpointError(
-            f"state of unknown parameters {sorted(unknown)[:3]}",
-            where=str(folder),
-            hint="load it with the model it was saved with",
-        )
+        hint = "load it with the model it was saved with"
+        raise CheckpointError(f"state of unknown parameters {sorted(unknown)[:3]}", where=str(folder), hint=hint)
     optimizer.state.clear()
     for parameter, name in names.items():
-        if name in states:
-            state = {field: stored.read(f"{name}/{field}") for field in states[name]}
-            _check_shapes(state, parameter, name, folder)
-            optimizer.state[parameter] = {field: value.to(parameter.device) for field, value in state.items()}
+        if name not in fields:
+            continue
+        state = {field: stored.read(f"{name}/{field}") for field in fields[name]}
+        for field, value in state.items():
+            if value.ndim and value.shape != parameter.shape:
+                text = f"{name}/{field} is {list(value.shape)}; the parameter is {list(parameter.shape)}"
+                raise CheckpointError(text, where=str(folder))
+        optimizer.state[parameter] = {field: value.to(parameter.device) for field, value in state.items()}
     return steps
 
 
-def _check_shapes(state: dict[str, torch.Tensor], parameter: torch.Tensor, name: str, folder: Path) -> None:
-    for field, value in state.items():
-        if value.ndim and value.shape != parameter.shape:
-            raise CheckpointError(
-                f"{name}/{field} is {list(value.shape)}; the parameter is {list(parameter.shape)}", where=str(folder)
-            )
+def _axes(parameter: torch.Tensor) -> int:
+    """Of a parameter, also where this process holds only a shard of it (ZeRO-3)."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

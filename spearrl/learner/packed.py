@@ -1,7 +1,7 @@
 """Models run over rows end to end in one sequence: attention stays inside a row, positions start again with each.
 
-Flash attention takes the rows' bounds itself. torch's attention gets a mask of all tokens x all tokens from transformers for such a sequence,
-which costs more than the padding saves: here it runs row by row instead, without a mask.
+Flash attention takes the rows' bounds itself. For torch's attention, transformers would make a mask of all tokens x all
+tokens, which costs more than the padding saves: here it runs row by row instead, without a mask.
 """
 
 from __future__ import annotations
@@ -13,39 +13,31 @@ import torch
 from spearrl.errors import ConfigError
 
 ATTENTION = "spearrl_rows"  # its name among transformers' attention functions
-PROBE = (7, 4, 9)  # tokens of the rows on which packed and padded passes are compared
-EXACT, ROUNDED = (
-    1e-3,
-    0.03,
-)  # relative difference of their outputs in fp32 and bf16; rows that see each other are off by a tenth and more once trained
+PROBE_LENGTHS = (7, 4, 9)  # of the rows on which packed and padded passes are compared
+# Largest relative difference of their outputs in float32 and bfloat16. Rows that see each other are off by a tenth and
+# more in a trained model.
+EXACT, ROUNDED = 1e-3, 0.03
 HINT = "set learner.packing=false"
 
 
 def packed_arguments(model: Any, lengths: tuple[int, ...], device: torch.device | str) -> dict[str, Any]:
-    """What a packed pass gives the model besides token ids; nothing where `lengths` is empty (a padded pass)."""
+    """What a packed pass passes to the model besides token ids; nothing where `lengths` is empty (a padded pass)."""
     if not lengths:
         return {}
     bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
     positions = {"position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(device)}
     if model.config._attn_implementation == ATTENTION:
-        # transformers takes a mask of four axes for a finished one and makes none; bounds on the host cost no wait in every layer.
-        return {
-            **positions,
-            "cu_seq_lens_q": bounds,
-            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-        }
-    longest, bounds = max(lengths), bounds.to(device)
-    return {
-        **positions,
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+        # transformers takes a mask of four axes for a finished one and makes none; bounds on the host cost no wait in
+        # every layer.
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        return {**positions, "cu_seq_lens_q": bounds, "attention_mask": mask}
+    bounds, longest = bounds.to(device), max(lengths)
+    ends = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return positions | ends
 
 
 def attend_by_rows(model: Any) -> None:
-    """Give a model that uses torch's attention one that packed passes can use; everyone who shares the model goes on as before.
+    """Give a model that uses torch's attention one for packed passes; whoever else shares the model goes on as before.
 
     Raises:
         ConfigError: its layers do not attend to all tokens before.
@@ -59,8 +51,8 @@ def attend_by_rows(model: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ())
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", not kinds):
         kinds.add("sliding_attention")
-    if kinds - {"full_attention"}:
-        text = f"{type(model).__name__} has layers that do not attend to all tokens before ({', '.join(sorted(kinds - {'full_attention'}))})"
+    if others := ", ".join(sorted(kinds - {"full_attention"})):
+        text = f"{type(model).__name__} has layers that do not attend to all tokens before ({others})"
         raise ConfigError(text, where="learner.packing", hint=HINT)
     AttentionInterface.register(ATTENTION, lambda *inputs, **options: _attend(inputs, options))
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
@@ -68,41 +60,38 @@ def attend_by_rows(model: Any) -> None:
 
 
 def check_packing(policy: Any, name: str, device: torch.device) -> None:
-    """Compare a packed pass with a padded one: masks of another kind would mix rows unseen. Raises ConfigError where they differ."""
-    ids = [(5 * torch.arange(n, device=device) + 3 * row + 1) % 16 for row, n in enumerate(PROBE)]
+    """Compare a packed pass with a padded one: a model with masks of its own kind would mix rows unseen.
+
+    Args:
+        policy: a Policy, or what wraps one.
+        name: of the model, for the error.
+    Raises:
+        ConfigError: they differ, or the model takes no packed rows.
+    """
+    ids = [(5 * torch.arange(n, device=device) + 3 * row + 1) % 16 for row, n in enumerate(PROBE_LENGTHS)]
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-    places = torch.cat([row * max(PROBE) + torch.arange(n, device=device) for row, n in enumerate(PROBE)])
-    target = torch.zeros_like(places)
+    source = torch.cat(
+        [row * max(PROBE_LENGTHS) + torch.arange(n, device=device) for row, n in enumerate(PROBE_LENGTHS)]
+    )
+    target, every = torch.zeros_like(source), torch.arange(len(source), device=device)
+    errors = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
     policy.eval()
     with torch.no_grad():
-        wanted = policy(padded, places, target)[2].float()
+        expected = policy(padded, source, target)[2].float()
         try:
-            found = policy(torch.cat(ids).unsqueeze(0), torch.arange(len(places), device=device), target, PROBE)[
-                2
-            ].float()
-        except (
-            AttributeError,
-            IndexError,
-            KeyError,
-            NotImplementedError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            raise ConfigError(
-                f"{name} takes no packed rows: {type(error).__name__}: {error}", where="learner.packing", hint=HINT
-            ) from error
-    difference = float((found - wanted).norm() / wanted.norm())
-    if not difference <= (EXACT if next(policy.parameters()).dtype.itemsize > 2 and not policy.bf16 else ROUNDED):
-        raise ConfigError(
-            f"{name}: packed rows see each other (its outputs are off by {difference:.1%})",
-            where="learner.packing",
-            hint=HINT,
-        )
+            hidden = policy(torch.cat(ids).unsqueeze(0), every, target, PROBE_LENGTHS)[2].float()
+        except errors as error:
+            text = f"{name} takes no packed rows: {type(error).__name__}: {error}"
+            raise ConfigError(text, where="learner.packing", hint=HINT) from error
+    difference = float((hidden - expected).norm() / expected.norm())
+    full_precision = next(policy.parameters()).dtype.itemsize > 2 and not policy.bf16
+    if not difference <= (EXACT if full_precision else ROUNDED):
+        text = f"{name}: packed rows see each other (its outputs are off by {difference:.1%})"
+        raise ConfigError(text, where="learner.packing", hint=HINT)
 
 
 def _attend(inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: inputs are the module, query, key and value [1, heads, L, d], and the mask."""
+    """transformers' attention function. Inputs are the module, query, key and value [1, heads, L, d], and the mask."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     bounds = options.pop("cu_seq_lens_q", None)

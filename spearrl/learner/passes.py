@@ -1,4 +1,4 @@
-"""Forward and backward passes over rows, a micro-batch at a time: what every learner does with the rows a device is given."""
+"""Forward and backward passes over rows, a micro-batch at a time: what every learner does with the rows of a device."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from spearrl.batching import Rows, forward_inputs
 from spearrl.errors import ContractError
 from spearrl.learner.critic import ValueHead
-from spearrl.learner.minibatch import LossInputs, Share, Tally, selected_tokens
+from spearrl.learner.minibatch import LossInputs, Share, Tally, covariance_tokens
 from spearrl.models.vision import Vision
 
-EPISODE_KINDS = ("policy", "sil", "sft")  # prefixes under which the policy's entropy is reported
+EPISODE_PREFIXES = ("policy", "sil", "sft")  # of metrics, under which the policy's entropy is reported
 
 
 class Outputs(NamedTuple):
-    """Of a forward pass, [b, T] each, 0 where there is no action token."""
+    """Of a forward pass, [b, T] each, 0 where there is no action token. `values` are None without a critic."""
 
     logprobs: torch.Tensor
     entropy: torch.Tensor
-    values: torch.Tensor | None
+    values: torch.Tensor | None = None
 
 
 class Passes:
@@ -30,9 +30,9 @@ class Passes:
     Args:
         policy: a `Policy`, or what wraps one.
         critic: reads the policy's hidden states.
-        backward: adds the gradient of a loss.
-        vision: of the model, where it sees.
         packed: rows lie end to end in a pass.
+        vision: of the model, where it takes images.
+        backward: adds the gradient of a loss.
     """
 
     def __init__(
@@ -41,50 +41,59 @@ class Passes:
         device: torch.device,
         *,
         critic: ValueHead | None,
-        packed: bool = False,
+        packed: bool,
+        vision: Vision | None,
         backward: Callable[[torch.Tensor], Any] = torch.Tensor.backward,
-        vision: Vision | None = None,
     ):
-        self.vision = vision
-        self.policy, self.device, self.critic, self.packed, self.run_backward = policy, device, critic, packed, backward
+        self.policy, self.device, self.critic, self.packed = policy, device, critic, packed
+        self.vision, self._backward = vision, backward
 
     def forward(self, rows: Rows, policy: Any = None) -> Outputs:
-        """One pass over all rows at once; of `policy` instead of the trained one, where it is given. Raises ContractError for pictures of no use."""
+        """One pass over all rows at once.
+
+        Args:
+            policy: used instead of the trained one.
+        Raises:
+            ContractError: the rows hold images that the model does not take.
+        """
         if self.vision is None and rows.pictures:
-            raise ContractError(
-                "rows with pictures", where="learner", hint="train a model that sees: one of the Qwen2-VL family"
-            )
+            hint = "train a vision model of the Qwen2-VL family"
+            raise ContractError("rows with pictures", where="learner", hint=hint)
         inputs = forward_inputs(rows, packed=self.packed)
-        token_ids = (
-            inputs.token_ids if len(rows) else torch.zeros(1, 1, dtype=torch.int64)
-        )  # a pass for company: sharded weights are gathered by all
-        given = (tensor.to(self.device) for tensor in (token_ids, inputs.source, inputs.target))
+        # Without rows the pass is still made: all processes take part in gathering sharded weights.
+        token_ids = inputs.token_ids if len(rows) else torch.zeros(1, 1, dtype=torch.int64)
+        tensors = (tensor.to(self.device) for tensor in (token_ids, inputs.source, inputs.target))
         allowed = tuple(tensor.to(self.device) for tensor in inputs.allowed)
-        seen = () if self.vision is None else self.vision.inputs(token_ids, rows.images, rows.pictures).to(self.device)
-        logprobs, entropy, hidden = (self.policy if policy is None else policy)(
-            *given, inputs.lengths, allowed, seen=seen
-        )
-        numbers = [logprobs, entropy] if self.critic is None else [logprobs, entropy, self.critic(hidden)]
-        place = inputs.place.to(self.device)
-        spread = [
-            v.new_zeros(len(rows) * rows.width).index_copy(0, place, v).view(len(rows), rows.width) for v in numbers
-        ]
-        return Outputs(spread[0], spread[1], spread[2] if self.critic is not None else None)
+        images = None
+        if self.vision is not None:
+            images = self.vision.inputs(token_ids, rows.images, rows.pictures).to(self.device)
+        policy = self.policy if policy is None else policy
+        logprobs, entropy, hidden = policy(*tensors, inputs.lengths, allowed, images=images)
+        outputs = [logprobs, entropy] if self.critic is None else [logprobs, entropy, self.critic(hidden)]
+        index, shape = inputs.place.to(self.device), (len(rows), rows.width)
+        flat = (output.new_zeros(len(rows) * rows.width).index_copy(0, index, output) for output in outputs)
+        return Outputs(*(tensor.view(shape) for tensor in flat))
 
     def predict(
         self, rows: Rows, pieces: Sequence[torch.Tensor], *, values: bool = False, policy: Any = None
     ) -> torch.Tensor:
-        """[B, T] log-probabilities (or values) of action tokens, 0 elsewhere, on the CPU; no gradient. `pieces`: row indices of each pass."""
-        asked = self.policy if policy is None else policy
-        asked.eval()
-        found = torch.zeros(len(rows), rows.width, dtype=asked.dtype)
+        """Log-probabilities (or values) of action tokens, [B, T] on the CPU, 0 elsewhere; no gradient.
+
+        Args:
+            pieces: row indices of each pass.
+            policy: used instead of the trained one.
+        """
+        policy = self.policy if policy is None else policy
+        policy.eval()
+        predictions = torch.zeros(len(rows), rows.width, dtype=policy.dtype)
         with torch.no_grad():
             for index in pieces:
                 part = rows.select(index)
-                outputs = self.forward(part, asked)
-                wanted = outputs.values if values else outputs.logprobs
-                found[index, : part.width] = torch.zeros(()) if wanted is None else wanted.to(found.dtype).cpu()
-        return found
+                outputs = self.forward(part, policy)
+                predicted = outputs.values if values else outputs.logprobs
+                if predicted is not None:
+                    predictions[index, : part.width] = predicted.to(predictions.dtype).cpu()
+        return predictions
 
     def backward(
         self,
@@ -92,54 +101,60 @@ class Passes:
         pieces: Sequence[torch.Tensor],
         tally: Tally,
         *,
-        chosen: Mapping[int, torch.Tensor],
-        held: Sequence[Outputs] = (),
+        covariance: Mapping[int, torch.Tensor],
+        computed: Sequence[Outputs] = (),
     ) -> list[float]:
         """Add the gradient of a share's objectives; returns the loss of each.
 
         Args:
             pieces: row indices of each pass.
-            chosen: bool [B, T], by place in the objectives: what a covariance rule selected in the whole mini-batch.
-            held: the passes' outputs where they were computed already.
+            covariance: bool [B, T] by index of the objective, `Share.covariance_tokens` of the whole mini-batch.
+            computed: outputs of the passes, where they were made already.
         """
-        denominators, losses = share.denominators(), [0.0] * len(share.objectives)
+        losses = [0.0] * len(share.objectives)
         for number, index in enumerate(pieces):
             batch = share.batch.select(index)
             inputs = LossInputs.of(batch, self.device)
-            outputs = held[number] if held else self.forward(batch.rows)
+            outputs = computed[number] if computed else self.forward(batch.rows)
             if not len(batch):
-                self.run_backward(_nothing(outputs, [objective.kind for objective, _ in share.objectives]))
+                self._backward(_zero_loss(outputs, {objective.kind for objective, _ in share.objectives}))
                 continue
-            tokens = float(inputs.action_mask.sum())
-            mean_entropy = float(outputs.entropy.detach().sum()) / max(tokens, 1.0)
-            total: torch.Tensor = outputs.logprobs.new_zeros(())
+            tokens, logprobs = float(inputs.action_mask.sum()), outputs.logprobs
+            entropy = {"entropy": float(outputs.entropy.detach().sum()) / max(tokens, 1.0)}
+            total = logprobs.new_zeros(())
             for i, (objective, factor) in enumerate(share.objectives):
-                if i in chosen:
-                    selection: torch.Tensor | None = chosen[i][index.to(self.device), : outputs.logprobs.shape[1]]
-                else:  # micro-batch scope, or this pass is the whole mini-batch
-                    known = share.current and objective.scope == "mini_batch"
-                    selection = selected_tokens(
-                        objective, inputs, inputs.old_logprobs if known else outputs.logprobs.detach(), share.seed
-                    )
-                predictions = {"entropy": outputs.entropy, "values": outputs.values}
+                if i in covariance:
+                    rule_tokens: torch.Tensor | None = covariance[i][index.to(self.device), : logprobs.shape[1]]
+                else:  # a rule over micro-batches, or this pass is the whole mini-batch
+                    old = share.current and objective.scope == "mini_batch"
+                    current = inputs.old_logprobs if old else logprobs.detach()
+                    rule_tokens = covariance_tokens(objective, inputs, current, share.seed)
                 loss, metrics = objective.loss(
-                    inputs, outputs.logprobs, denominator=denominators[i], covariance_tokens=selection, **predictions
+                    inputs,
+                    logprobs,
+                    denominator=share.denominators[i],
+                    covariance_tokens=rule_tokens,
+                    entropy=outputs.entropy,
+                    values=outputs.values,
                 )
-                loss = loss * share.part(objective, len(batch))
+                if (
+                    objective.denominator == "micro_batch"
+                ):  # a mean over each micro-batch, weighted by its rows (released)
+                    loss = loss * (len(batch) / share.rows)
                 total = total + factor * loss
                 losses[i] += float(loss.detach())
-                tally.add(
-                    objective.prefix,
-                    {**metrics, "entropy": mean_entropy} if objective.prefix in EPISODE_KINDS else metrics,
-                    tokens,
-                )
-            self.run_backward(total)
+                episodes = objective.prefix in EPISODE_PREFIXES
+                tally.add(objective.prefix, metrics | entropy if episodes else metrics, tokens)
+            self._backward(total)
         return losses
 
 
-def _nothing(outputs: Outputs, kinds: Sequence[str]) -> torch.Tensor:
-    """0, made of the outputs that objectives of these kinds read: sharded weights are gathered in the same order by ranks without a row."""
-    read = [outputs.logprobs] if set(kinds) - {"entropy", "value"} else []
+def _zero_loss(outputs: Outputs, kinds: set[str]) -> torch.Tensor:
+    """0, made of the outputs that objectives of these kinds read.
+
+    Processes without a row then gather sharded weights in the same order as the others.
+    """
+    read = [outputs.logprobs] if kinds - {"entropy", "value"} else []
     read += [outputs.entropy] if "entropy" in kinds else []
     read += [outputs.values] if "value" in kinds and outputs.values is not None else []
     return torch.stack([tensor.sum() for tensor in read]).sum() * 0.0

@@ -1,4 +1,4 @@
-"""The trained model as one torch module: token ids in, log-probabilities of given tokens out. Every learner's forward pass is this one."""
+"""The trained model as one torch module, token ids in, log-probabilities out: every learner's forward pass."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from spearrl.errors import ConfigError
 from spearrl.learner.attention import Float32Attention
 from spearrl.learner.logprobs import token_logprobs
 from spearrl.learner.packed import HINT, attend_by_rows, packed_arguments
-from spearrl.models.vision import FORBIDDEN_LOGIT, vision_of
+from spearrl.models.vision import FORBIDDEN_LOGIT, ImageInputs, vision_of
 
 
 class Policy(torch.nn.Module):
-    """A causal language model without dropout, its logits computed a chunk at a time and only where they are asked for.
+    """A causal language model without dropout; its logits are computed a chunk at a time, and only where asked for.
 
     Args:
         model: a transformers model; its hidden states times its output embedding must be its logits (`check_head`).
         temperature: log-probabilities are of logits / temperature, as sampled.
         bf16: compute under autocast.
     Raises:
-        ConfigError: packing, of a model that sees.
+        ConfigError: packing, of a vision model.
     """
 
     def __init__(self, model: Any, settings: LearnerSection, *, temperature: float, bf16: bool = False):
@@ -38,12 +38,8 @@ class Policy(torch.nn.Module):
             model.gradient_checkpointing_enable()
         if settings.packing:
             attend_by_rows(model)
-        self.scorer = _Scorer(
-            model.get_output_embeddings(),
-            temperature,
-            settings.lm_head_chunk,
-            self.vision.forbidden if self.vision else (),
-        )
+        forbidden = () if self.vision is None else self.vision.forbidden
+        self.scorer = _Scorer(model.get_output_embeddings(), temperature, settings.lm_head_chunk, forbidden)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,41 +49,46 @@ class Policy(torch.nn.Module):
     def forward(
         self,
         token_ids: torch.Tensor,
-        source: torch.Tensor,
-        target: torch.Tensor,
+        source: torch.Tensor | None,
+        target: torch.Tensor | None,
         lengths: tuple[int, ...] = (),
         allowed: tuple[torch.Tensor, ...] = (),
         *,
-        seen: tuple[torch.Tensor, ...] = (),
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(log-probabilities [n], entropies [n], hidden states [n, d] without a gradient) of `target` [n] at places `source` [n] of the flattened [b, L].
+        images: ImageInputs | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(log-probabilities [n], entropies [n] in nats, hidden states [n, d] without a gradient) of n targets.
 
-        `lengths`: of the rows that lie end to end in token_ids [1, L]. `allowed`: as `token_logprobs` takes it. `seen`: a `vision.ImageInputs`, where the model
-        sees. Without a target it is the probe of `check_head`: the model's logits, and those of its head, [b, L, V].
+        Without targets it is the probe of `check_head`: (the model's logits, those of its head), [b, L, V] each. The
+        probe goes this way too because sharded weights are gathered by calling the module.
+
+        Args:
+            token_ids: int64 [b, L].
+            source: int64 [n], index into the flattened [b, L] of the token before each target.
+            target: int64 [n], token ids.
+            lengths: of the rows, where they lie end to end in one sequence [1, L].
+            allowed: as `token_logprobs` takes it.
+            images: of a vision model.
         """
-        if target is None:
-            return self._probe(token_ids)
+        if source is None or target is None:
+            states = self.model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
+            logits = self.model(input_ids=token_ids, use_cache=False).logits
+            return logits, self.model.get_output_embeddings()(states), None
         with self._precision(token_ids.device.type):
-            given = {"input_ids": token_ids, **packed_arguments(self.model, lengths, token_ids.device)}
-            if self.vision is not None and seen:
-                given = {"inputs_embeds": self.vision.embed(self.model, token_ids, *seen[1:]), "position_ids": seen[0]}
-            states = self.model.base_model(**given, use_cache=False).last_hidden_state
+            inputs = {"input_ids": token_ids, **packed_arguments(self.model, lengths, token_ids.device)}
+            if self.vision is not None and images is not None:
+                embedded = self.vision.embed(self.model, token_ids, *images[1:])
+                inputs = {"inputs_embeds": embedded, "position_ids": images.positions}
+            states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         hidden = states.reshape(-1, states.shape[-1])[source]
         return *self.scorer(hidden, target, allowed), hidden.detach()
 
-    def _probe(self, token_ids: torch.Tensor) -> Any:
-        plain = self.model(input_ids=token_ids, use_cache=False).logits
-        return (
-            plain,
-            self.model.get_output_embeddings()(
-                self.model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
-            ),
-            None,
-        )
-
     @staticmethod
     def probe(policy: Any, token_ids: Sequence[int], device: torch.device) -> list[float]:
-        """Log-probabilities of token_ids[1:] at temperature 1, in the weights' own precision. `policy`: this one, or what wraps it."""
+        """Log-probabilities of token_ids[1:] at temperature 1, in the weights' own precision.
+
+        Args:
+            policy: a Policy, or what wraps one.
+        """
         policy.eval()
         ids = torch.tensor([list(token_ids)], device=device)
         with torch.no_grad():
@@ -106,25 +107,21 @@ class Policy(torch.nn.Module):
 
 
 class _Scorer(torch.nn.Module):
-    """The output layer's parameters under a module of their own: where parameters are sharded, calling it is what gathers them.
+    """The output layer's parameters in a module of their own: where parameters are sharded, calling it gathers them.
 
-    `forbidden`: tokens that no reply holds; the softmax leaves them out.
+    Args:
+        forbidden: token ids that no reply holds; the softmax leaves them out.
     """
 
-    def __init__(self, head: Any, temperature: float, chunk: int, forbidden: Sequence[int] = ()):
+    def __init__(self, head: Any, temperature: float, chunk: int, forbidden: Sequence[int]):
         super().__init__()
         self.weight, self.bias = head.weight, head.bias
-        if forbidden:
-            size = int(getattr(head.weight, "ds_shape", head.weight.shape)[0])
-            del self.bias  # of which this family has none
-            self.register_buffer(
-                "bias",
-                torch.zeros(size, device=head.weight.device).index_fill(
-                    0, torch.tensor(forbidden).to(head.weight.device), FORBIDDEN_LOGIT
-                ),
-                False,
-            )
         self.temperature, self.chunk = temperature, chunk
+        if forbidden:
+            size, device = int(getattr(head.weight, "ds_shape", head.weight.shape)[0]), head.weight.device
+            del self.bias  # vision models have none
+            bias = torch.zeros(size, device=device)
+            self.register_buffer("bias", bias.index_fill(0, torch.tensor(forbidden).to(device), FORBIDDEN_LOGIT), False)
 
     def forward(
         self, hidden: torch.Tensor, target: torch.Tensor, allowed: tuple[torch.Tensor, ...]
@@ -135,20 +132,24 @@ class _Scorer(torch.nn.Module):
 
 
 def check_head(policy: Any, name: str, device: torch.device) -> None:
-    """Logits of a probe must be hidden states times the head: some models scale or cap them afterwards. Raises ConfigError where they are not."""
+    """Check that logits are hidden states times the head: some models scale or cap them afterwards.
+
+    Args:
+        policy: a Policy, or what wraps one.
+        name: of the model, for the error.
+    Raises:
+        ConfigError: they are not.
+    """
     policy.eval()
     with torch.no_grad():
-        expected, found, _ = policy(torch.arange(4, device=device).unsqueeze(0), None, None)
-    if not torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
-        raise ConfigError(
-            f"{name} changes its logits after the output layer (a cap or a scale)",
-            where="model.path",
-            hint="use a model with a plain head",
-        )
+        expected, logits, _ = policy(torch.arange(4, device=device).unsqueeze(0), None, None)
+    if not torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        text = f"{name} changes its logits after the output layer (a cap or a scale)"
+        raise ConfigError(text, where="model.path", hint="use a model with a plain head")
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """What learner.precision means on this device."""
+    """Whether `learner.precision` means bfloat16 on this device."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":

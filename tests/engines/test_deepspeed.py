@@ -16,7 +16,7 @@ from spearrl.config.sections import LearnerSection
 from spearrl.errors import CheckpointError, ContractError
 from spearrl.learner import DeepSpeedLearner, LocalLearner, ValueHead
 from spearrl.learner.deepspeed.ranks import Ranks
-from spearrl.learner.deepspeed.shard import Worker
+from spearrl.learner.deepspeed.shard import CommandRunner
 from spearrl.learner.optimizer import make_optimizer
 from spearrl.losses import ClipCov, Correction, Objective
 from spearrl.models import load_model, save_weights
@@ -39,7 +39,7 @@ LIMIT_S = 120.0
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 process", "2 processes"])
 def ranks(request):
     """The processes that learners of this module are built on, one after the other."""
-    held = Ranks(Worker(), request.param, device="cpu", timeout_s=LIMIT_S)
+    held = Ranks(CommandRunner(), request.param, device="cpu", timeout_s=LIMIT_S)
     yield held
     held.close()
 
@@ -311,7 +311,7 @@ def test_an_empty_folder_is_no_checkpoint(ranks, folder, tmp_path):
 
 @pytest.mark.parametrize(("stage", "tied"), [(1, True), (3, True), (3, False)])
 def test_an_export_is_a_model_directory(ranks, tmp_path, stage, tied, monkeypatch):
-    from spearrl.learner import weights as files
+    from spearrl.models import weights as files
 
     monkeypatch.setattr(files, "FILE_BYTES", 4096)  # so that there are several files
     path = saved(tiny(tied=tied), tmp_path / "start")

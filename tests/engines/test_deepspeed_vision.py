@@ -13,7 +13,7 @@ from spearrl.batching import Batch, Rows
 from spearrl.config.sections import LearnerSection
 from spearrl.learner import DeepSpeedLearner, LocalLearner
 from spearrl.learner.deepspeed.ranks import Ranks
-from spearrl.learner.deepspeed.shard import Worker
+from spearrl.learner.deepspeed.shard import CommandRunner
 from spearrl.learner.optimizer import make_optimizer
 from spearrl.losses import Objective
 from spearrl.models import load_model, save_model
@@ -26,7 +26,7 @@ LIMIT_S = 120.0
 
 @pytest.fixture(scope="module")
 def ranks():
-    held = Ranks(Worker(), 2, device="cpu", timeout_s=LIMIT_S)
+    held = Ranks(CommandRunner(), 2, device="cpu", timeout_s=LIMIT_S)
     yield held
     held.close()
 

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 
 from spearrl.config import RolloutSection, VllmSection
 from spearrl.errors import EngineError
-from spearrl.models import _train_tokenizer
+from spearrl.models import train_tokenizer
 from spearrl.rollout import Request, Sampling
 from spearrl.rollout.vllm import VLLMEngine
 from spearrl.types import Image
@@ -24,7 +24,7 @@ def build(folder):
     """A model and its processor, saved to folder; weights large enough that a picture matters."""
     import transformers as t
 
-    tokenizer = _train_tokenizer(["what is in this picture: a red square, a green one"] * 3, 300)
+    tokenizer = train_tokenizer(["what is in this picture: a red square, a green one"] * 3, 300)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     vocabulary = -(-len(tokenizer) // 8) * 8
     shape = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2)

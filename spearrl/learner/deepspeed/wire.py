@@ -1,4 +1,7 @@
-"""Nested values of tensors and JSON apart, and as bytes: what learner processes send each other. Nothing that runs code on arrival."""
+"""Nested values of tensors and JSON, as bytes or apart: what learner processes send each other.
+
+Nothing that arrives runs code.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def pack(tree: Any) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor) -> Any:
-    """What `pack` was given; tuples come back as lists."""
+    """The inverse of `pack`; tuples come back as lists."""
     from safetensors.torch import load
 
     tensors = load(packed.numpy().tobytes())
@@ -30,25 +33,21 @@ def unpack(packed: torch.Tensor) -> Any:
 
 
 def strip(value: Any, tensors: dict[str, torch.Tensor], path: str = "value") -> Any:
-    """The JSON of a nested value; its tensors go into `tensors` under where they stood."""
+    """The JSON of a nested value; its tensors are put into `tensors`, each under the path where it stood."""
     if isinstance(value, torch.Tensor):
-        tensors[path] = value.detach().cpu().contiguous().clone()  # views of one storage are refused
+        tensors[path] = value.detach().cpu().contiguous().clone()  # safetensors refuses views of one storage
         return {TENSOR: path}
     if isinstance(value, Mapping):
         return {key: strip(item, tensors, f"{path}/{key}") for key, item in value.items()}
-    return (
-        [strip(item, tensors, f"{path}/{index}") for index, item in enumerate(value)]
-        if isinstance(value, (list, tuple))
-        else value
-    )
+    if isinstance(value, (list, tuple)):
+        return [strip(item, tensors, f"{path}/{index}") for index, item in enumerate(value)]
+    return value
 
 
 def fill(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """`strip`'s inverse; tuples come back as lists."""
+    """The inverse of `strip`; tuples come back as lists."""
     if isinstance(value, dict):
-        return (
-            tensors[value[TENSOR]]
-            if set(value) == {TENSOR}
-            else {key: fill(item, tensors) for key, item in value.items()}
-        )
+        if set(value) == {TENSOR}:
+            return tensors[value[TENSOR]]
+        return {key: fill(item, tensors) for key, item in value.items()}
     return [fill(item, tensors) for item in value] if isinstance(value, list) else value
