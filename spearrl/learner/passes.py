@@ -137,9 +137,7 @@ class Passes:
                     entropy=outputs.entropy,
                     values=outputs.values,
                 )
-                if (
-                    objective.denominator == "micro_batch"
-                ):  # a mean over each micro-batch, weighted by its rows (released)
+                if objective.denominator == "micro_batch":  # as released: a mean over each, weighted by its rows
                     loss = loss * (len(batch) / share.rows)
                 total = total + factor * loss
                 losses[i] += float(loss.detach())
