@@ -72,7 +72,7 @@ def test_the_world_is_sound():
     for (thing, link), other in world.facts.items():
         assert thing != other and (link != "capital" or world.facts[other, "country"] == thing)
     things = {thing for thing, _ in world.facts}
-    assert len(things) == 600 == len(world.engine.documents)
+    assert len(things) == 600 == len(world.corpus.documents)
     # stemming keeps all names apart
     assert len({tuple(analyze(thing)) for thing in things}) == 600 and not {
         w for thing in things for w in analyze(thing)
@@ -127,7 +127,7 @@ def test_options_and_splits_are_checked():
 def test_without_bm25s_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(ConfigError, match=r'pip install "spearrl\[envs\]"'):
-        retrieve_module.build([])
+        retrieve_module.build_index([])
 
 
 # replies

@@ -18,8 +18,8 @@ import pytest
 from spearrl.envs.pool import open_pool
 from spearrl.envs.search import Search
 from spearrl.envs.search import retrieve as retrieve_module
-from spearrl.envs.search.files import Document, documents, questions
-from spearrl.envs.search.retrieve import K1, B, Server, Unavailable, build
+from spearrl.envs.search.files import Document, read_documents, read_questions
+from spearrl.envs.search.retrieve import K1, B, RetrievalServer, Unavailable, build_index
 from spearrl.envs.text.analyzer import analyze
 from spearrl.errors import ConfigError
 from spearrl.types import Action, Reply
@@ -79,20 +79,25 @@ def by_hand(query: str) -> list[float]:
 def test_ranking_is_bm25(query):
     scores = by_hand(query)
     wanted = [WHALES[i] for i in sorted(range(4), key=lambda i: (-scores[i], i)) if scores[i] > 0]
-    index = build(WHALES)
+    index = build_index(WHALES)
     assert index.search(query, 10) == wanted and index.search(query, 2) == wanted[:2]
 
 
 def test_equal_scores_keep_the_order_of_the_corpus():
     same = [Document(f"copy {letter}", "the same words") for letter in "abcdefghij"]
-    assert build(same).search("words", 4) == same[:4]
-    assert build(WHALES).search("xyzzy", 3) == build(WHALES).search("", 3) == build(WHALES).search("the of", 3) == []
+    assert build_index(same).search("words", 4) == same[:4]
+    assert (
+        build_index(WHALES).search("xyzzy", 3)
+        == build_index(WHALES).search("", 3)
+        == build_index(WHALES).search("the of", 3)
+        == []
+    )
 
 
 def test_doubles_are_kept_once():
-    assert build([*WHALES, *WHALES]).search("capital", 9) == [WHALES[3]]
+    assert build_index([*WHALES, *WHALES]).search("capital", 9) == [WHALES[3]]
     with pytest.raises(ConfigError, match="no documents"):
-        build([])
+        build_index([])
 
 
 # files
@@ -106,7 +111,7 @@ def test_layouts_of_documents(tmp_path, name):
         {"title": "Ice", "contents": "cold"},
     ]
     path = write(tmp_path / name, records, lines="jsonl" in name)
-    assert list(documents([path])) == [
+    assert list(read_documents([path])) == [
         Document("Blue whale", "It is large.\nVery."),
         Document("Krill", "small"),
         Document("Ice", "cold"),
@@ -153,7 +158,7 @@ def test_a_single_file_is_divided_by_question(tmp_path):
         and not asked["train"] & asked["val"]
         and 8 < len(asked["val"]) < 35
     )
-    fewer = questions.__wrapped__(str(write(tmp_path / "fewer.jsonl", records[:100])), "val")
+    fewer = read_questions.__wrapped__(str(write(tmp_path / "fewer.jsonl", records[:100])), "val")
     assert {task.data["question"] for task in fewer} == {q for q in asked["val"] if int(q[1:-1]) < 100}
     assert (
         environment.tasks("train")[0].data["answers"] == ["0", "no. 0"]
@@ -175,7 +180,7 @@ def test_a_single_file_is_divided_by_question(tmp_path):
 def test_broken_questions_are_named(tmp_path, text, said):
     (tmp_path / "qa.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=f"{said}(.|\n)*golden_answers|{said}(.|\n)*JSON lines"):
-        questions(str(tmp_path / "qa.jsonl"), "train")
+        read_questions(str(tmp_path / "qa.jsonl"), "train")
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
@@ -193,7 +198,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         environment.tasks("val")
     (tmp_path / "bad.jsonl.gz").write_bytes(b"not gzip")
     with pytest.raises(ConfigError, match="bad.jsonl.gz"):
-        questions(str(tmp_path / "bad.jsonl.gz"), "train")
+        read_questions(str(tmp_path / "bad.jsonl.gz"), "train")
 
 
 def test_hotpotqa_questions_without_contexts():
@@ -308,7 +313,9 @@ def test_a_server_is_asked_as_search_r1_does(tmp_path, peers):
 
 
 def test_documents_without_scores_are_read_too(peers):
-    assert Server(peers(reply({"result": [[{"contents": '"A"\nb'}]]})).url, 5).search("x", 3) == [Document("A", "b")]
+    assert RetrievalServer(peers(reply({"result": [[{"contents": '"A"\nb'}]]})).url, 5).search("x", 3) == [
+        Document("A", "b")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -342,7 +349,7 @@ def test_a_server_is_asked_three_times(tmp_path, peers, bad):
 def test_a_server_that_keeps_us_waiting_is_left(peers, bad):
     peer, begun = peers(bad), time.monotonic()
     with pytest.raises(Unavailable):
-        Server(peer.url, 0.5).search("x", 3)
+        RetrievalServer(peer.url, 0.5).search("x", 3)
     assert time.monotonic() - begun < 10
     assert bad is silent or peer.released.wait(10)  # it was hung up on
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spearrl.envs.text.analyzer import analyze, stem, words
+from spearrl.envs.text.analyzer import analyze, split_words, stem
 from spearrl.envs.text.bm25 import LuceneIndex
 from spearrl.envs.webshop.catalogue import indexed_text
 from tests.support.shared_data import golden_lines, read_lines, shared
@@ -84,7 +84,7 @@ def test_rankings_equal_lucenes(source, products, term_vectors, rankings):
     ],
 )
 def test_words_follow_unicode_word_breaks(text, expected):
-    assert words(text) == expected
+    assert split_words(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,12 @@ def test_words_follow_unicode_word_breaks(text, expected):
 )
 def test_degenerate_text_takes_linear_time(text):
     start = time.perf_counter()
-    words(text)
+    split_words(text)
     assert time.perf_counter() - start < 2
 
 
 def test_a_long_word_is_cut_as_lucene_does():
-    assert [len(word) for word in words("x" * 600)] == [255, 255, 90]
+    assert [len(word) for word in split_words("x" * 600)] == [255, 255, 90]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from spearrl.config.tables import table
 from spearrl.envs.search.files import Document
-from spearrl.envs.search.retrieve import Index, build
+from spearrl.envs.search.retrieve import CorpusIndex, build_index
 from spearrl.seeds import derive
 from spearrl.types import Task
 
@@ -22,11 +22,11 @@ HELD_OUT = 10  # one in so many things is asked about in the split val only
 Chain = tuple[str, ...]  # the thing a question begins with, then links
 
 
-class World(NamedTuple):
+class FactWorld(NamedTuple):
     """Read-only. `facts[thing, link]` is another thing."""
 
     facts: dict[tuple[str, str], str]
-    engine: Index
+    corpus: CorpusIndex
     tasks: dict[str, tuple[Task, ...]]
 
     def way(self, chain: Chain) -> list[str]:
@@ -35,7 +35,7 @@ class World(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def open_world(size: int, seed: int) -> World:
+def open_world(size: int, seed: int) -> FactWorld:
     """`size` things, a document each, made once per process."""
     draw = random.Random(derive(seed, "search-world"))
     kind_of = _things(size, draw)
@@ -44,11 +44,10 @@ def open_world(size: int, seed: int) -> World:
     for thing, kind in kind_of.items():
         for link in _links(kind):
             facts[thing, link] = draw.choice([other for other in by_kind[LINKS[link]["to"]] if other != thing])
-    for nation, city in zip(
-        by_kind["nation"], draw.sample(by_kind["city"], len(by_kind["nation"])), strict=True
-    ):  # a capital lies in its country
+    capitals = draw.sample(by_kind["city"], len(by_kind["nation"]))
+    for nation, city in zip(by_kind["nation"], capitals, strict=True):  # a capital lies in its country
         facts[nation, "capital"], facts[city, "country"] = city, nation
-    world = World(facts, build(_documents(kind_of, facts)), {})
+    world = FactWorld(facts, build_index(_documents(kind_of, facts)), {})
     held_out = set(draw.sample(sorted(kind_of), max(size // HELD_OUT, 1)))
     for split in ("train", "val"):
         chains = [
@@ -83,25 +82,25 @@ def _documents(kind_of: dict[str, str], facts: dict[tuple[str, str], str]) -> li
     return [Document(*item) for item in texts.items()]
 
 
-def _chains(world: World, thing: str, kind: str, draw: random.Random) -> list[Chain]:
+def _chains(world: FactWorld, thing: str, kind: str, draw: random.Random) -> list[Chain]:
     """Questions about a thing. None leads to one place twice: a detour would make fewer searches do."""
-    found: list[Chain] = []
+    chains: list[Chain] = []
     ends: list[tuple[Chain, str]] = [((thing,), kind)]
     for _ in HOPS:
         ends = [((*chain, link), LINKS[link]["to"]) for chain, end in ends for link in _links(end)]
         possible = [chain for chain, _ in ends if len(set(world.way(chain))) == len(chain)]
-        found += draw.sample(possible, min(EACH, len(possible)))
-    return found
+        chains += draw.sample(possible, min(EACH, len(possible)))
+    return chains
 
 
-def _task(world: World, split: str, chain: Chain) -> Task:
-    asked = chain[0]
+def _task(world: FactWorld, split: str, chain: Chain) -> Task:
+    subject, hops = chain[0], len(chain) - 1
     for link in chain[1:-1]:
-        asked = f"the {link} of {asked}"
-    data: dict[str, Any] = {"question": LINKS[chain[-1]]["question"].format(x=asked), "answers": [world.way(chain)[-1]]}
-    hops = len(chain) - 1
-    return Task(
-        "/".join(chain).replace(" ", "-").lower(),
-        split,
-        {**data, "stratum": f"{hops} hop{'s'[: hops > 1]}", "chain": chain},
-    )
+        subject = f"the {link} of {subject}"
+    data: dict[str, Any] = {
+        "question": LINKS[chain[-1]]["question"].format(x=subject),
+        "answers": [world.way(chain)[-1]],
+        "stratum": "1 hop" if hops == 1 else f"{hops} hops",
+        "chain": chain,
+    }
+    return Task("/".join(chain).replace(" ", "-").lower(), split, data)

@@ -1,4 +1,4 @@
-"""Text to index terms as Lucene's English analyser makes them: words by UAX #29, possessive filter, stop words, Porter stemmer."""
+"""Text to index terms, by Lucene's English analysis: words by UAX #29, possessive filter, stop words, Porter stemmer."""
 
 from __future__ import annotations
 
@@ -11,33 +11,26 @@ from spearrl.config.tables import table
 MAX_TOKEN = 255  # Lucene cuts longer words into pieces of this many characters
 _TABLES = table(__file__, "analyzer.toml")
 STOP_WORDS = frozenset(_TABLES["stop_words"].split())
-_JOINERS = {
-    ord(char): kind for kind, chars in _TABLES["single"].items() for char in chars
-}  # code point to the letter of its word-break class
+_SINGLE = {ord(char): kind for kind, chars in _TABLES["single"].items() for char in chars}
 _EXTEND = "[XZFGC]*"  # marks belong to the character before them (rule WB4)
 
 
-def _spans(ranges: str) -> list[tuple[int, int]]:
-    pairs = (item.split("-") for item in ranges.split())
-    return [(int(pair[0], 16), int(pair[-1], 16)) for pair in pairs]
-
-
-_TABLE = [(low, high, kind) for kind, ranges in _TABLES["ranges"].items() for low, high in _spans(ranges)]
-_BY_CATEGORY = {"Nd": "N", "Nl": "A", "Mn": "X", "Mc": "X", "Me": "X", "Cf": "X"} | dict.fromkeys(
-    ("Lu", "Ll", "Lt", "Lm", "Lo"), "A"
-)
+_RANGES = [
+    (int(item.split("-")[0], 16), int(item.split("-")[-1], 16), kind)
+    for kind, items in _TABLES["ranges"].items()
+    for item in items.split()
+]
+_CATEGORIES = {"Nd": "N", **dict.fromkeys(("Nl", "Lu", "Ll", "Lt", "Lm", "Lo"), "A")}
+_CATEGORIES |= dict.fromkeys(("Mn", "Mc", "Me", "Cf"), "X")
 
 
 class _Classes(dict[int, str]):
     """Code point to the letter of its word-break class, filled as characters are met (for str.translate)."""
 
     def __missing__(self, code: int) -> str:
-        kind = _JOINERS.get(code) or next((kind for low, high, kind in _TABLE if low <= code <= high), None)
-        if kind is None:
-            circled = 0x24B6 <= code <= 0x24E9
-            kind = "A" if circled else _BY_CATEGORY.get(unicodedata.category(chr(code)), " ")
-        self[code] = kind
-        return kind
+        kind = _SINGLE.get(code) or next((kind for low, high, kind in _RANGES if low <= code <= high), None)
+        self[code] = kind or _CATEGORIES.get(unicodedata.category(chr(code)), " ")
+        return self[code]
 
 
 _CLASSES = _Classes()
@@ -64,8 +57,8 @@ def _grammar() -> re.Pattern[str]:
 _WORD = _grammar()
 
 
-def words(text: str) -> list[str]:
-    """The words of a text by Unicode's word-break rules, as Lucene's StandardTokenizer finds them; punctuation is dropped."""
+def split_words(text: str) -> list[str]:
+    """The words of a text by Unicode's word-break rules, like Lucene's StandardTokenizer; punctuation is dropped."""
     spans = (match.span() for match in _WORD.finditer(text.translate(_CLASSES)) if not match.lastgroup)
     return [text[at : min(at + MAX_TOKEN, end)] for begin, end in spans for at in range(begin, end, MAX_TOKEN)]
 
@@ -80,7 +73,7 @@ def analyze(text: str) -> list[str]:
 
 @lru_cache(maxsize=1 << 18)
 def _terms(chunk: str) -> tuple[str, ...]:
-    lowered = (_without_possessive(word).lower() for word in words(chunk))
+    lowered = (_without_possessive(word).lower() for word in split_words(chunk))
     return tuple(stem(word) for word in lowered if word not in STOP_WORDS)
 
 
@@ -88,13 +81,13 @@ def _without_possessive(word: str) -> str:
     return word[:-2] if len(word) >= 2 and word[-1] in "sS" and word[-2] in "'\u2019\uff07" else word
 
 
-# Porter's stemmer (M. F. Porter, An algorithm for suffix stripping, Program 14(3), 1980), with his later changes: bli and logi in step 2,
-# and words of one or two letters left alone. In each table the first suffix that fits decides, so longer ones come first.
-_STEP_2: dict[str, str] = _TABLES["step_2"]
-_STEP_3: dict[str, str] = _TABLES["step_3"]
+# Porter's stemmer (M. F. Porter, An algorithm for suffix stripping, Program 14(3), 1980), with his later changes, as Lucene has it: bli and
+# logi in step 2, and words of one or two letters left alone. snowballstemmer's "porter" lacks these changes ("technologi", "i" for "is") and
+# takes four times as long. In each table the first suffix that fits decides, so longer ones come first.
+_STEP_2, _STEP_3 = (dict(pair.split("=") for pair in _TABLES[step].split()) for step in ("step_2", "step_3"))
 _STEP_4 = {
     suffix: suffix[0] if suffix.endswith("ion") else "" for suffix in _TABLES["step_4"].split()
-}  # -ion goes after s or t only
+}  # -ion after s or t
 
 
 def _shape(word: str) -> str:
@@ -115,15 +108,12 @@ def _short_end(word: str) -> bool:
     return _shape(word).endswith("cvc") and word[-1] not in "wxy"
 
 
-def _double_end(word: str) -> bool:
-    return len(word) > 1 and word[-1] == word[-2] and _shape(word)[-1] == "c"
-
-
 def _replace(word: str, suffixes: dict[str, str], least: int) -> str:
     for suffix, replacement in suffixes.items():
         if word.endswith(suffix):
-            kept = word[: -len(suffix)] + (replacement if suffixes is _STEP_4 else "")
-            return word[: -len(suffix)] + replacement if _measure(kept) > least else word
+            base = word[: -len(suffix)]
+            measured = base + replacement if suffixes is _STEP_4 else base
+            return base + replacement if _measure(measured) > least else word
     return word
 
 
@@ -137,16 +127,14 @@ def _step_1(word: str) -> str:
     elif word.endswith(("ed", "ing")):
         base = word[: -2 if word.endswith("ed") else -3]
         word = _mended(base) if "v" in _shape(base) else word
-    if word.endswith("y") and "v" in _shape(word[:-1]):
-        word = word[:-1] + "i"
-    return word
+    return word[:-1] + "i" if word.endswith("y") and "v" in _shape(word[:-1]) else word
 
 
 def _mended(base: str) -> str:
     """A stem that lost -ed or -ing gets back the e it needs, or loses a doubled letter."""
     if base.endswith(("at", "bl", "iz")):
         return base + "e"
-    if _double_end(base):
+    if len(base) > 1 and base[-1] == base[-2] and _shape(base)[-1] == "c":
         return base if base[-1] in "lsz" else base[:-1]
     return base + "e" if _measure(base) == 1 and _short_end(base) else base
 
