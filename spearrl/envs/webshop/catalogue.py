@@ -70,8 +70,8 @@ def load(data: str | None, num_products: int | None, seed: int) -> Catalogue:
     instructions = _json(human) if human.exists() else {}
     records = read_records(source, layout=LAYOUT, where=f"{WHERE}={source}")
     try:
-        raw = (record for _, record in itertools.islice(records, num_products))
-        products = list(_cleaned(raw, attributes, instructions))
+        first = (record for _, record in itertools.islice(records, num_products))
+        products = list(_cleaned(first, attributes, instructions))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _not_webshop(f"{source.name} is not in WebShop's format: {error!r}") from error
     if not products:

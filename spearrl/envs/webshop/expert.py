@@ -98,7 +98,7 @@ def offered_options(goal: Goal, product: Product) -> list[tuple[str, str]]:
     options = product["options"]
     if isinstance(goal["goal_options"], dict):
         return [(name, value) for name, value in goal["goal_options"].items() if value in options.get(name, ())]
-    offers = {}
+    offers: dict[str, tuple[str, str]] = {}
     for name, values in options.items():
         for value in values:
             offers.setdefault(plain_words(value), (name, value))
