@@ -1,6 +1,8 @@
 """Environments: the interface, tools as environments, and the built-in ones by name."""
 
-from spearrl.envs.base import Environment, import_path, load, make, option_errors, tasks_of
+from spearrl.envs.base import Environment
+from spearrl.envs.complaints import option_errors
+from spearrl.envs.registry import import_path, load, make, tasks_of
 from spearrl.envs.tool import Done, ToolEnvironment, call, tool
 
 __all__ = ["Done", "Environment", "ToolEnvironment", "call", "import_path", "load", "make", "option_errors"]

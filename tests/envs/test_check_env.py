@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import socket
+import textwrap
 import threading
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +18,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from spearrl.cli.main import main
-from spearrl.envs import ToolEnvironment, tool
+from spearrl.envs import Environment, ToolEnvironment, tool
 from spearrl.envs.check import check, check_environment, failures, isolation
 from spearrl.envs.check.check import RULES
 from spearrl.envs.check.guards import GlobalRandom, TooSlow, deadline, no_network
@@ -286,14 +287,31 @@ def test_wrong_usage(words: list[str], said: str, capsys: pytest.CaptureFixture[
     assert said in captured.err and not captured.out
 
 
-def test_the_tool_example_of_the_docs_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def example_of_the_docs() -> str:
     page = (Path(__file__).resolve().parents[2] / "docs" / "environments.md").read_text()
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "(ToolEnvironment)" in block)
-    (tmp_path / "docs_calculator.py").write_text(code)
+    return code
+
+
+def example_of_the_interface() -> str:
+    return textwrap.dedent(Environment.__doc__.partition("    Example:\n")[2])
+
+
+@pytest.mark.parametrize(
+    "example, name, ending",
+    [
+        (example_of_the_docs, "Calculator", "in at most 2 turns"),
+        (example_of_the_interface, "GuessNumber", "in at most 4 turns"),
+    ],
+)
+def test_documented_examples_run_as_they_stand(
+    example, name: str, ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    module = f"documented_{name.lower()}"
+    (tmp_path / f"{module}.py").write_text(example())
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    found = {finding.rule: finding for finding in check_environment("docs_calculator:Calculator")}
-    assert {finding.level for name, finding in found.items() if name != "off loop"} == {"ok"}, "\n".join(
-        map(str, found.values())
-    )
-    assert found["expert"].seen.endswith("in at most 2 turns")
+    findings = {finding.rule: finding for finding in check_environment(f"{module}:{name}")}
+    levels = {finding.level for rule, finding in findings.items() if rule != "off loop"}
+    assert levels == {"ok"}, "\n".join(map(str, findings.values()))
+    assert findings["expert"].seen.endswith(ending)

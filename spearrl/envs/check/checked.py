@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from spearrl.envs.base import Environment, load, make
+from spearrl.envs.base import Environment
 from spearrl.envs.check.guards import deadline
 from spearrl.envs.check.samples import random_calls
+from spearrl.envs.registry import load, make
 from spearrl.envs.tool import ToolEnvironment
 from spearrl.seeds import derive
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task

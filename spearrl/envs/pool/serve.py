@@ -12,8 +12,8 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-from spearrl.envs.base import make
 from spearrl.envs.pool.slot import Slot
+from spearrl.envs.registry import make
 from spearrl.errors import SpearError
 from spearrl.processes import connection_to_parent
 
