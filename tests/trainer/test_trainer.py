@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
 
-from spearrl.errors import ContractError, RefusedError, SpearError
+from spearrl.errors import ContractError, EngineError, RefusedError, SpearError
+from spearrl.launch.assembly import Assembly
+from spearrl.rollout.episodes import Episodes
+from spearrl.run import Run
+from spearrl.sync import Bridge
 from spearrl.trainer import Trainer
 from tests.support.small_run import fingerprint, small_config
 
@@ -252,6 +257,47 @@ def test_a_run_that_never_began_leaves_nothing(tmp_path):
             Trainer(small_config(tmp_path, change))
         assert not (tmp_path / "small").exists()
     run(small_config(tmp_path, "run.steps=0"))
+
+
+def test_a_trainer_closes_what_it_began(tmp_path, monkeypatch):
+    """At the end of its `with`, twice over, or where a part fails after others were made; a new run then leaves nothing."""
+    closed: list[str] = []
+
+    def watched(name: str, method):
+        def close(*args, **settings):
+            closed.append(name)
+            return method(*args, **settings)
+
+        return close
+
+    monkeypatch.setattr(Assembly, "close", watched("parts", Assembly.close))
+    monkeypatch.setattr(Episodes, "close", watched("episodes", Episodes.close))
+    monkeypatch.setattr(Run, "close", watched("run", Run.close))
+    with Trainer(small_config(tmp_path, "run.steps=0", "sft.epochs=1")) as trainer:
+        trainer.train()
+        assert closed == []
+    trainer.close()
+    assert closed == ["episodes", "parts", "run"]
+    closed.clear()
+    monkeypatch.setattr(Trainer, "save", lambda self: 1 / 0)  # the last thing that happens before a run has begun
+    with pytest.raises(ZeroDivisionError):
+        Trainer(small_config(tmp_path, "run.steps=0", "sft.epochs=1", name="failing"))
+    assert closed == ["episodes", "parts", "run"] and not (tmp_path / "failing").exists()
+
+
+def test_a_failing_start_leaves_no_shared_memory(tmp_path, monkeypatch):
+    """Workers are ended and bucket files removed where the first sync fails."""
+    begun: list[Path] = []
+
+    def failing(self, version):
+        begun.extend([self.folder, *(Path(f"/proc/{member.pid}") for member in self.receivers)])
+        assert all(path.exists() for path in begun)
+        raise EngineError("the weights did not arrive", where="weight sync")
+
+    monkeypatch.setattr(Bridge, "publish", failing)
+    with pytest.raises(EngineError, match="did not arrive"):
+        Trainer(small_config(tmp_path, "rollout.workers=1", "sft.epochs=1", "run.steps=1"))
+    assert len(begun) == 2 and not any(path.exists() for path in [*begun, tmp_path / "small"])
 
 
 @pytest.mark.parametrize(
