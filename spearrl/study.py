@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from spearrl.config import RunConfig
 from spearrl.errors import ContractError
-from spearrl.rollout import Engine
 from spearrl.run.checkpoint import newest_checkpoint
 from spearrl.run.metrics import Clock
 from spearrl.start.origin import Report, silent
@@ -27,50 +26,69 @@ WARM_UP = 1  # first steps that are played and learnt from but not counted: allo
 
 
 @dataclass(frozen=True)
-class Spent:
-    """By one algorithm, learning from a step's episodes."""
+class LearningCost:
+    """What one algorithm spent on learning from a step's episodes.
 
-    seconds: float  # wall time
-    cpu_seconds: float  # of this process, all threads: what other processes on the machine do not change
-    prepare: float  # seconds until the batch is ready: rows, shaping, log-probabilities before the update, advantages
-    update: float  # seconds of the optimiser steps, replay included; the rest is storing and publishing
-    flops: int = 0  # of matrix products and attention
+    Args:
+        seconds: wall time.
+        cpu_seconds: of this process, all threads: what other processes on the machine do not change.
+        prepare: seconds until the batch is ready: rows, shaping, log-probabilities before the update, advantages.
+        update: seconds of the optimiser steps, replay included; the rest is storing and publishing.
+        flops: of matrix products and attention.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    prepare: float
+    update: float
+    flops: int = 0
 
 
 @dataclass(frozen=True)
 class CostStep:
-    """A step that both algorithms learnt from."""
+    """A step that both algorithms learnt from.
+
+    Args:
+        replayed: rows that the studied algorithm replayed.
+        rollout_flops: estimated: 2 x parameters x tokens.
+    """
 
     step: int
-    replayed: int  # rows that the studied algorithm replayed
+    replayed: int
     rollout_seconds: float
     rollout_cpu_seconds: float
-    rollout_flops: int  # estimated: 2 x parameters x tokens
-    studied: Spent
-    against: Spent
+    rollout_flops: int
+    studied: LearningCost
+    against: LearningCost
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Of some steps. A step is the rollout and one algorithm's learning; extra is a share, 0.1 = 10 % more than the other algorithm."""
+    """Of some steps. A step is the rollout and one algorithm's learning; seconds and FLOPs are means over the steps.
+
+    Args:
+        extra, learn_extra: shares, 0.1 = 10 % more than the other algorithm: of a step, of learning alone. Of mean wall
+            times; `_cpu`: of mean processor times; `_flops`: of FLOPs; `_median`: median of the steps' own shares.
+        prepare_more, update_more, rest_more: where the extra seconds of a step go.
+    """
 
     steps: int
-    rollout_seconds: float  # mean, as all seconds and FLOPs here but the medians
+    rollout_seconds: float
     seconds: float
     seconds_against: float
     median_seconds: float
     median_seconds_against: float
     flops: float
     flops_against: float
-    extra: float  # of mean wall times
-    extra_median: float  # median over steps of a step's own share
+    extra: float
+    extra_median: float
     extra_cpu: float
     extra_flops: float
-    learn_extra: float  # of the learner's part alone
+    learn_extra: float
     learn_extra_median: float
     learn_extra_cpu: float
     learn_extra_flops: float
-    prepare_more: float  # where the extra seconds of a step go
+    prepare_more: float
     update_more: float
     rest_more: float
 
@@ -85,84 +103,80 @@ class Cost:
 
     def summaries(self) -> dict[str, Summary]:
         """Of the steps "without replay", "with replay" and "all"; a kind without steps is left out."""
-        kinds = {
-            "without replay": [s for s in self.steps if not s.replayed],
-            "with replay": [s for s in self.steps if s.replayed],
-            "all": self.steps,
-        }
+        kinds: dict[str, list[CostStep]] = {"without replay": [], "with replay": [], "all": self.steps}
+        for step in self.steps:
+            kinds["with replay" if step.replayed else "without replay"].append(step)
         return {kind: summarise(steps) for kind, steps in kinds.items() if steps}
 
     def as_json(self) -> dict[str, Any]:
         """Plain values: every step and the summaries."""
-        summaries = {kind: asdict(summary) for kind, summary in self.summaries().items()}
-        return {
-            "algo": self.algo,
-            "against": self.against,
-            "summaries": summaries,
-            "steps": [asdict(step) for step in self.steps],
-        }
+        return {**asdict(self), "summaries": {kind: asdict(summary) for kind, summary in self.summaries().items()}}
 
 
-def cost(
-    config: RunConfig, against: RunConfig, *, steps: int, folder: str | Path, report: Report | None = None
-) -> Cost:
+def cost(config: RunConfig, against: RunConfig, *, steps: int, folder: str | Path, report: Report = silent) -> Cost:
     """Measure what `config`'s algorithm costs over `against`'s.
 
-    Both start from the same weights. Each step is played once, by the studied one; both learn from it, in turns first. FLOPs are counted
-    in a second pass over the recorded episodes, which is not timed.
+    Both start from the same weights. Each step is played once, by the studied one; both learn from it, in turns first.
+    FLOPs are counted in a second pass over the recorded episodes, which is not timed.
 
     Args:
         steps: counted ones, after a warm-up.
         folder: where run directories go; they stay there.
-        report: called with (kind, values): the trainer's events, "cost" for a step, "count" before the second pass.
+        report: called with (kind, values): the studied trainer's events, warnings of the other, "cost" for a step,
+            "count" before the second pass.
     Raises:
         ContractError: configs that differ in more than algo, or no step to count.
     """
     _check(config, against, steps)
-    tell = report or silent
-    studied = Trainer(_named(config, folder, "studied"), report=tell)
-    try:
+
+    def report_warnings(kind: str, values: dict[str, Any]) -> None:
+        if kind == "warning":
+            report(kind, values)
+
+    with Trainer(_variant(config, folder, "studied"), report=report) as studied:
         start, _ = newest_checkpoint(studied.run.checkpoints)
-        other = Trainer(_warm(against, folder, "against", start), report=_only_warnings(tell))
-        try:
-            recorded, measured = _measure(studied, other, steps + WARM_UP, tell)
-        finally:
-            other.close()
-    finally:
-        studied.close()
-    tell("count", {"steps": len(recorded)})
-    counts = [
-        _count(_warm(which, folder, f"count-{name}", start), recorded)
-        for name, which in (("studied", config), ("against", against))
+        with Trainer(_variant(against, folder, "against", start), report=report_warnings) as other:
+            episodes, measured = _measure(studied, other, steps + WARM_UP, report)
+    report("count", {"steps": len(episodes)})
+    flops = _count(_variant(config, folder, "count-studied", start), episodes)
+    flops_against = _count(_variant(against, folder, "count-against", start), episodes)
+    counted = [
+        replace(step, studied=replace(step.studied, flops=mine), against=replace(step.against, flops=others))
+        for step, mine, others in zip(measured, flops, flops_against, strict=True)
     ]
-    found = [_with_flops(step, *flops) for step, *flops in zip(measured, *counts, strict=True)]
-    return Cost(config.algo.name, against.algo.name, found[WARM_UP:])
+    return Cost(config.algo.name, against.algo.name, counted[WARM_UP:])
 
 
 def summarise(steps: Sequence[CostStep]) -> Summary:
     """Of one step or more."""
-    mine, others = [s.studied for s in steps], [s.against for s in steps]
-    rollout, rollout_cpu = [s.rollout_seconds for s in steps], fmean(s.rollout_cpu_seconds for s in steps)
-    seconds, seconds_against = (_plus(rollout, part) for part in (mine, others))
-    flops, flops_against, played = _mean(mine, "flops"), _mean(others, "flops"), fmean(s.rollout_flops for s in steps)
-    more = {name: _mean(mine, name) - _mean(others, name) for name in ("seconds", "prepare", "update")}
+
+    def means(name: str) -> tuple[float, float]:
+        return fmean(getattr(s.studied, name) for s in steps), fmean(getattr(s.against, name) for s in steps)
+
+    def over(rollout: float, pair: tuple[float, float]) -> float:
+        return _extra(rollout + pair[0], rollout + pair[1])
+
+    rollout, rollout_flops = fmean(s.rollout_seconds for s in steps), fmean(s.rollout_flops for s in steps)
+    seconds, flops, cpu_seconds = means("seconds"), means("flops"), means("cpu_seconds")
+    whole = [(s.rollout_seconds + s.studied.seconds, s.rollout_seconds + s.against.seconds) for s in steps]
+    more = {name: mine - others for name in ("seconds", "prepare", "update") for mine, others in [means(name)]}
     return Summary(
         steps=len(steps),
-        rollout_seconds=fmean(rollout),
-        seconds=fmean(seconds),
-        seconds_against=fmean(seconds_against),
-        median_seconds=median(seconds),
-        median_seconds_against=median(seconds_against),
-        flops=played + flops,
-        flops_against=played + flops_against,
-        extra=_extra(fmean(seconds), fmean(seconds_against)),
-        extra_median=median(map(_extra, seconds, seconds_against)),
-        extra_cpu=_extra(rollout_cpu + _mean(mine, "cpu_seconds"), rollout_cpu + _mean(others, "cpu_seconds")),
-        extra_flops=_extra(played + flops, played + flops_against),
-        learn_extra=_extra(_mean(mine, "seconds"), _mean(others, "seconds")),
-        learn_extra_median=median(_extra(a.seconds, b.seconds) for a, b in zip(mine, others, strict=True)),
-        learn_extra_cpu=_extra(_mean(mine, "cpu_seconds"), _mean(others, "cpu_seconds")),
-        learn_extra_flops=_extra(flops, flops_against),
+        rollout_seconds=rollout,
+        seconds=rollout + seconds[0],
+        seconds_against=rollout + seconds[1],
+        median_seconds=median(mine for mine, _ in whole),
+        median_seconds_against=median(others for _, others in whole),
+        flops=rollout_flops + flops[0],
+        flops_against=rollout_flops + flops[1],
+        extra=over(rollout, seconds),
+        extra_median=median(_extra(*pair) for pair in whole),
+        extra_cpu=over(fmean(s.rollout_cpu_seconds for s in steps), cpu_seconds),
+        extra_flops=over(rollout_flops, flops),
+        learn_extra=_extra(*seconds),
+        learn_extra_median=median(_extra(s.studied.seconds, s.against.seconds) for s in steps),
+        learn_extra_cpu=_extra(*cpu_seconds),
+        learn_extra_flops=_extra(*flops),
         prepare_more=more["prepare"],
         update_more=more["update"],
         rest_more=more["seconds"] - more["prepare"] - more["update"],
@@ -170,7 +184,10 @@ def summarise(steps: Sequence[CostStep]) -> Summary:
 
 
 def count_flops(call: Callable[[], Any]) -> int:
-    """FLOPs of the matrix products and the attention (as if nothing were masked) of a call, gradients included. The call runs a few times slower."""
+    """FLOPs of the matrix products and the attention (as if nothing were masked) of a call, gradients included.
+
+    The call runs a few times slower.
+    """
     aten = torch.ops.aten
     # What torch's counter (2.13) passes over: the head's weight gradient, and attention on processors.
     formulas = {
@@ -186,7 +203,9 @@ def count_flops(call: Callable[[], Any]) -> int:
 
 
 def rollout_flops(model: Any, *, prefilled: float, sampled: float) -> int:
-    """FLOPs of sampling, estimated: 2 x parameters x tokens, without attention's own products, which grow with the context.
+    """FLOPs of sampling, estimated: 2 x parameters x tokens.
+
+    Without attention's own products, which grow with the context.
 
     Args:
         prefilled, sampled: tokens. The head works on sampled ones only; the input embedding is a look-up.
@@ -196,56 +215,43 @@ def rollout_flops(model: Any, *, prefilled: float, sampled: float) -> int:
     return int(2 * (body * (prefilled + sampled) + head.numel() * sampled))
 
 
-def _measure(studied: Trainer, other: Trainer, steps: int, tell: Report) -> tuple[list[list[Group]], list[CostStep]]:
+def _measure(studied: Trainer, other: Trainer, steps: int, report: Report) -> tuple[list[list[Group]], list[CostStep]]:
     """The episodes of every step, and what both learners spent on them; FLOPs of learning are still missing."""
-    recorded, measured = [], []
+    episodes: list[list[Group]] = []
+    measured: list[CostStep] = []
     for step in range(1, steps + 1):
-        before = _counters(studied.parts.players.engine)
-        start = _now()
+        engine = studied.parts.players.engine
+        before, start = dict(engine.counters), _now()
         groups, _ = studied.play(step)
         seconds, cpu_seconds = _since(start)
-        tokens = {name: value - before[name] for name, value in _counters(studied.parts.players.engine).items()}
-        spent, rows = {}, 0.0
-        for trainer in (
-            (studied, other) if step % 2 else (other, studied)
-        ):  # who goes second finds the episodes in the caches
-            spent[trainer is studied], metrics = _learn(trainer, step, groups)
-            rows = metrics.get("replay/rows", 0.0) if trainer is studied else rows
+        tokens = {n: engine.counters[f"{n}_tokens"] - before[f"{n}_tokens"] for n in ("prefilled", "sampled")}
+        turns = (studied, other) if step % 2 else (other, studied)  # who goes second finds the episodes in the caches
+        costs = {trainer: _learn(trainer, step, groups) for trainer in turns}
+        (mine, metrics), (others, _) = costs[studied], costs[other]
         flops = rollout_flops(studied.parts.model, **tokens)
-        measured.append(
-            CostStep(step, int(rows), seconds, cpu_seconds, flops, studied=spent[True], against=spent[False])
-        )
-        recorded.append(groups)
-        tell("cost", {**asdict(measured[-1]), "steps": steps})
-    return recorded, measured
+        replayed = int(metrics.get("replay/rows", 0.0))
+        measured.append(CostStep(step, replayed, seconds, cpu_seconds, flops, studied=mine, against=others))
+        episodes.append(groups)
+        report("cost", {**asdict(measured[-1]), "steps": steps})
+    return episodes, measured
 
 
-def _learn(trainer: Trainer, step: int, groups: list[Group]) -> tuple[Spent, dict[str, float]]:
+def _learn(trainer: Trainer, step: int, groups: list[Group]) -> tuple[LearningCost, dict[str, float]]:
     gc.collect()  # so that nobody clears up after the other
     clock, start = Clock(), _now()
     metrics = trainer.learn(step, groups, clock)
     seconds, cpu_seconds = _since(start)
     laps = clock.metrics()
-    wins = [t.success for g in groups for t in g.valid]
-    trainer.observe({**metrics, **({"rollout/success": sum(wins) / len(wins)} if wins else {})})
-    return Spent(seconds, cpu_seconds, laps.get("time/prepare", 0.0), laps.get("time/update", 0.0)), metrics
+    successes = [t.success for g in groups for t in g.valid]
+    trainer.observe({**metrics, **({"rollout/success": fmean(successes)} if successes else {})})
+    spent = LearningCost(seconds, cpu_seconds, laps.get("time/prepare", 0.0), laps.get("time/update", 0.0))
+    return spent, metrics
 
 
-def _count(config: RunConfig, recorded: Sequence[list[Group]]) -> list[int]:
+def _count(config: RunConfig, episodes: Sequence[list[Group]]) -> list[int]:
     """FLOPs of learning from each step's episodes: the same work once more, from the same weights."""
-    trainer = Trainer(config)
-    try:
-        return [count_flops(partial(_learn, trainer, step, groups)) for step, groups in enumerate(recorded, start=1)]
-    finally:
-        trainer.close()
-
-
-def _with_flops(step: CostStep, studied: int, against: int) -> CostStep:
-    return replace(step, studied=replace(step.studied, flops=studied), against=replace(step.against, flops=against))
-
-
-def _counters(engine: Engine) -> dict[str, float]:
-    return {"prefilled": engine.counters["prefilled_tokens"], "sampled": engine.counters["sampled_tokens"]}
+    with Trainer(config) as trainer:
+        return [count_flops(partial(_learn, trainer, step, groups)) for step, groups in enumerate(episodes, start=1)]
 
 
 def _now() -> tuple[float, float]:
@@ -274,32 +280,15 @@ def _check(config: RunConfig, against: RunConfig, steps: int) -> None:
         )
 
 
-def _named(config: RunConfig, folder: str | Path, name: str) -> RunConfig:
-    return config.model_copy(
-        update={"run": config.run.model_copy(update={"output_dir": str(folder), "name": name, "tensorboard": False})}
-    )
-
-
-def _warm(config: RunConfig, folder: str | Path, name: str, start: Path) -> RunConfig:
-    """The same run, from the weights that another one began with."""
-    model, sft = config.model.model_copy(update={"path": str(start)}), config.sft.model_copy(update={"enabled": False})
-    return _named(config, folder, name).model_copy(update={"model": model, "sft": sft})
-
-
-def _only_warnings(report: Report) -> Report:
-    def tell(kind: str, values: dict[str, Any]) -> None:
-        if kind == "warning":
-            report(kind, values)
-
-    return tell
-
-
-def _plus(rollout: Sequence[float], learning: Sequence[Spent]) -> list[float]:
-    return [played + spent.seconds for played, spent in zip(rollout, learning, strict=True)]
-
-
-def _mean(spent: Sequence[Spent], name: str) -> float:
-    return fmean(getattr(one, name) for one in spent)
+def _variant(config: RunConfig, folder: str | Path, name: str, start: Path | None = None) -> RunConfig:
+    """The same run under another name; `start`: a checkpoint to begin from, without a cold start."""
+    sections: dict[str, Any] = {
+        "run": config.run.model_copy(update={"output_dir": str(folder), "name": name, "tensorboard": False})
+    }
+    if start is not None:
+        sections["model"] = config.model.model_copy(update={"path": str(start)})
+        sections["sft"] = config.sft.model_copy(update={"enabled": False})
+    return config.model_copy(update=sections)
 
 
 def _extra(value: float, base: float) -> float:

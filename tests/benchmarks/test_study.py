@@ -15,7 +15,7 @@ from spearrl.config import TinySection
 from spearrl.errors import ContractError
 from spearrl.learner.logprobs import token_logprobs
 from spearrl.models import build_tiny
-from spearrl.study import Cost, CostStep, Spent, cost, count_flops, rollout_flops, summarise
+from spearrl.study import Cost, CostStep, LearningCost, cost, count_flops, rollout_flops, summarise
 from spearrl.trainer import Trainer
 from tests.support.small_run import SETTINGS, fingerprint, small_config
 
@@ -154,8 +154,8 @@ def step(
     number: int, studied: float, against: float, *, replayed: int = 0, flops: tuple[int, int] = (10, 10)
 ) -> CostStep:
     mine, other = (
-        Spent(studied, 2 * studied, studied / 2, studied / 4, flops[0]),
-        Spent(against, 2 * against, against / 2, against / 4, flops[1]),
+        LearningCost(studied, 2 * studied, studied / 2, studied / 4, flops[0]),
+        LearningCost(against, 2 * against, against / 2, against / 4, flops[1]),
     )
     return CostStep(
         number, replayed, rollout_seconds=1.0, rollout_cpu_seconds=1.0, rollout_flops=10, studied=mine, against=other
