@@ -9,7 +9,7 @@ import pytest
 
 from spearrl.envs.math import Math
 from spearrl.envs.math.data import WRAPPED, open_problems
-from spearrl.envs.math.generate import KINDS, generated
+from spearrl.envs.math.generate import KINDS, generate_problems
 from spearrl.errors import ConfigError
 from spearrl.types import Task
 from tests.support.shared_data import shared
@@ -22,12 +22,12 @@ def written(path, *rows):
 
 @pytest.mark.parametrize("digits", [2, 5])
 def test_generated_problems_are_right_and_their_splits_have_no_numbers_in_common(digits):
-    train, val = generated(0, digits, "train", 800), generated(0, digits, "val", 100)
+    train, val = generate_problems(0, digits, "train", 800), generate_problems(0, digits, "val", 100)
     assert len({t.id for t in train}) == 800 and {t.data["stratum"] for t in val} == set(KINDS)
     assert not {t.data["steps"] for t in train} & {t.data["steps"] for t in val}
     assert (
-        generated(1, digits, "train", 8) != train[:8]
-        and train[:8] == generated.__wrapped__(0, digits, "train", 800)[:8]
+        generate_problems(1, digits, "train", 8) != train[:8]
+        and train[:8] == generate_problems.__wrapped__(0, digits, "train", 800)[:8]
     )
     assert len({t.data["problem"] for t in train}) > 700
     for task in (*train[:200], *val):  # our own templates, not a model's text

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spearrl.envs.math import judge as judging
-from spearrl.envs.math.grade import LONGEST, boxed, number, released, right
+from spearrl.envs.math.grade import LONGEST, boxed, is_right, is_right_as_released, plain_number
 from spearrl.envs.math.judge import COUNT, Judges
 from spearrl.errors import ConfigError, EnvironmentFault
 from spearrl.sandbox import RunResult, SandboxOptions, open_sandbox
@@ -38,7 +38,7 @@ def test_boxes():
 
 def test_the_released_rule_gives_the_releases_scores():
     for case in golden("math_dapo_score_math")["cases"]:
-        assert released(case["solution"], case["gt"]) is case["strict"]["acc"], case
+        assert is_right_as_released(case["solution"], case["gt"]) is case["strict"]["acc"], case
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_the_released_rule_gives_the_releases_scores():
     ],
 )
 def test_plain_numbers(text, value):
-    assert number(text) == value
+    assert plain_number(text) == value
 
 
 @pytest.mark.parametrize(
@@ -65,25 +65,33 @@ def test_plain_numbers(text, value):
     ["", ".", "-", "1,00", "1e9", "9**9", "1/2", "4 2", "x", "nan", "1,0000", "9" * 41, "٣", "1" + " " * LONGEST],
 )
 def test_what_is_no_plain_number(text):
-    assert number(text) is None
+    assert plain_number(text) is None
 
 
 @given(st.integers(-(10**30), 10**30))
 def test_integers_are_read_exactly(value):
-    assert number(str(value)) == value and number(f"{value:,}") == value and right(f"${value:,}$", str(value), None)
-    assert not right(str(value + 1), str(value), None)
+    assert (
+        plain_number(str(value)) == value
+        and plain_number(f"{value:,}") == value
+        and is_right(f"${value:,}$", str(value), None)
+    )
+    assert not is_right(str(value + 1), str(value), None)
 
 
 def test_the_released_rule():
     """spear.md 5.1: the last box within the last 100 characters, equal as text."""
     assert (
-        released(r"The answer is \boxed{42}.", "42")
-        and not released(r"\boxed{042}", "42")
-        and not released(r"\boxed{42.0}", "42")
+        is_right_as_released(r"The answer is \boxed{42}.", "42")
+        and not is_right_as_released(r"\boxed{042}", "42")
+        and not is_right_as_released(r"\boxed{42.0}", "42")
     )
-    assert released(r"\boxed{42}" + "." * 90, "42") and not released(r"\boxed{42}" + "." * 91, "42")
-    assert not released("42", "42") and not released(r"\boxed{42} or \boxed{43}", "42")
-    assert not right(None, "42", None) and right(r"p - q", "p-q", None) and not right(r"\frac{84}{2}", "42", None)
+    assert is_right_as_released(r"\boxed{42}" + "." * 90, "42") and not is_right_as_released(
+        r"\boxed{42}" + "." * 91, "42"
+    )
+    assert not is_right_as_released("42", "42") and not is_right_as_released(r"\boxed{42} or \boxed{43}", "42")
+    assert (
+        not is_right(None, "42", None) and is_right(r"p - q", "p-q", None) and not is_right(r"\frac{84}{2}", "42", None)
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +106,7 @@ def test_the_released_rule():
     ],
 )
 def test_equal_in_mathematics(judges, prediction, answer, same):
-    assert right(prediction, answer, judges) is same
+    assert is_right(prediction, answer, judges) is same
 
 
 def test_hostile_answers_are_wrong_and_hurt_nobody(judges, tmp_path):
@@ -119,15 +127,15 @@ def test_hostile_answers_are_wrong_and_hurt_nobody(judges, tmp_path):
         "') or print(True) or ('",
     ]
     start = time.monotonic()
-    assert not any(right(text, "42", judges) for text in hostile)
+    assert not any(is_right(text, "42", judges) for text in hostile)
     assert time.monotonic() - start < 100 and not any(mark.exists() for mark in marks)
-    assert all(right(r"\frac{84}{2}", "42", judges) for _ in range(4))  # every judge is back
+    assert all(is_right(r"\frac{84}{2}", "42", judges) for _ in range(4))  # every judge is back
 
 
 def test_without_a_jail_answers_are_judged_in_another_process_all_the_same():
     pytest.importorskip("math_verify")
     trusting = Judges(TRUSTED)
-    assert right(r"\frac{84}{2}", "42", trusting) and not right("q-p", "p-q", trusting)
+    assert is_right(r"\frac{84}{2}", "42", trusting) and not is_right("q-p", "p-q", trusting)
     trusting.close()
 
 

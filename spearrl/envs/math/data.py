@@ -1,4 +1,4 @@
-"""Problems from files: folders with the usual names, or any JSONL or parquet file of problems and answers. Training never sees a test problem."""
+"""Problems from files: folders with the usual names, or any JSONL or parquet file. Training never sees a test problem."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ _TABLE = table(__file__, "math.toml")
 TRAIN: dict[str, dict[str, Any]] = _TABLE["train"]
 TEST: dict[str, str] = _TABLE["test"]
 SUFFIXES = (".jsonl", ".json", ".parquet")
-PROBLEMS, ANSWERS = (
-    ("problem", "question", "prompt", "Problem"),
-    ("answer", "ground_truth", "expected_answer", "Answer"),
-)
+PROBLEM_FIELDS = ("problem", "question", "prompt", "Problem")
+ANSWER_FIELDS = ("answer", "ground_truth", "expected_answer", "Answer")
 # DAPO's problems come wrapped in an instruction that asks for another form of answer than \boxed{}.
 WRAPPED = re.compile(
     r"\ASolve the following math problem step by step\..*?\n\n(.*?)(?:\n\nRemember to put your answer on its own line.*)?\Z",
@@ -56,59 +54,49 @@ def open_problems(data: str, train: str) -> Problems:
     """
     path = Path(data).expanduser()
     if not path.exists():
-        raise ConfigError(
-            f"{path} does not exist",
-            where=WHERE,
-            hint="give a folder or a .jsonl or .parquet file, or leave it out for generated problems",
-        )
+        hint = "give a folder or a .jsonl or .parquet file, or leave it out for generated problems"
+        raise ConfigError(f"{path} does not exist", where=WHERE, hint=hint)
     folder = path if path.is_dir() else path.parent
-    sources = (
-        [(path, False)]
-        if path.is_file()
-        else [_source(folder, name.strip()) for name in train.split(",") if name.strip()]
-    )
-    splits = {
-        name: tuple(_tasks(file, name))
-        for name, stem in TEST.items()
-        if (file := _file(folder, stem)) is not None and file != path
-    }
-    seen = {_hash(task.data["problem"]) for tasks in splits.values() for task in tasks}
-    known, kept, duplicates, contaminated = set(seen), [], 0, 0
+    names = [name.strip() for name in train.split(",") if name.strip()]
+    sources = [(path, False)] if path.is_file() else [_training_file(folder, name) for name in names]
+    tests = {split: _file(folder, stem) for split, stem in TEST.items()}
+    splits = {split: tuple(_tasks(file, split)) for split, file in tests.items() if file and file != path}
+    test_marks = {_mark(task) for tasks in splits.values() for task in tasks}
+    problems: dict[bytes, Task] = {}
+    duplicates = contaminated = 0
     for file, integers in sources:
         for task in _tasks(file, "train", integers=integers):
-            mark = _hash(task.data["problem"])
-            contaminated += mark in seen
-            duplicates += mark in known and mark not in seen
-            if mark not in known:
-                kept.append(task)
-            known.add(mark)
+            mark = _mark(task)
+            contaminated += mark in test_marks
+            duplicates += mark in problems
+            if mark not in test_marks:
+                problems.setdefault(mark, task)
     if contaminated:
-        warnings.warn(
-            f"{contaminated} training problems of {data} are also in a test file there; they were left out",
-            stacklevel=2,
-        )
-    if not (kept or splits):
+        reason = f"{contaminated} training problems of {data} are also in a test file there; they were left out"
+        warnings.warn(reason, stacklevel=2)
+    if not (problems or splits):
         raise ConfigError(f"there are no problems in {data}", where=WHERE, hint=f"expected {LAYOUT}")
     if not splits:
-        # Where chance holds none of a small file out, one is.
-        held = {task.id for task in kept if _held_out(task)} or {
-            min(kept, key=lambda task: _hash(task.data["problem"])).id
-        }
-        splits["val"] = tuple(Task(task.id, "val", task.data) for task in kept if task.id in held)
-        kept = [task for task in kept if task.id not in held]
-    return Problems({"train": tuple(kept), **splits}, duplicates, contaminated)
-
-
-def _source(folder: Path, name: str) -> tuple[Path, bool]:
-    known = TRAIN.get(name, {"file": name})
-    file = _file(folder, known["file"])
-    if file is None:
-        there = ", ".join(sorted(path.stem for path in folder.iterdir() if path.suffix in SUFFIXES))
-        hint = f"use some of {', '.join(TRAIN)}, or the name of a file there without its ending ({there or 'there is none'}); empty: no training, tests alone"
-        raise ConfigError(
-            f"no {known['file']}.jsonl (or .parquet) in {folder}", where=f"env.options.train={name}", hint=hint
+        # where chance holds none of a small file out, one is
+        held_out = {mark for mark in problems if mark[0] % HELD_OUT == 0} or {min(problems)}
+        splits["val"] = tuple(
+            Task(problems[mark].id, "val", problems[mark].data) for mark in problems if mark in held_out
         )
-    return file, known.get("integers", False)
+        problems = {mark: task for mark, task in problems.items() if mark not in held_out}
+    return Problems({"train": tuple(problems.values()), **splits}, duplicates, contaminated)
+
+
+def _training_file(folder: Path, name: str) -> tuple[Path, bool]:
+    """The file of a training source, and whether only its integer answers count."""
+    source = TRAIN.get(name, {"file": name})
+    file = _file(folder, source["file"])
+    if file is None:
+        there = ", ".join(sorted(path.stem for path in folder.iterdir() if path.suffix in SUFFIXES)) or "there is none"
+        known = f"use some of {', '.join(TRAIN)}, or the name of a file there without its ending ({there})"
+        reason = f"no {source['file']}.jsonl (or .parquet) in {folder}"
+        where = f"env.options.train={name}"
+        raise ConfigError(reason, where=where, hint=f"{known}; empty: no training, tests alone")
+    return file, source.get("integers", False)
 
 
 def _file(folder: Path, stem: str) -> Path | None:
@@ -116,9 +104,9 @@ def _file(folder: Path, stem: str) -> Path | None:
 
 
 def _tasks(file: Path, split: str, *, integers: bool = False) -> Iterator[Task]:
-    for number, row in enumerate(row for _, row in read_records(file, layout=LAYOUT)):
+    for number, (_, row) in enumerate(read_records(file, layout=LAYOUT)):
         where = f"{file}, row {number + 1}"
-        problem, answer = _text(row, PROBLEMS, where), _text(row, ANSWERS, where)
+        problem, answer = _text(row, PROBLEM_FIELDS, where), _text(row, ANSWER_FIELDS, where)
         solution = row.get("solution", answer)
         answer = answer.rpartition("####")[2].strip()  # GSM8K's own files have the solution there too
         if not (problem and answer) or (integers and not answer.lstrip("-").isdecimal()):
@@ -142,9 +130,8 @@ def _text(row: Any, names: tuple[str, ...], where: str) -> str:
     if isinstance(value, list) and value and isinstance(value[-1], Mapping):
         value = value[-1].get("content")
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-        raise ConfigError(
-            f"there is no text under any of {', '.join(names)}", where=where, hint="rename the fields of the file"
-        )
+        reason = f"there is no text under any of {', '.join(names)}"
+        raise ConfigError(reason, where=where, hint="rename the fields of the file")
     return "" if value is None else str(value).strip()
 
 
@@ -153,10 +140,7 @@ def _spaced(code: str) -> str:
     return " ".join(re.findall(r"\d*\.?\d+|\d+\.?|\S", code))
 
 
-def _hash(text: str) -> bytes:
-    """Spacing, case, dollar signs and the size of brackets and fractions do not make a problem another one; signs do."""
-    return hashlib.blake2b(MARKUP.sub("", text.lower()).encode(), digest_size=16).digest()
-
-
-def _held_out(task: Task) -> bool:
-    return _hash(task.data["problem"])[0] % HELD_OUT == 0
+def _mark(task: Task) -> bytes:
+    """Equal for the same problem: spacing, case, dollar signs and the size of brackets and fractions do not count; signs do."""
+    text = MARKUP.sub("", task.data["problem"].lower())
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

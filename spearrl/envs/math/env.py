@@ -14,8 +14,8 @@ from pydantic import Field
 
 from spearrl.config.tables import table
 from spearrl.envs.math.data import open_problems
-from spearrl.envs.math.generate import generated
-from spearrl.envs.math.grade import boxed, number, released, right
+from spearrl.envs.math.generate import generate_problems
+from spearrl.envs.math.grade import boxed, is_right, is_right_as_released, plain_number
 from spearrl.envs.math.judge import Judges
 from spearrl.envs.tool import OPEN, Done, ToolEnvironment, call, read_calls, tool
 from spearrl.errors import ConfigError
@@ -31,9 +31,9 @@ GENERATED = ("train", "val")
 
 
 class Math(ToolEnvironment):
-    r"""A problem, the tool `code_interpreter`, and an answer in \boxed{}: a reply without a tool call ends the episode; +1 where it is right, else −1.
+    r"""A problem, the tool `code_interpreter`, and an answer in \boxed{}: +1 where it is right, else −1.
 
-    One call a turn is run, the first (as released). Splits: `train` and `val` of generated problems, or what `data` holds.
+    A reply without a tool call ends the episode. One call a turn is run, the first (as released). Splits: `train` and `val` of generated problems, or what `data` holds.
     """
 
     max_turns = 8
@@ -43,7 +43,7 @@ class Math(ToolEnvironment):
     class Options(ToolEnvironment.Options):
         data: str | None = Field(
             None,
-            description="Folder with the usual files (docs/math.md), or one JSONL or parquet file; none: generated problems.",
+            description="Folder with the usual files (docs/math.md), or a JSONL or parquet file; none: generated problems.",
         )
         train: str = Field(
             "aime,math",
@@ -51,7 +51,7 @@ class Math(ToolEnvironment):
         )
         grader: Literal["math_verify", "plain", "release"] = Field(
             "math_verify",
-            description="Equal in mathematics; equal as numbers; or the released rule, equal as text near the end (release fidelities set it).",
+            description="Equal in mathematics; equal as numbers; or the released rule: equal as text near the end.",
         )
         seed: int = Field(0, ge=0, description="Fixes the generated problems.")
         digits: int = Field(3, ge=2, le=12, description="Digits of the numbers in generated problems.")
@@ -73,17 +73,14 @@ class Math(ToolEnvironment):
 
     def __init__(self, data: str | Path | None = None, **options: Any):
         super().__init__(data=None if data is None else str(data), **options)
-        chosen = self.options
-        if not chosen.data and chosen.train != self.Options.model_fields["train"].default:
+        settings = self.options
+        if not settings.data and settings.train != self.Options.model_fields["train"].default:
+            reason = f"env.options.train={settings.train!r} names files, but env.options.data is not set"
             hint = "set env.options.data to the folder they lie in, or leave train out: then problems are generated"
-            raise ConfigError(
-                f"env.options.train={chosen.train!r} names files, but env.options.data is not set",
-                where="env math",
-                hint=hint,
-            )
-        self._problems = open_problems(chosen.data, chosen.train) if chosen.data else None
-        self._judges = _judges(chosen.sandbox) if chosen.grader == "math_verify" else None
-        self._sandbox = _sandbox(chosen.sandbox)
+            raise ConfigError(reason, where="env math", hint=hint)
+        self._problems = open_problems(settings.data, settings.train) if settings.data else None
+        self._judges = _judges(settings.sandbox) if settings.grader == "math_verify" else None
+        self._sandbox = _sandbox(settings.sandbox)
         self.threads = self._sandbox.concurrency  # what waits for its turn does so before its step's deadline begins
         self._session: SandboxSession | None = None
 
@@ -101,14 +98,16 @@ class Math(ToolEnvironment):
 
     def tasks(self, split: str) -> Sequence[Task]:
         """Problems of a split. Raises ConfigError for an unknown one."""
-        known = tuple(self._problems.splits) if self._problems else GENERATED
-        if split not in known:
-            hint = f"use {known[-1]} (eval.split={known[-1]})" + ("" if self._problems else ", or set env.options.data")
-            raise ConfigError(f"split {split!r} is not one of {', '.join(known)}", where="env math", hint=hint)
+        splits = tuple(self._problems.splits) if self._problems else GENERATED
+        if split not in splits:
+            hint = f"use {splits[-1]} (eval.split={splits[-1]})" + (
+                "" if self._problems else ", or set env.options.data"
+            )
+            raise ConfigError(f"split {split!r} is not one of {', '.join(splits)}", where="env math", hint=hint)
         if self._problems:
             return self._problems.splits[split]
         count = self.options.problems if split == "train" else max(1, self.options.problems // 8)
-        return generated(self.options.seed, self.options.digits, split, count)
+        return generate_problems(self.options.seed, self.options.digits, split, count)
 
     def begin(self, task: Task, draw: random.Random) -> str:
         self.close()
@@ -130,19 +129,18 @@ class Math(ToolEnvironment):
         text = PRELUDE + ("import numpy\nimport numpy as np\n" if re.search(r"\b(np|numpy)\b", body) else "") + body
         result = (self._session or self._sandbox).run(text)
         if result.status == "unavailable":
-            return Outcome(
-                Observation(f"the interpreter is not available: {result.stderr.strip()}"),
-                0.0,
-                False,
-                info={"success": False, "fault": True},
-            )
+            text = f"the interpreter is not available: {result.stderr.strip()}"
+            return Outcome(Observation(text), 0.0, False, info={"success": False, "fault": True})
         self._runs, self._printed = self._runs + 1, result.stdout.strip()
         return _shown(result, self.options.sandbox.timeout_s)
 
     def answer_text(self, text: str) -> Done:
         answer = str(self._task.data["answer"])
-        good = released(text, answer) if self.options.grader == "release" else right(boxed(text), answer, self._judges)
-        return Done(RIGHT if good else WRONG, good, "right" if good else "wrong")
+        if self.options.grader == "release":
+            correct = is_right_as_released(text, answer)
+        else:
+            correct = is_right(boxed(text), answer, self._judges)
+        return Done(RIGHT if correct else WRONG, correct, "right" if correct else "wrong")
 
     def parse(self, reply: Reply) -> Action:
         r"""The first tool call of a reply, or the whole reply as the answer; one with neither call nor closed \boxed{} is invalid."""
@@ -176,7 +174,8 @@ class Math(ToolEnvironment):
             step = self._plan[self._runs]
             return step if boxed(step) else _code(step)
         answer = str(self._task.data["answer"])
-        return f"\\boxed{{{self._printed if self._noisy or number(self._printed) == number(answer) else answer}}}"
+        trusts = self._noisy or plain_number(self._printed) == plain_number(answer)
+        return f"\\boxed{{{self._printed if trusts else answer}}}"
 
     def _make_plan(self, steps: list[str]) -> list[str]:
         draw, noise = random.Random(derive(self._seed, "expert")), self.expert_noise
@@ -188,8 +187,8 @@ class Math(ToolEnvironment):
         if not steps:  # a solution without calculations
             self._noisy = False
         elif self._noisy:
-            place = draw.choice([m.start() for m in re.finditer(r"\d", steps[-1])])
-            steps[-1] = f"{steps[-1][:place]}{draw.randint(1, 9)}{steps[-1][place + 1 :]}"
+            position = draw.choice([m.start() for m in re.finditer(r"\d", steps[-1])])
+            steps[-1] = f"{steps[-1][:position]}{draw.randint(1, 9)}{steps[-1][position + 1 :]}"
         elif luck < 1.75 * noise:
             steps.append(steps[-1])
         return steps
@@ -197,11 +196,8 @@ class Math(ToolEnvironment):
     def _cut(self, text: str) -> str:
         """Without its middle where it is too long."""
         plain, half = text.encode(errors="replace").decode(), self.options.max_result_chars // 2
-        return (
-            plain
-            if len(plain) <= 2 * half
-            else f"{plain[:half]}\n[... {len(plain) - 2 * half} characters cut]\n{plain[-half:]}"
-        )
+        extra = len(plain) - 2 * half
+        return plain if extra <= 0 else f"{plain[:half]}\n[... {extra} characters cut]\n{plain[-half:]}"
 
 
 def _code(code: str) -> str:
@@ -213,10 +209,8 @@ def _shown(result: RunResult, timeout_s: float) -> str:
     if result.status == "ok":
         return result.stdout.rstrip() or EMPTY
     lines = [line for line in result.stderr.splitlines() if line.strip()][-2:] if result.status == "error" else []
-    reason = {"timeout": f"error: stopped after {timeout_s:g} s", "memory": "error: out of memory"}.get(
-        result.status, FAILED
-    )
-    return "\n".join([*lines, reason])
+    reasons = {"timeout": f"error: stopped after {timeout_s:g} s", "memory": "error: out of memory"}
+    return "\n".join([*lines, reasons.get(result.status, FAILED)])
 
 
 @lru_cache(maxsize=4)

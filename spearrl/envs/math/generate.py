@@ -32,7 +32,7 @@ PATIENCE = 1000  # draws for a set that was not asked about; small numbers run o
 
 
 @lru_cache(maxsize=8)
-def generated(seed: int, digits: int, split: str, count: int) -> tuple[Task, ...]:
+def generate_problems(seed: int, digits: int, split: str, count: int) -> tuple[Task, ...]:
     """`count` problems with numbers of `digits` digits, the kinds in turn. No set of numbers is asked about in both splits."""
     draw, kinds, tasks, seen = random.Random(derive(seed, "math", split)), tuple(KINDS), [], set()
     for number in range(count):

@@ -31,12 +31,12 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def released(reply: str, answer: str) -> bool:
+def is_right_as_released(reply: str, answer: str) -> bool:
     r"""SPEAR's release for AIME and DAPO: the last \boxed{} in the last 100 characters, equal to the answer as text (042 is not 42)."""
     return boxed(reply[-TAIL:][-BOX_TAIL:]) == answer
 
 
-def number(text: str) -> Fraction | None:
+def plain_number(text: str) -> Fraction | None:
     """A plain decimal number, exactly, with or without $, % and thousands separators: 042, 1,000 and 42.0 are 42, 1000 and 42."""
     match = NUMBER.fullmatch(SIGNS.sub("", text).strip()) if len(text) <= LONGEST else None
     if match is None or not (match[2] or match[3]):
@@ -44,13 +44,16 @@ def number(text: str) -> Fraction | None:
     return Fraction(f"{match[1]}{(match[2] or '0').replace(',', '')}{match[3] or ''}")
 
 
-def right(prediction: str | None, answer: str, judges: Judges | None) -> bool:
-    """Whether a boxed answer equals the reference. `judges` decide where one of them is no plain number; none: then it is wrong unless the texts agree."""
+def is_right(prediction: str | None, answer: str, judges: Judges | None) -> bool:
+    """Whether a boxed answer equals the reference.
+
+    `judges` decide where one of them is no plain number; without judges it then is wrong, unless the texts agree.
+    """
     if prediction is None or len(prediction) > LONGEST:
         return False
-    found, wanted = number(prediction), number(answer)
-    if found is not None and wanted is not None:
-        return found == wanted
+    numbers = plain_number(prediction), plain_number(answer)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
     if DROPPED.sub("", prediction) == DROPPED.sub("", answer):
         return True
     return judges is not None and judges.equal(prediction, answer)

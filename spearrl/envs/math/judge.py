@@ -1,4 +1,7 @@
-"""math-verify inside a sandbox: what a model wrote reaches sympy there only, under a deadline; an interpreter that overruns is killed and replaced."""
+"""math-verify inside a sandbox: what a model wrote reaches sympy there only, under a deadline.
+
+An interpreter that overruns it is killed and replaced.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ WARM_S = 60.0  # for what an interpreter loads with its first judgement
 MEMORY_MIB = 1024
 CODE = r"""
 from math_verify import parse, verify
-found, wanted = (parse("\\boxed{%s}" % text, parsing_timeout=None) for text in PAIR)
-print(verify(wanted, found, timeout_seconds=None))
+prediction, answer = (parse("\\boxed{%s}" % text, parsing_timeout=None) for text in PAIR)
+print(verify(answer, prediction, timeout_seconds=None))
 """
 
 
@@ -25,8 +28,8 @@ class Judges:
     """A few interpreters that keep math-verify loaded, shared by all slots. Thread-safe.
 
     Args:
-        options: of the environment's sandbox. Where that is a remote server, which has no math-verify, judges are in a jail here if there can be one,
-            else they have its limits only, with a warning.
+        options: of the environment's sandbox. Where that is a remote server, which has no math-verify, judges are in a jail
+            here if there can be one, else they have its limits only, with a warning.
     Raises:
         ConfigError: math-verify is not installed, or the sandbox cannot be had.
     """
@@ -34,36 +37,30 @@ class Judges:
     def __init__(self, options: SandboxOptions, deadline_s: float = DEADLINE_S):
         if find_spec("math_verify") is None:
             hint = "pip install 'spearrl[envs]', or env.options.grader=plain, which compares numbers"
-            raise ConfigError(
-                "this grader needs math-verify, which is not installed", where="env.options.grader", hint=hint
-            )
-        changes = {
-            "packages": ("math-verify",),
-            "concurrency": COUNT,
-            "timeout_s": deadline_s,
-            "memory_mib": MEMORY_MIB,
-        }
-        self._sandbox = _opened(options.model_copy(update=changes))
-        self._free: SimpleQueue[tuple[SandboxSession | None, int]] = (
-            SimpleQueue()
-        )  # none: yet to be started; and the answers each has judged
+            reason = "this grader needs math-verify, which is not installed"
+            raise ConfigError(reason, where="env.options.grader", hint=hint)
+        limits = {"concurrency": COUNT, "timeout_s": deadline_s, "memory_mib": MEMORY_MIB}
+        self._sandbox = _open_local(options.model_copy(update={"packages": ("math-verify",), **limits}))
+        # a session (none: yet to be started), and how many answers it has judged
+        self._free: SimpleQueue[tuple[SandboxSession | None, int]] = SimpleQueue()
         for _ in range(COUNT):
             self._free.put((None, 0))
 
     def equal(self, prediction: str, answer: str) -> bool:
-        """Whether two answers are the same in mathematics; false where the judge failed or took too long. Raises EnvironmentFault where there is none."""
-        result = self._ask(prediction, answer)
+        """Whether two answers are the same in mathematics; false where the judge failed or took too long.
+
+        Raises:
+            EnvironmentFault: there is no judge to be had.
+        """
+        result = self._judge(prediction, answer)
         if result.status in ("killed", "memory"):  # perhaps through no fault of this answer
-            result = self._ask(prediction, answer)
+            result = self._judge(prediction, answer)
         if result.status == "unavailable":
-            raise EnvironmentFault(
-                f"answers cannot be graded: {result.stderr.strip()}",
-                where="env math",
-                hint="spearrl doctor says what is in force",
-            )
+            reason = f"answers cannot be graded: {result.stderr.strip()}"
+            raise EnvironmentFault(reason, where="env math", hint="spearrl doctor says what is in force")
         return result.status == "ok" and result.stdout.split()[-1:] == ["True"]
 
-    def _ask(self, *pair: str) -> RunResult:
+    def _judge(self, *pair: str) -> RunResult:
         session, judged = self._free.get()
         try:
             if session is None:
@@ -82,7 +79,7 @@ class Judges:
         self._sandbox.close()
 
 
-def _opened(options: SandboxOptions) -> Sandbox:
+def _open_local(options: SandboxOptions) -> Sandbox:
     if options.kind != "fusion":
         return open_sandbox(options)
     try:
