@@ -1,7 +1,8 @@
 """Atomic, verified checkpoints: a directory appears under its final name only when it is complete on disk.
 
-Written aside as `.tmp-<step>-<pid>`, every file fsynced, then renamed to `step-<step>`. `manifest.json` inside holds size and CRC-32
-of every file; loading checks them and falls back to the checkpoint before. There is no `latest` file to tear and no pickle anywhere.
+Written aside as `.tmp-<step>-<pid>`, every file fsynced, then renamed to `step-<step>`. `manifest.json` inside holds
+size and CRC-32 of every file; loading checks them and falls back to the checkpoint before. There is no `latest` file to
+tear and no pickle anywhere.
 """
 
 from __future__ import annotations
@@ -39,13 +40,10 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, k
     try:
         temporary.mkdir()
         write(temporary)
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "files": {str(p.relative_to(temporary)): _fingerprint(p) for p in _files(temporary)},
-        }
+        files = {str(p.relative_to(temporary)): _fingerprint(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
+        manifest = {"format": FORMAT, "step": step, "files": files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for path in [*_files(temporary), *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
+        for path in [*temporary.rglob("*"), temporary]:
             _fsync(path)
         if final.exists():
             _remove(final)
@@ -53,9 +51,8 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, k
         _fsync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise StorageError(
-            f"checkpoint of step {step} failed: {error}", where=str(folder), hint="free disk space, then resume the run"
-        ) from error
+        hint = "free disk space, then resume the run"
+        raise StorageError(f"checkpoint of step {step} failed: {error}", where=str(folder), hint=hint) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -66,27 +63,26 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], *, k
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint directories, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted((p for p in folder.iterdir() if NAME.match(p.name)), key=lambda p: int(p.name[5:]))
+    return sorted((p for p in folder.glob("step-*") if NAME.match(p.name)), key=lambda p: int(p.name[5:]))
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
-    """The newest checkpoint that verifies, and a warning for each newer one that does not. Raises CheckpointError if none does."""
+    """The newest checkpoint that verifies, and a warning for each newer one that does not.
+
+    Raises:
+        CheckpointError: none does.
+    """
     problems: list[str] = []
     for path in reversed(checkpoints(folder)):
-        problem = defect(path)
-        if problem is None:
+        if (problem := defect(path)) is None:
             return path, problems
         problems.append(f"{path.name}: {problem}")
-    listed = "; ".join(problems) or "there are none"
-    raise CheckpointError(
-        f"no valid checkpoint ({listed})", where=str(folder), hint="start the run again under another run.name"
-    )
+    text = f"no valid checkpoint ({'; '.join(problems) or 'there are none'})"
+    raise CheckpointError(text, where=str(folder), hint="start the run again under another run.name")
 
 
 def defect(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: its manifest parses and every file has the size and CRC-32 written there."""
+    """What is wrong with a checkpoint; None where its manifest parses and each file has the size and CRC-32 in it."""
     try:
         files = json.loads((path / "manifest.json").read_text())["files"]
         for name, expected in files.items():
@@ -107,8 +103,8 @@ def save_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
     """Write a nested state of tensors and JSON values as `<name>.safetensors` and `<name>.json`."""
     from safetensors.torch import save_file
 
-    tensors: dict[str, torch.Tensor] = {}
     folder.mkdir(exist_ok=True)
+    tensors: dict[str, torch.Tensor] = {}
     (folder / f"{name}.json").write_text(json.dumps(strip(state, tensors, name)))
     save_file(tensors, folder / f"{name}.safetensors")
 
@@ -118,10 +114,6 @@ def load_state(folder: Path, name: str) -> Any:
     from safetensors.torch import load_file
 
     return fill(json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors"))
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
 def _fingerprint(path: Path) -> list[int]:

@@ -1,6 +1,18 @@
 """The run directory: lock, resolved config, events, TensorBoard, trajectories.
 
-config.toml  command.txt  versions.json  events.jsonl  trajectories/step-000001.jsonl  tb/  checkpoints/step-000020/
+Written when a run begins:
+    config.toml     every setting, resolved; written anew where a resumed run changes one
+    command.txt     the command line
+    versions.json   Python, machine, packages
+    start/          the model it began with, where other processes load it
+    reference/      the frozen model, where a KL divergence or adapters need one
+While it trains:
+    events.jsonl    one JSON object an event: "step", "eval", "checkpoint", "warning", ... (docs/metrics.md)
+    tb/             the same numbers for TensorBoard (run.tensorboard)
+    trajectories/   episodes: step-000020.jsonl every run.trajectories_every steps, eval-<split>-000020.jsonl
+    checkpoints/    step-000020/, see run/checkpoint.py
+    worker-0.log    what a rollout worker prints
+    lock            held, and named after its process, for as long as a process trains the run
 """
 
 from __future__ import annotations
@@ -16,26 +28,43 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib import metadata
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from spearrl.config import RunConfig, to_toml
 from spearrl.errors import RefusedError, StorageError
 from spearrl.types import Group, Trajectory
 
+PACKAGES = ("spearrl", "torch", "transformers", "tokenizers", "numpy", "pydantic")  # whose versions a run notes
+
 
 class Run:
-    """An open run directory; holds its lock until `close()`."""
+    """An open run directory; holds its lock until `close()`.
+
+    Raises:
+        RefusedError: another process has it open.
+    """
 
     def __init__(self, path: Path, *, tensorboard: bool = False):
-        self.path = path
+        self.path, self.checkpoints = path, path / "checkpoints"
         self._lock = _lock(path)
         self._events = (path / "events.jsonl").open("a", buffering=1)
-        self._board = _summary_writer(path / "tb") if tensorboard else None
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(path / "tb"))
 
     @classmethod
     def create(cls, config: RunConfig) -> Run:
-        """Make the directory of a new run. Raises RefusedError where a run of that name exists."""
+        """Make the directory of a new run.
+
+        Raises:
+            RefusedError: a run of that name exists.
+            StorageError: the folder cannot be made.
+        """
         path = _new_path(config)
         try:
             path.mkdir(parents=True, mode=0o700)
@@ -49,32 +78,25 @@ class Run:
         return cls(path, tensorboard=config.run.tensorboard)
 
     def rewrite_config(self, config: RunConfig, overrides: Sequence[str]) -> None:
-        """A resumed run's settings changed: the directory holds the new ones from now on, and the event log says what changed."""
+        """Keep the settings of a resumed run that changed some; the event log says which."""
         temporary = self.path / ".config.toml"
         temporary.write_text(to_toml(config))
         os.replace(temporary, self.path / "config.toml")
         self.event("config", 0, {"changed": list(overrides)})
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Append one JSON line; finite numbers also go to TensorBoard."""
-        self._events.write(
-            json.dumps({"event": kind, "step": step, "time": round(time.time(), 3), **_finite(values)}, default=_plain)
-            + "\n"
-        )
-        if self._board is not None:
-            for key, value in values.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    self._board.add_scalar(f"{kind}/{key}" if "/" not in key else key, value, step)
+        """Append one JSON line; numbers also go to TensorBoard."""
+        event = {"event": kind, "step": step, "time": round(time.time(), 3), **_finite(values)}
+        self._events.write(json.dumps(event, default=_plain) + "\n")
+        for key, value in values.items() if self._board is not None else ():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                self._board.add_scalar(key if "/" in key else f"{kind}/{key}", value, step)
 
     def steps_of(self, kind: str) -> set[int]:
         """Steps at which an event of this kind was logged."""
         self._events.flush()
         lines = (self.path / "events.jsonl").read_text().splitlines()
-        events = [json.loads(line) for line in lines if line.endswith("}")]
+        events = [json.loads(line) for line in lines if line.endswith("}")]  # a killed process leaves half a line
         return {event["step"] for event in events if event["event"] == kind}
 
     def trajectories(self, step: int, groups: Sequence[Group], *, name: str = "step") -> None:
@@ -101,7 +123,7 @@ def write_trajectories(path: Path, groups: Sequence[Group]) -> None:
 
 
 def readable(trajectory: Trajectory) -> dict[str, Any]:
-    """A trajectory as plain JSON values: what was shown, what was said, what it earned."""
+    """A trajectory as plain JSON values: observations, replies, rewards."""
     return {
         "schema": 1,
         "task": trajectory.task.id,
@@ -130,16 +152,16 @@ def readable(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What the run ran on."""
-    from importlib.metadata import PackageNotFoundError, version
+    """What the run runs on."""
 
-    found = {"python": platform.python_version(), "machine": platform.machine(), "cpus": str(os.cpu_count())}
-    for package in ("spearrl", "torch", "transformers", "tokenizers", "numpy", "pydantic"):
+    def version(package: str) -> str:
         try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "not installed as a package"
+
+    machine = {"python": platform.python_version(), "machine": platform.machine(), "cpus": str(os.cpu_count())}
+    return machine | {package: version(package) for package in PACKAGES}
 
 
 def _plain(value: Any) -> Any:
@@ -147,22 +169,27 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
 
 
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: non-finite floats are written as strings."""
+    return {k: (str(v) if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}
+
+
 def _new_path(config: RunConfig) -> Path:
+    """The named one, else <environment>-<algorithm>-s<seed>, numbered where that is taken. Raises RefusedError."""
     folder = Path(config.run.output_dir)
     if config.run.name:
         path = folder / config.run.name
         if path.exists():
-            raise RefusedError(
-                f"{path} exists", hint=f"continue it with `spearrl train --resume {path}`, or choose another run.name"
-            )
+            hint = f"continue it with `spearrl train --resume {path}`, or choose another run.name"
+            raise RefusedError(f"{path} exists", hint=hint)
         return path
     environment = config.env.name.rpartition(":")[2].lower()
     stem = f"{environment}-{config.algo.name.replace('+', '-')}-s{config.run.seed}"
-    taken = [stem, *(f"{stem}-{number}" for number in range(2, 10_000))]
-    return next(folder / name for name in taken if not (folder / name).exists())
+    paths = (folder / (stem if number == 1 else f"{stem}-{number}") for number in count(1))
+    return next(path for path in paths if not path.exists())
 
 
-def _lock(path: Path) -> Any:
+def _lock(path: Path) -> IO[str]:
     file = (path / "lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -176,14 +203,3 @@ def _lock(path: Path) -> Any:
     file.write(f"pid {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
-
-
-def _summary_writer(path: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(path))
-
-
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: non-finite floats are written as strings."""
-    return {k: (str(v) if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}

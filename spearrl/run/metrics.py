@@ -1,8 +1,9 @@
-"""What a step reports about its time and its episodes."""
+"""Metrics of a step's time and episodes; docs/metrics.md lists them."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from spearrl.algorithm import episode_bonuses, mixed
@@ -31,30 +32,37 @@ class Clock:
         }
 
 
-def rollout_metrics(groups: list[Group], kept: list[Group]) -> dict[str, float]:
-    """What the step's episodes were like, over the sound ones."""
-    played = [t for g in groups for t in g.valid]
-    turns = [turn for t in played for turn in t.turns]
-    number, said = max(1, len(played)), max(1, len(turns))
+def rollout_metrics(groups: list[Group], trained: list[Group]) -> dict[str, float]:
+    """How a step's episodes went, over the sound ones.
+
+    Args:
+        groups: as they were played.
+        trained: those of them that are trained on.
+    """
+    sound = [t for g in groups for t in g.valid]
+    turns = [turn for t in sound for turn in t.turns]
+    tokens = [len(turn.token_ids) for turn in turns]
+    statuses = Counter(t.status.value for g in groups for t in g.trajectories)
     metrics = {
-        "rollout/turns": len(turns) / number,
-        "rollout/reply_tokens": sum(len(turn.token_ids) for turn in turns) / said,
-        "rollout/tokens": float(sum(len(turn.token_ids) for turn in turns)),
-        "rollout/invalid": sum(not turn.action.valid for turn in turns) / said,
-        "rollout/tool_calls": sum(t.tool_calls for t in played) / number,
-        "rollout/groups_lost": float(len(groups) - len(kept)),
+        "rollout/turns": mean([len(t.turns) for t in sound]),
+        "rollout/reply_tokens": mean(tokens),
+        "rollout/tokens": float(sum(tokens)),
+        "rollout/invalid": mean([not turn.action.valid for turn in turns]),
+        "rollout/tool_calls": mean([t.tool_calls for t in sound]),
+        "rollout/groups_lost": float(len(groups) - len(trained)),
         "rollout/errors": float(sum(len(g.trajectories) - len(g.valid) for g in groups)),
-        "rollout/faults": sum(t.faults > 0 for t in played) / number,
-        "rollout/rewrites": float(sum(t.rewrites for t in played)),
+        "rollout/faults": mean([t.faults > 0 for t in sound]),
+        "rollout/rewrites": float(sum(t.rewrites for t in sound)),
     }
-    if played:  # no number for a step without a sound episode: 0 would be a statement about the policy
-        metrics["rollout/success"] = sum(t.success for t in played) / number
-        metrics["rollout/reward"] = sum(t.reward for t in played) / number
-    if any(len(g.trajectories) > 1 for g in kept):
-        metrics["rollout/mixed_groups"] = sum(mixed(g) for g in kept) / len(kept)
-    statuses = [t.status.value for g in groups for t in g.trajectories]
-    metrics |= {f"status/{name}": float(statuses.count(name)) for name in sorted(set(statuses))}
-    return metrics | {f"env/{key}": value for key, value in numeric_means(played).items()}
+    if sound:  # no number for a step without a sound episode: 0 would be a statement about the policy
+        metrics |= {
+            "rollout/success": mean([t.success for t in sound]),
+            "rollout/reward": mean([t.reward for t in sound]),
+        }
+    if any(len(g.trajectories) > 1 for g in trained):
+        metrics["rollout/mixed_groups"] = mean([mixed(g) for g in trained])
+    metrics |= {f"status/{name}": float(count) for name, count in sorted(statuses.items())}
+    return metrics | {f"env/{name}": value for name, value in numeric_means(sound).items()}
 
 
 def numeric_means(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -70,7 +78,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def sampler_gap(batch: Batch) -> dict[str, float]:
-    """|learner − engine| log-probability of the action tokens, mean and largest: what the engine sampled against what the learner would have."""
+    """|learner − engine| log-probability of the sampled tokens, mean and largest: 0 where both agree."""
     mask = batch.action_mask
     if batch.rollout_logprobs is None or not bool(mask.any()):
         return {}
@@ -79,7 +87,7 @@ def sampler_gap(batch: Batch) -> dict[str, float]:
 
 
 def staleness(rows: Rows, version: int) -> dict[str, float]:
-    """How many versions older than the learner's the weights were that sampled the action tokens."""
+    """By how many versions the weights that sampled a token were older than the learner's: mean and largest."""
     ages = (version - rows.policy_version[rows.action_mask]).double()
     return {"policy/staleness": float(ages.mean()), "policy/staleness_max": float(ages.max())} if len(ages) else {}
 
