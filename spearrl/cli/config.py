@@ -19,7 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     add_gpus(parser)
     parser.add_argument("--why", action="store_true", help="show: where each value came from, as a comment behind it")
-    parser.add_argument("--markdown", action="store_true", help="schema: the reference page")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -80,6 +79,10 @@ def _named(name: str) -> RunConfig:
 
 
 def _schema(args: argparse.Namespace) -> str:
-    from spearrl.config.reference import json_schema, markdown
+    """JSON schema of a config file (editors complete and check with it); `preset` may stand beside the sections."""
+    from spearrl.config import RunConfig
+    from spearrl.config.presets import PRESETS
 
-    return markdown() if args.markdown else json.dumps(json_schema(), indent=1, ensure_ascii=False)
+    schema = RunConfig.model_json_schema()
+    preset = {"enum": list(PRESETS), "type": "string", "description": "Preset the file starts from."}
+    return json.dumps({**schema, "properties": {"preset": preset, **schema["properties"]}}, indent=1, ensure_ascii=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spearrl.config import Resolved, RunConfig
-    from spearrl.config.loading import WorkOut
+    from spearrl.config.loading import Derive
     from spearrl.launch.devices import Machine
     from spearrl.launch.placement import Placement
 
@@ -81,7 +81,7 @@ def check_environment(resolved: Resolved) -> None:
     sources = resolved.sources
     raise_all(
         [
-            Problem(text, fix, sources.get(f"env.options.{key.partition('.')[0]}", ""), (key,))
+            Problem(text, fix, (key,), sources.get(f"env.options.{key.partition('.')[0]}", ""))
             for key, text, fix in complaints
         ]
     )
@@ -94,14 +94,14 @@ def placed_from(args: argparse.Namespace, find: Callable[[], Machine]) -> tuple[
 
     found: list[Placement] = []
 
-    def work_out(config: RunConfig, free: Collection[str]) -> Mapping[str, Any]:
-        found.append(place(config, find(), derive=free, parameters=parameters_of(config.model.path)))
+    def derive(config: RunConfig, unset: Collection[str]) -> Mapping[str, Any]:
+        found.append(place(config, find(), derive=unset, parameters=parameters_of(config.model.path)))
         return found[0].derived
 
-    return resolved_from(args, work_out), found[0]
+    return resolved_from(args, derive), found[0]
 
 
-def resolved_from(args: argparse.Namespace, work_out: WorkOut | None = None) -> Resolved:
+def resolved_from(args: argparse.Namespace, derive: Derive | None = None) -> Resolved:
     """The config with its sources, silently. Raises ConfigError."""
     from spearrl.config import resolve
     from spearrl.errors import ConfigError
@@ -122,7 +122,7 @@ def resolved_from(args: argparse.Namespace, work_out: WorkOut | None = None) -> 
         algo=args.algo,
         model=args.model,
         preset=args.preset,
-        work_out=work_out,
+        derive=derive,
     )
 
 

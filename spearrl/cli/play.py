@@ -54,8 +54,9 @@ def run(args: argparse.Namespace) -> int:
     from spearrl import envs
 
     name = config.env.name
-    environment = _of_environment(name, lambda: envs.make(name, **config.env.options))
-    environment.max_turns = config.env.max_turns or environment.max_turns
+    environment = _of_environment(
+        name, lambda: envs.instantiate(name, config.env.options, config.env.max_turns)
+    )
     printer = _Printer(silent=args.json)
     task = _of_environment(name, lambda: _task(environment, args.split, args.task))
     printer.say(

@@ -1,4 +1,7 @@
-"""Typed run configs: sections, presets, the --algo grammar, TOML in and out. Names load lazily, so that --help needs no pydantic."""
+"""Typed run configs: sections, presets, the --algo grammar, TOML in and out.
+
+Names load lazily, so that --help needs no pydantic.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spearrl.config.checks import advice, check
+    from spearrl.config.algo import AlgoSection
+    from spearrl.config.checks import check
     from spearrl.config.dump import diff, to_toml
     from spearrl.config.loading import Resolved, load_config, resolve
+    from spearrl.config.pitfalls import advice
     from spearrl.config.sections import (
-        AlgoSection,
         EnvSection,
         EvalSection,
         LearnerSection,
@@ -26,30 +30,16 @@ if TYPE_CHECKING:
         VllmSection,
     )
 
-__all__ = [
-    "AlgoSection",
-    "EnvSection",
-    "EvalSection",
-    "LearnerSection",
-    "LoraSection",
-    "ModelSection",
-    "PlacementSection",
-]
-__all__ += ["RolloutSection", "RunConfig", "RunSection", "SftSection", "SyncSection", "TinySection", "VllmSection"]
+__all__ = ["AlgoSection", "EnvSection", "EvalSection", "LearnerSection", "LoraSection", "ModelSection"]
+__all__ += ["PlacementSection", "RolloutSection", "RunConfig", "RunSection", "SftSection", "SyncSection"]
+__all__ += ["TinySection", "VllmSection"]
 __all__ += ["Resolved", "advice", "check", "diff", "load_config", "resolve", "to_toml"]
 
-_HOME = {
-    "Resolved": "loading",
-    "advice": "checks",
-    "check": "checks",
-    "diff": "dump",
-    "load_config": "loading",
-    "resolve": "loading",
-    "to_toml": "dump",
-}
+_HOME_OF = {"advice": "pitfalls", "check": "checks", "diff": "dump", "to_toml": "dump"}
+_HOME_OF |= dict.fromkeys(("Resolved", "load_config", "resolve"), "loading")
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module(f"{__name__}.{_HOME.get(name, 'sections')}"), name)
+        return getattr(import_module(f"{__name__}.{_HOME_OF.get(name, 'sections')}"), name)
     raise AttributeError(f"module 'spearrl.config' has no attribute {name!r}")

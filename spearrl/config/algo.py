@@ -12,9 +12,8 @@ from spearrl.config.grammar import GrammarError, algo_settings
 CALLABLE = r"^([a-z][a-z0-9_+]*|[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)$"
 QUANTILE = r"^quantile:(0(\.[0-9]+)?|1(\.0+)?|\.[0-9]+)$"
 
-Threshold = (
-    float | Annotated[str, Field(pattern=QUANTILE)]
-)  # a number, or "quantile:0.8" of the mini-batch's own values
+# A number, or "quantile:0.8" of the mini-batch's own values.
+Threshold = float | Annotated[str, Field(pattern=QUANTILE)]
 
 
 class Section(BaseModel):
@@ -26,19 +25,15 @@ class Section(BaseModel):
 class PolicySection(Section):
     clip_low: float = Field(0.2, gt=0, le=1, description="Lower clip of the probability ratio; 1: none.")
     clip_high: float = Field(0.2, gt=0, description="Upper clip of the probability ratio.")
-    dual_clip: float | None = Field(
-        10.0, gt=1, description="Dual-clip bound c on the loss of negative advantages; none: off."
-    )
+    dual_clip: float | None = Field(10.0, gt=1, description="Dual-clip bound of negative advantages; none: off.")
     aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
         "token-mean", description="How token losses become one number."
     )
-    horizon: int = Field(
-        512, ge=1, description="Tokens that seq-mean-token-sum-norm divides by (the longest response)."
-    )
+    horizon: int = Field(512, ge=1, description="Tokens that seq-mean-token-sum-norm divides by: the longest response.")
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus, on-policy and replay.")
     mask: Literal["action", "attention"] = Field(
         "action",
-        description='Tokens in the loss: "action" leaves filtered turns out; "attention" keeps them at advantage 0 (as released).',
+        description='Tokens in the loss: "action" drops filtered turns; "attention" (as released) keeps them at 0.',
     )
     denominator: Literal["mini_batch", "micro_batch"] = Field(
         "mini_batch",
@@ -48,15 +43,11 @@ class PolicySection(Section):
 
 class GroupSection(Section):
     normalize_std: bool = Field(True, description="Divide group advantages by the group's standard deviation.")
-    statistics: Literal["trajectory", "turn"] = Field(
-        "trajectory", description="What a group's mean and deviation are taken over."
-    )
-    singleton: Literal["zero", "raw"] = Field(
-        "zero", description="Advantage of a group with one member: 0, or its raw reward."
-    )
+    statistics: Literal["trajectory", "turn"] = Field("trajectory", description="What its mean and deviation are over.")
+    singleton: Literal["zero", "raw"] = Field("zero", description="Advantage in a group of one: 0, or the raw reward.")
     blocks: Literal["group", "consecutive"] = Field(
         "group",
-        description="What the group filter and the baselines take for a group: the group, or each group_size episodes in a row (as released).",
+        description="What filter and baselines take for a group: it, or group_size episodes in a row (released).",
     )
 
 
@@ -74,20 +65,13 @@ class CriticSection(Section):
 
 
 class KlSection(Section):
-    loss_coef: float = Field(
-        0.0, ge=0, description="Weight of the KL divergence from the starting model in the loss; 0: none."
-    )
+    loss_coef: float = Field(0.0, ge=0, description="Weight of the KL divergence from the starting model in the loss.")
     reward_coef: float = Field(0.0, ge=0, description="The same, taken off the reward token by token; 0: none.")
     estimator: Literal["k1", "k2", "k3", "abs"] = Field("k3", description="How it is estimated from sampled tokens.")
 
 
 class KlCovSection(Section):
-    ratio: float = Field(
-        2e-4,
-        gt=0,
-        le=1,
-        description='Share of on-policy tokens that loss="kl_cov" penalises: those of highest covariance.',
-    )
+    ratio: float = Field(2e-4, gt=0, le=1, description="Share of on-policy tokens penalised, highest covariance first.")
     replay_ratio: float = Field(0.02, gt=0, le=1, description="ratio for replayed tokens.")
     coef: float = Field(0.1, ge=0, description="Weight of |log ratio| on these tokens.")
 
@@ -95,36 +79,28 @@ class KlCovSection(Section):
 class CorrectionSection(Section):
     mode: Literal["none", "tis", "mis"] = Field(
         "none",
-        description='Importance weights learner/engine: none, truncated at cap ("tis"), or 0 outside floor..cap ("mis").',
+        description='Importance weights learner/engine: truncated at cap ("tis"), or 0 outside floor..cap ("mis").',
     )
-    level: Literal["token", "sequence"] = Field(
-        "token", description="A weight per token, or one per row (product of its tokens)."
-    )
+    level: Literal["token", "sequence"] = Field("token", description="A weight per token, or their product per row.")
     cap: float = Field(2.0, gt=1, description="Largest weight.")
     floor: float = Field(0.5, ge=0, lt=1, description='Smallest weight that mode="mis" lets through.')
 
 
 class DynamicSection(Section):
-    enabled: bool = Field(
-        False, description="Dynamic sampling: play further tasks until groups_per_step groups differ in reward."
-    )
+    enabled: bool = Field(False, description="Play further tasks until groups_per_step groups differ in reward.")
     rounds: int = Field(10, ge=1, description="Rounds of rollout at most; the last one's groups are all kept.")
 
 
 class ScheduleSection(Section):
     kind: Literal["cosine", "linear", "constant", "entropy", "success", "curiosity"] = Field(
         "cosine",
-        description="Shape over steps, or adaptive: driven by the entropy spent, the success rate, or the share of states seen before.",
+        description="Shape over steps, or adaptive: by entropy spent, success rate, or share of states seen before.",
     )
-    steps: int = Field(
-        200, ge=1, description="Steps over which it rises (γ) or falls (μ); adaptive kinds do not use it."
-    )
+    steps: int = Field(200, ge=1, description="Steps over which it rises (γ) or falls (μ); not of adaptive kinds.")
     peak: float = Field(1.0, ge=0, description="Largest value.")
     low: float = Field(0.2, ge=0, le=1, description="Adaptive kinds: lower end of the band of the driving quantity.")
     high: float = Field(0.8, ge=0, le=1, description="Adaptive kinds: upper end of the band.")
-    smoothing: float = Field(
-        0.8, ge=0, lt=1, description="Adaptive kinds: share of the old estimate kept at each step."
-    )
+    smoothing: float = Field(0.8, ge=0, lt=1, description="Adaptive kinds: share of the old estimate a step keeps.")
 
 
 class SilSection(Section):
@@ -133,7 +109,7 @@ class SilSection(Section):
     baseline_capacity: int = Field(10240, ge=1, description="Group baselines kept for the P50 recalibration.")
     max_age: int = Field(5, ge=0, description="Steps a stored trajectory stays usable.")
     fill_factor: float = Field(
-        1.5, gt=0, description="A flush is due when more than fill_factor x capacity stored units beat the baseline."
+        1.5, gt=0, description="Replay needs more than this x capacity units above the baseline."
     )
     recalibration: Literal["median", "decay"] = Field(
         "median",
@@ -145,38 +121,26 @@ class SilSection(Section):
     age_reference: Literal["current", "newest"] = Field(
         "current", description="What age is counted from: this step, or the newest stored entry."
     )
-    subset: Literal["all", "power_of_two"] = Field(
-        "all", description="Replay up to capacity units, or the largest power of two of them."
-    )
+    subset: Literal["all", "power_of_two"] = Field("all", description="Replay all units, or a power of two of them.")
     min_rows: int = Field(1, ge=1, description="Fewer replay rows than this: no replay this step.")
-    unit: Literal["trajectory", "row"] = Field(
-        "trajectory", description="What is stored and drawn: whole trajectories or single rows."
-    )
+    unit: Literal["trajectory", "row"] = Field("trajectory", description="What is stored and drawn at a time.")
     update: Literal["alternating", "joint"] = Field(
         "alternating", description="Replay in optimiser steps of its own, or in one objective with the on-policy batch."
     )
     reward_scale: float = Field(
         1.0,
         gt=0,
-        description="Recalibrated advantages are divided by this (10: rewards of 0/10 become 0/1); a kept step part is not.",
+        description="Divides recalibrated advantages (10: rewards of 0/10 become 0/1), not a kept step part.",
     )
-    keep_step_part: bool = Field(
-        True, description="GiGPO: add the step part of a turn's own time to its recalibrated advantage."
-    )
+    keep_step_part: bool = Field(True, description="GiGPO: a replayed turn keeps the step part of its own time.")
     require_tool_call: bool = Field(False, description="Store only trajectories with a tool call.")
-    min_wins: int = Field(
-        1,
-        ge=1,
-        description="A task's wins are stored once it was won this often in the run, so that a lucky win is not imitated.",
-    )
+    min_wins: int = Field(1, ge=1, description="Wins a task needs in the run before any is stored, against luck.")
     token_weight: Literal["none", "confident", "unsure"] = Field(
         "none",
-        description='Weight of a replayed token by its probability p under the current policy: p^power ("confident") or (1 − p)^power ("unsure").',
+        description='Weight of a replayed token of probability p: p^power ("confident"), (1 − p)^power ("unsure").',
     )
     token_weight_power: float = Field(1.0, gt=0, description="The power.")
-    gamma: ScheduleSection = Field(
-        default_factory=ScheduleSection, description="Schedule of the replay weight γ: warm-up."
-    )
+    gamma: ScheduleSection = Field(ScheduleSection(), description="Schedule of the replay weight γ: warm-up.")
 
 
 class IntrinsicSection(Section):
@@ -184,22 +148,16 @@ class IntrinsicSection(Section):
     per_call: float = Field(0.1, ge=0, description="Bonus per counted call.")
     cap: float = Field(1.0, ge=0, description="Largest bonus of an episode.")
     count: Literal["tool_calls", "turns"] = Field("tool_calls", description="What is counted.")
-    condition: Literal["always", "correct_only"] = Field(
-        "always", description="Whom it is paid to: everyone, or successful episodes only."
-    )
-    flat_when_right: bool = Field(
-        False, description="A successful episode with a call gets the whole cap (as in the released Qwen3 scripts)."
-    )
+    condition: Literal["always", "correct_only"] = Field("always", description="Paid to all, or for success only.")
+    flat_when_right: bool = Field(False, description="A success with a call gets the whole cap (released Qwen3 runs).")
     in_evaluation: bool = Field(False, description="Report evaluation rewards with the bonus (as released).")
-    mu: ScheduleSection = Field(default_factory=ScheduleSection, description="Schedule of the bonus weight μ: decay.")
+    mu: ScheduleSection = Field(ScheduleSection(), description="Schedule of the bonus weight μ: decay.")
 
 
 class ClipCovSection(Section):
     enabled: bool = Field(False, description="Covariance clipping: drop a few high-covariance tokens from the loss.")
     ratio: float = Field(2e-4, gt=0, le=1, description="Share of on-policy action tokens dropped at most.")
-    lower: Threshold = Field(
-        1.0, description='Only covariances above this are candidates; "quantile:0.8": above that share of the tokens.'
-    )
+    lower: Threshold = Field(1.0, description='Candidates lie above this; "quantile:0.8": above that share of them.')
     upper: Threshold = Field(5.0, description='Only covariances below this are candidates; a number or "quantile:…".')
     replay_ratio: float = Field(0.02, gt=0, le=1, description="ratio for replayed tokens.")
     replay_lower: Threshold = Field(2.0, description="lower for replayed tokens.")
@@ -208,9 +166,7 @@ class ClipCovSection(Section):
         "mini_batch",
         description="Tokens a selection is made over; micro_batch depends on the micro-batch size (as released).",
     )
-    log_ratio_clamp: float | None = Field(
-        20.0, gt=0, description="Bound on |log ratio| under covariance clipping; none: no bound (as released)."
-    )
+    log_ratio_clamp: float | None = Field(20.0, gt=0, description="Bound on |log ratio| under it; none: as released.")
 
 
 class FilterSection(Section):
@@ -223,49 +179,42 @@ class FilterSection(Section):
     )
     subsample: Literal["none", "power_of_two"] = Field(
         "none",
-        description="With group_keep < 1: train on all kept turns' rows, or on a random power of two of them (as released).",
+        description="With group_keep < 1: train on all kept rows, or on a random power of two of them (as released).",
     )
-    group_keep: float = Field(
-        1.0, gt=0, le=1, description="Share of groups kept, those of highest reward deviation; 1: all."
-    )
+    group_keep: float = Field(1.0, gt=0, le=1, description="Share of groups kept: those of highest reward deviation.")
 
 
 class AlgoSection(Section):
     name: str = Field("grpo", description="base[+module...]; sets fields of this section before your own settings do.")
     fidelity: Literal["default", "paper", "release_agent", "release_math"] = Field(
         "default",
-        description="Whose reading of SPEAR: ours, the paper's text, or what the released agent or math code does; sets fields of this section.",
+        description="Whose reading of SPEAR sets fields here: ours, the paper's, the released agent or math code's.",
     )
     advantage: str = Field(
         "grpo",
         pattern=CALLABLE,
         examples=["grpo", "gigpo", "rloo", "reinforce++", "reinforce++_baseline", "gae"],
-        description='grpo, gigpo, rloo, reinforce++, reinforce++_baseline, gae (with a critic), or your own "my_pkg.mod:fn".',
+        description='A built-in one (gae: with a critic), or your own "my_pkg.mod:fn".',
     )
     loss: str = Field(
         "clip",
         pattern=CALLABLE,
         examples=["clip", "gspo", "cispo", "kl_cov"],
-        description='clip (PPO\'s surrogate), gspo, cispo, kl_cov, or your own "my_pkg.mod:fn".',
+        description='A built-in one (clip: that of PPO), or your own "my_pkg.mod:fn".',
     )
-    groups: GroupSection = Field(default_factory=GroupSection, description="Group-relative advantages.")
-    gigpo: GigpoSection = Field(default_factory=GigpoSection, description="GiGPO's step part.")
-    critic: CriticSection = Field(default_factory=CriticSection, description='Critic of advantage="gae".')
-    policy: PolicySection = Field(default_factory=PolicySection, description="Policy loss, on-policy and replay.")
-    sil: SilSection = Field(default_factory=SilSection, description="Self-imitation.")
-    intrinsic: IntrinsicSection = Field(default_factory=IntrinsicSection, description="Intrinsic tool-call reward.")
-    clip_cov: ClipCovSection = Field(default_factory=ClipCovSection, description="Covariance clipping.")
-    kl_cov: KlCovSection = Field(default_factory=KlCovSection, description='Covariance penalty, loss="kl_cov".')
-    kl: KlSection = Field(default_factory=KlSection, description="KL divergence from the starting model.")
-    correction: CorrectionSection = Field(
-        default_factory=CorrectionSection,
-        description="Engine and learner disagree a little: importance weights for that.",
-    )
-    dynamic: DynamicSection = Field(default_factory=DynamicSection, description="Dynamic sampling.")
-    filters: FilterSection = Field(default_factory=FilterSection, description="Quality and group filters.")
-    invalid_penalty: float = Field(
-        0.1, ge=0, description="Subtracted from the reward of a turn whose action is invalid."
-    )
+    groups: GroupSection = Field(GroupSection(), description="Group-relative advantages.")
+    gigpo: GigpoSection = Field(GigpoSection(), description="GiGPO's step part.")
+    critic: CriticSection = Field(CriticSection(), description='Critic of advantage="gae".')
+    policy: PolicySection = Field(PolicySection(), description="Policy loss, on-policy and replay.")
+    sil: SilSection = Field(SilSection(), description="Self-imitation.")
+    intrinsic: IntrinsicSection = Field(IntrinsicSection(), description="Intrinsic tool-call reward.")
+    clip_cov: ClipCovSection = Field(ClipCovSection(), description="Covariance clipping.")
+    kl_cov: KlCovSection = Field(KlCovSection(), description='Covariance penalty, loss="kl_cov".')
+    kl: KlSection = Field(KlSection(), description="KL divergence from the starting model.")
+    correction: CorrectionSection = Field(CorrectionSection(), description="Importance weights of engine and learner.")
+    dynamic: DynamicSection = Field(DynamicSection(), description="Dynamic sampling.")
+    filters: FilterSection = Field(FilterSection(), description="Quality and group filters.")
+    invalid_penalty: float = Field(0.1, ge=0, description="Taken off the reward of a turn whose action is invalid.")
 
     @field_validator("advantage", "loss")
     @classmethod
@@ -278,7 +227,7 @@ class AlgoSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _implied_by_the_name(cls, values: Any) -> Any:
-        """A config made in code gets what its algorithm's name and its fidelity stand for, below what it sets itself."""
+        """A config made in code gets what its algorithm's name and fidelity stand for, below what it sets itself."""
         if not isinstance(values, dict):
             return values
         name, fidelity = values.get("name"), values.get("fidelity")

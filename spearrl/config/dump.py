@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from spearrl.config.fields import FREE, leaves, sections
+from spearrl.config.fields import OPTIONS, Key, dotted, leaves, sections
 from spearrl.config.sections import RunConfig
 
-_BARE = re.compile(r"[A-Za-z0-9_-]+")
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 NONE = "none"  # TOML has no null
 
 
@@ -23,16 +23,19 @@ def to_toml(config: RunConfig, comments: Mapping[str, str] | None = None) -> str
     """
     tree = config.model_dump()
     lines: list[str] = []
+
+    def write(table: Key, values: Mapping[str, Any]) -> None:
+        if values:
+            lines.extend(["", f"[{dotted(table)}]"])
+        for name, value in values.items():
+            comment = "".join(c if c.isprintable() else "?" for c in (comments or {}).get(dotted((*table, name)), ""))
+            lines.append(f"{_toml_key(name)} = {toml_value(value)}" + (f"  # {comment}" if comment else ""))
+
     for section in (key for key in sections() if key):
-        values = _at(tree, section)
-        names = [name for name in values if (*section, name) in leaves() and (*section, name) != FREE]
-        if names:
-            lines += ["", f"[{'.'.join(section)}]"]
-        for name in names:
-            lines.append(_line(name, values[name], ".".join((*section, name)), comments))
-        if section == FREE[:1] and values[FREE[1]]:
-            lines += ["", f"[{'.'.join(FREE)}]"]
-            lines += [_line(name, value, ".".join((*FREE, name)), comments) for name, value in values[FREE[1]].items()]
+        names = [(*section, name) for name in sections()[section].model_fields]
+        write(section, {key[-1]: _at(tree, key) for key in names if key in leaves() and key != OPTIONS})
+        if section == OPTIONS[:-1]:
+            write(OPTIONS, _at(tree, OPTIONS))
     return "\n".join(lines[1:]) + "\n"
 
 
@@ -44,25 +47,21 @@ def toml_value(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, (datetime.date, datetime.time)):
+    if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_key(k)} = {toml_value(v)}" for k, v in value.items()) + " }" if value else "{}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+        entries = ", ".join(f"{_toml_key(key)} = {toml_value(item)}" for key, item in value.items())
+        return f"{{ {entries} }}" if value else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
     return repr(value)
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
     """Every setting by dotted key; options of the environment by their own names."""
     tree = config.model_dump()
-    values: dict[str, Any] = {}
-    for key in leaves():
-        if key == FREE:
-            values |= {".".join((*FREE, name)): option for name, option in _at(tree, key).items()}
-        else:
-            values[".".join(key)] = _at(tree, key)
-    return values
+    values = {dotted(key): _at(tree, key) for key in leaves() if key != OPTIONS}
+    return values | {dotted((*OPTIONS, name)): option for name, option in config.env.options.items()}
 
 
 def diff(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -71,17 +70,11 @@ def diff(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
     return {key: (left.get(key), right.get(key)) for key in {**left, **right} if left.get(key) != right.get(key)}
 
 
-def _at(tree: Any, key: tuple[str, ...]) -> Any:
+def _at(tree: Any, key: Key) -> Any:
     for part in key:
         tree = tree[part]
     return tree
 
 
-def _key(name: str) -> str:
-    return name if _BARE.fullmatch(name) else toml_value(name)
-
-
-def _line(name: str, value: Any, dotted: str, comments: Mapping[str, str] | None) -> str:
-    text = f"{_key(name)} = {toml_value(value)}"
-    comment = "".join(c if c.isprintable() else "?" for c in (comments or {}).get(dotted, ""))
-    return f"{text}  # {comment}" if comment else text
+def _toml_key(name: str) -> str:
+    return name if _BARE_KEY.fullmatch(name) else toml_value(name)

@@ -1,8 +1,9 @@
 """algo.fidelity: whose reading of SPEAR a run follows, switch by switch (arXiv 2509.22601 and its two released trees).
 
-"default": this project's; "paper": what the paper's text says, and the default where it says nothing; "release_agent", "release_math": what
-the released agent and math code do. A column only sets fields of the algo section; what a run sets itself wins over it. Three rules depend on
-the algorithm's name too: `column` has them.
+"default": this project's; "paper": what the paper's text says, and the default where it says nothing; "release_agent",
+"release_math": what the released agent and math code do. A column only sets fields of the algo section (and, for some
+environments, options: fidelity.toml names them); what a run sets itself wins over it. Three rules depend on the
+algorithm's name too: `column` has them.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ from spearrl.config.tables import UNSET, flat, table
 
 COLUMNS = ("default", "paper", "release_agent", "release_math")
 FILTERS = ("overlong", "void_turn", "repetitive", "unreadable")
-AGE_CAP = 10  # the released buffers use no larger max_age, whatever is asked for
+AGE_CAP = 10  # the released buffers use no larger max_age, whatever is set
 
 
 class Unset(str):
     """Stands in the table where a column gives no value; it says what decides instead."""
 
 
-OPEN = Unset("as set")  # preset, file and command line
-BY_NAME = Unset("by name")  # the algorithm's name: `column`
+_WORDS = {"as set": Unset("as set"), "by name": Unset("by name"), UNSET: None}
 
 
 @dataclass(frozen=True)
@@ -30,27 +30,17 @@ class Row:
     """One switch of the fidelity table."""
 
     switch: str
-    fields: dict[str, tuple[object, ...]]  # dotted key -> its value in each column; OPEN, BY_NAME: none
+    fields: dict[str, tuple[object, ...]]  # dotted key -> its value in each column; an `Unset` where there is none
     note: str  # what the documentation says beside the values, or instead of them where there is no field
 
 
-_WORDS = {"as set": OPEN, "by name": BY_NAME, UNSET: None}
-ROWS = tuple(
-    Row(
-        row["switch"],
-        {
-            key: tuple(_WORDS.get(value, value) for value in values)
-            for key, values in flat(row.get("fields", {}), "algo.").items()
-        },
-        row.get("note", ""),
-    )
-    for row in table(__file__, "fidelity.toml")["row"]
-)
+def _row(switch: str, fields: dict[str, object] | None = None, note: str = "") -> Row:
+    columns = flat(fields or {}, "algo.").items()
+    return Row(switch, {key: tuple(_WORDS.get(value, value) for value in values) for key, values in columns}, note)
 
 
-def grading(fidelity: str) -> Fields:
-    """What a fidelity sets where the environment is math: the releases compare answers as text."""
-    return {"env.options.grader": "release"} if fidelity.startswith("release") else {}
+_TABLE = table(__file__, "fidelity.toml")
+ROWS = tuple(_row(**row) for row in _TABLE["row"])
 
 
 def column(fidelity: str, name: str) -> Fields:
@@ -63,11 +53,10 @@ def column(fidelity: str, name: str) -> Fields:
     """
     if fidelity not in COLUMNS:
         raise ValueError(f"fidelity {fidelity!r} does not exist; use one of {', '.join(COLUMNS)}")
-    place = COLUMNS.index(fidelity)
+    number = COLUMNS.index(fidelity)
     base, words = words_of(name)
-    fields = {
-        key: values[place] for row in ROWS for key, values in row.fields.items() if not isinstance(values[place], Unset)
-    }
+    values = {key: columns[number] for row in ROWS for key, columns in row.fields.items()}
+    fields = {key: value for key, value in values.items() if not isinstance(value, Unset)}
     if fidelity.startswith("release") and {"clip_cov", "spear"} & set(words):
         fields["algo.policy.dual_clip"] = None
     if fidelity == "release_agent" and "drbot" in words:
@@ -76,3 +65,9 @@ def column(fidelity: str, name: str) -> Fields:
         if base == "gigpo":
             fields["algo.groups.normalize_std"] = True
     return fields
+
+
+def environment_options(fidelity: str, environment: object) -> Fields:
+    """The options that a fidelity sets for an environment, by dotted key; {} for most."""
+    options = _TABLE["environment"].get(environment, {}).get(fidelity, {})
+    return flat(options, "env.options.")

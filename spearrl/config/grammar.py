@@ -1,12 +1,14 @@
-"""The --algo grammar: base[+module...]. A name only sets fields of the algo section; grammar.toml has one entry per name.
+"""The --algo grammar: base[+module...]. A name only sets fields of the algo section; grammar.toml has its words.
 
-A base says what every algorithm differs in (advantage, loss, no module on) and its own clip range and aggregation where its paper has
-one; all else is a hyper-parameter and stays as preset and file have it. Modules set fields of their own, so their order does not matter.
+A base says what every algorithm differs in (advantage, loss, no module on) and its own clip range and aggregation where
+its paper has one; all else is a hyper-parameter and stays as preset and file have it. Modules set fields of their own,
+so their order does not matter.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from spearrl.config.tables import flat, table
@@ -15,13 +17,17 @@ Fields = dict[str, object]
 
 
 class Conflict(NamedTuple):
-    """Words that make no sense together. `fix` takes {without}, the name less `drop`, and {split}, spear spelt out less clip_cov."""
+    """Words that make no sense together: `one` with one of the `others`.
+
+    `reason` and `fix` are templates: {other} is the word of `others` in the name, {without} the name less `drop` ("":
+    less {other}), {split} the name with spear spelt out less clip_cov.
+    """
 
     one: str
     others: list[str]
     reason: str
     fix: str
-    drop: str
+    drop: str = ""
 
 
 def _fields(entry: dict[str, Any]) -> Fields:
@@ -53,17 +59,19 @@ def words_of(name: str) -> tuple[str, tuple[str, ...]]:
     Raises GrammarError for an unknown, repeated or misplaced word, and for words that make no sense together.
     """
     base, words = _split(name)
-    _check_base(name, base)
+    if base not in BASES:
+        raise _wrong_base(name, base)
     for position, word in enumerate(words):
         if not word:
             raise GrammarError(f"{name[:60]!r} has an empty module name", "use base+module, e.g. grpo+spear")
-        _check_module(name, base, word)
+        if word not in MODULES:
+            raise _wrong_module(name, base, word)
         if word in words[:position]:
             raise GrammarError(f"module {word!r} is named twice in {name[:60]!r}", f"use {word!r} once")
     for conflict in CONFLICTS:
         other = next((word for word in (base, *words) if word in conflict.others), None)
         if conflict.one in words and other is not None:
-            _refuse(name, conflict, other)
+            raise _refusal(name, conflict, other)
     return base, tuple(words)
 
 
@@ -85,58 +93,48 @@ def algo_settings(name: str) -> Fields:
 def _split(name: str) -> tuple[str, list[str]]:
     """Base and modules; "reinforce++" is one word although it holds the separator."""
     for base in sorted(BASES, key=len, reverse=True):
-        if name == base:
-            return base, []
-        if name.startswith(f"{base}+"):
-            return base, name[len(base) + 1 :].split("+")
+        if name == base or name.startswith(f"{base}+"):
+            return base, name[len(base) + 1 :].split("+") if name != base else []
     base, *words = name.split("+")
     return base, words
 
 
-def _check_base(name: str, word: str) -> None:
-    if word in BASES:
-        return
-    if (plain := word[:60].lower().replace("-", "_")) in MODULES:
-        rest = [w for w in name[len(word) + 1 : 60].split("+") if w]
-        base = next((w for w in rest if w in BASES), "grpo")
-        words = "+".join([base, plain, *(w for w in rest if w != base)])
-        raise GrammarError(f"{name[:60]!r} does not begin with a base; {plain!r} is a module", f"use {words}")
-    raise GrammarError(f"base {word[:60]!r} in {name[:60]!r} does not exist", _suggestion(word, "base", tuple(BASES)))
+def _wrong_base(name: str, word: str) -> GrammarError:
+    if (module := _plain(word)) in MODULES:
+        words = [w for w in name[len(word) + 1 : 60].split("+") if w]
+        base = next((w for w in words if w in BASES), "grpo")
+        fix = f"use {'+'.join([base, module, *(w for w in words if w != base)])}"
+        return GrammarError(f"{name[:60]!r} does not begin with a base; {module!r} is a module", fix)
+    return GrammarError(f"base {word[:60]!r} in {name[:60]!r} does not exist", _suggestion(word, "base", BASES))
 
 
-def _check_module(name: str, base: str, word: str) -> None:
-    if word in MODULES:
-        return
-    if word in BASES:
-        raise GrammarError(f"{name[:60]!r} has a second base, {word!r}", _one_base(base, word))
-    raise GrammarError(
-        f"module {word[:60]!r} in {name[:60]!r} does not exist", _suggestion(word, "module", tuple(MODULES))
-    )
+def _wrong_module(name: str, base: str, word: str) -> GrammarError:
+    if word not in BASES:
+        message = f"module {word[:60]!r} in {name[:60]!r} does not exist"
+        return GrammarError(message, _suggestion(word, "module", MODULES))
+    fix = f"use one base and then modules ({', '.join(MODULES)})"
+    for one, other in ((base, word), (word, base)):  # what both stand for may be had otherwise
+        if BASES[other]["algo.loss"] != "clip" and BASES[one]["algo.loss"] == "clip":
+            own_loss = f'algo.loss="{BASES[other]["algo.loss"]}" and the clip range of {other}'
+            fix = f"use {one} with {own_loss}, or one of the two alone"
+    return GrammarError(f"{name[:60]!r} has a second base, {word!r}", fix)
 
 
-def _suggestion(word: str, role: str, known: tuple[str, ...]) -> str:
-    plain = word[:60].lower().replace("-", "_")
-    near = (
-        [_TABLE["other_names"][plain]]
-        if _TABLE["other_names"].get(plain) in known
-        else difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
-    )
+def _plain(word: str) -> str:
+    return word[:60].lower().replace("-", "_")
+
+
+def _suggestion(word: str, role: str, known: Iterable[str]) -> str:
+    known, other_name = tuple(known), _TABLE["other_names"].get(_plain(word))
+    near = [other_name] if other_name in known else difflib.get_close_matches(_plain(word), known, n=1, cutoff=0.5)
     listed = ", ".join(known)
     return f"did you mean {near[0]!r}? ({role}s: {listed})" if near else f"use one of: {listed}"
 
 
-def _one_base(base: str, second: str) -> str:
-    """How to have what both stand for, where that exists."""
-    for one, other in ((base, second), (second, base)):
-        if BASES[other]["algo.loss"] != "clip" and BASES[one]["algo.loss"] == "clip":
-            return f'use {one} with algo.loss="{BASES[other]["algo.loss"]}" and the clip range of {other}, or one of the two alone'
-    return f"use one base and then modules ({', '.join(MODULES)})"
-
-
-def _refuse(name: str, conflict: Conflict, other: str) -> None:
+def _refusal(name: str, conflict: Conflict, other: str) -> GrammarError:
     base, words = _split(name)
-    kept = [word for word in words if word != conflict.drop]
-    split = [part for part in _PARTS if part not in ("clip_cov", *kept)]
+    without = [word for word in words if word != (conflict.drop or other)]
+    parts = [part for part in _PARTS if part not in ("clip_cov", *without)]
     reason = conflict.reason.format(other=other)
-    fix = conflict.fix.format(without="+".join((base, *kept)), split="+".join((base, *split, *kept)))
-    raise GrammarError(f"{conflict.one} with {other} in {name[:60]!r}: {reason}", fix)
+    fix = conflict.fix.format(without="+".join((base, *without)), split="+".join((base, *parts, *without)))
+    return GrammarError(f"{conflict.one} with {other} in {name[:60]!r}: {reason}", fix)

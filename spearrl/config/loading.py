@@ -1,7 +1,8 @@
 """From a file, a preset and a command line to one RunConfig. Every wrong setting is reported, not the first one only.
 
-Lowest first: defaults, preset, file, command line. An algo name sets its fields just below the layer that gives it, so that `--algo grpo`
-switches SPEAR off in any file, and a file that names grpo+spear may still say algo.sil.enabled = false; `layers` has the rules.
+Lowest first: defaults, preset, file, command line. An algo name sets its fields just below the layer that gives it, so
+that `--algo grpo` switches SPEAR off in any file, and a file that names grpo+spear may still say
+algo.sil.enabled = false; `layers` has the rules.
 """
 
 from __future__ import annotations
@@ -18,45 +19,51 @@ from pydantic import ValidationError
 from spearrl.config import checks
 from spearrl.config.dump import NONE
 from spearrl.config.fields import (
-    FREE,
+    OPTIONS,
     Key,
     accepts_none,
     base_type,
     constraint,
     default_of,
     dotted,
+    is_option,
     leaves,
-    nearest,
     sections,
 )
-from spearrl.config.layers import ENV, NAME, Setting, merge
+from spearrl.config.file import ConfigFile, read
+from spearrl.config.layers import ENVIRONMENT, NAME, Setting, merge
 from spearrl.config.presets import DEFAULTS, PRESETS
-from spearrl.config.problems import Problem, given, raise_all
+from spearrl.config.problems import Problem, raise_all, written
 from spearrl.config.sections import MAX_OPTION_DEPTH, RunConfig, option_problem
-from spearrl.config.source import Source, read
-from spearrl.config.values import shorten, wrong_value
+from spearrl.config.suggestions import nearest, shorten, wrong_value
 
-COMMAND_LINE, PLACEMENT = "command line", "placement"
-WorkOut = Callable[
-    [RunConfig, Collection[str]], Mapping[str, Any]
-]  # config, dotted keys that nobody set -> values for some of them
+# A config, and the dotted keys that nobody set -> values for some of these.
+Derive = Callable[[RunConfig, Collection[str]], Mapping[str, Any]]
 MAX_SETTINGS = 2000
+COMMAND_LINE = "command line"
 PRESET: Key = ("preset",)
-_MODEL: Key = ("model", "path")
+MODEL: Key = ("model", "path")
 _DATA: Key = ("env", "options", "data")
 _STALENESS: Key = ("rollout", "max_staleness")
 _CORRECTION: Key = ("algo", "correction", "mode")
-_RECORD: Key = ("run", "started_from")
+_STARTED_FROM: Key = ("run", "started_from")
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A config, and where each value came from: "run.toml:14", "command line", "preset tiny", "algo grpo+spear", "fidelity paper", "default"."""
+    """A config, and where its values came from.
+
+    Attributes:
+        sources: dotted key -> "run.toml:14", "command line", "preset tiny", "algo grpo+spear", "fidelity paper",
+            "placement" or "default".
+        preset: the one it starts from; "": none.
+        by_default: nobody named the preset; it is the embedded default.
+    """
 
     config: RunConfig
     sources: Mapping[str, str]
-    preset: str  # "": none
-    by_default: bool  # nobody asked for the preset; it is the embedded default
+    preset: str
+    by_default: bool
 
 
 def load_config(
@@ -68,7 +75,9 @@ def load_config(
     model: str | None = None,
     preset: str | None = None,
 ) -> RunConfig:
-    """The config of a TOML file (or of a run directory), a preset and overrides; without any, preset "tiny" ("tiny-real" with env.options.data).
+    """The config of a TOML file (or of a run directory), a preset and overrides.
+
+    Without any of these, and without a model: the preset "tiny" ("tiny-real" with env.options.data).
 
     Args:
         overrides: "section.key=value" each, the value as TOML or a bare text.
@@ -90,82 +99,64 @@ def resolve(
     algo: str | None = None,
     model: str | None = None,
     preset: str | None = None,
-    work_out: WorkOut | None = None,
+    derive: Derive | None = None,
 ) -> Resolved:
-    """`load_config`, with the source of every value. `work_out` gives values for settings that nobody set. Raises ConfigError."""
+    """`load_config`, with the source of every value. `derive` gives values for settings that nobody set."""
     problems: list[Problem] = []
-    source = None if path is None else read(path)
-    if isinstance(source, Problem):
-        problems.append(source)
-    typed = list(_typed((overrides,) if isinstance(overrides, str) else overrides, problems))
-    flags = [
-        Setting(key, value, COMMAND_LINE)
-        for key, value in ((PRESET, preset), (ENV, env), (NAME, algo), (_MODEL, model))
-        if value is not None
-    ]
-    problems += _contradictions(typed, flags)
-    command = _known([*typed, *flags], problems)
-    written = _known(_written(source, problems), problems) if isinstance(source, Source) else []
+    file = None if path is None else read(path)
+    flags = {PRESET: preset, ENVIRONMENT: env, NAME: algo, MODEL: model}
+    command = _of_command_line((overrides,) if isinstance(overrides, str) else overrides, flags, problems)
+    of_file = _of_file(file, problems) if file is not None else []
 
-    chosen = next((s for layer in (command, written) for s in reversed(layer) if s.key == PRESET), None)
-    by_default = chosen is None and path is None and not any(s.key == _MODEL for s in command)
-    environment = next((s.value for s in reversed(command) if s.key == ENV), default_of(leaves()[ENV]))
-    embedded = DEFAULTS.get(str(environment), DEFAULTS["other"])[any(s.key == _DATA for s in command)]
-    start = _preset(Setting(PRESET, embedded, "default") if by_default else chosen, problems)
-    layers = [[s for s in layer if s.key != PRESET] for layer in (start, written, command)]
+    named = next((s for layer in (command, of_file) for s in reversed(layer) if s.key == PRESET), None)
+    by_default = named is None and path is None and not any(s.key == MODEL for s in command)
+    start = _of_preset(_embedded(command) if by_default else named, problems)
+    layers = [[s for s in layer if s.key != PRESET] for layer in (start, of_file, command)]
     config, settings, refused = _build(_with_correction(merge(layers, problems)), problems)
-    if work_out is not None and not problems:
-        free = {dotted(key) for key in leaves() if key not in settings}
-        found = {tuple(key.split(".")): value for key, value in work_out(config, free).items()}
-        config, settings, refused = _build(
-            settings | {key: Setting(key, value, PLACEMENT) for key, value in found.items()}, problems
-        )
-    if not isinstance(source, Problem):
-        wrong = [p for p in checks.problems(config) if not refused.intersection(p.keys)]
-        problems += [replace(p, where=_place_of(p, settings)) for p in wrong]
+    if derive is not None and not problems:
+        unset = {dotted(key) for key in leaves() if key not in settings}
+        derived = {tuple(key.split(".")): value for key, value in derive(config, unset).items()}
+        settings |= {key: Setting(key, value, "placement") for key, value in derived.items()}
+        config, settings, refused = _build(settings, problems)
+    if not isinstance(file, Problem):
+        contradictions = [p for p in checks.problems(config) if not refused.intersection(p.keys)]
+        problems += [replace(p, where=_source_of(p, settings)) for p in contradictions]
     raise_all(problems)
-    name = start[-1].value if start else ""
-    return Resolved(config, _sources(config, settings), name, by_default)
+    return Resolved(config, _sources(settings), start[-1].value if start else "", by_default)
 
 
-def _with_correction(settings: dict[Key, Setting]) -> dict[Key, Setting]:
-    """Generation that runs ahead of the learner needs importance weights (truncated ones: TIS): on unless a correction was chosen."""
-    ahead, chosen = settings.get(_STALENESS), settings.get(_CORRECTION)
-    if (
-        ahead is None
-        or not isinstance(ahead.value, int)
-        or ahead.value < 1
-        or (chosen and not chosen.source.startswith(f"algo {settings[NAME].value}"))
-    ):
-        return settings
-    mode = chosen.value if chosen and chosen.value != "none" else "tis"
-    return settings | {_CORRECTION: Setting(_CORRECTION, mode, f"rollout.max_staleness={ahead.value}")}
-
-
-def _written(source: Source, problems: list[Problem]) -> list[Setting]:
+def _of_file(file: ConfigFile | Problem, problems: list[Problem]) -> list[Setting]:
     """The settings of a file."""
-    found = [Setting(key, value, source.at(key)) for key, value in _flatten((), source.tree)]
-    if len(found) > MAX_SETTINGS:
-        problems.append(
-            Problem(f"holds {len(found)} settings, which no config does", f"use at most {MAX_SETTINGS}", source.name)
-        )
+    if isinstance(file, Problem):
+        problems.append(file)
         return []
-    return found
+    settings = [Setting(key, value, file.at(key)) for key, value in _flatten((), file.tree)]
+    if len(settings) > MAX_SETTINGS:
+        what, fix = f"holds {len(settings)} settings, which no config does", f"use at most {MAX_SETTINGS}"
+        problems.append(Problem(what, fix, where=file.name))
+        return []
+    return _existing(settings, problems)
 
 
-def _typed(overrides: Sequence[str], problems: list[Problem]) -> Iterator[Setting]:
-    """The settings of "section.key=value" texts."""
+def _of_command_line(overrides: Sequence[str], flags: Mapping[Key, Any], problems: list[Problem]) -> list[Setting]:
+    """The settings of "section.key=value" texts, then those of the flags that are given."""
+    settings: list[Setting] = []
     for text in overrides:
         name, separator, raw = str(text).partition("=")
         key = tuple(part.strip() for part in name.split("."))
-        if not separator or not all(key):
-            fix = "use section.key=value, e.g. run.seed=3" + (
-                "; a config file stands alone, once" if name.endswith(".toml") else ""
-            )
-            problems.append(Problem(f"{shorten(text)} is not a setting", fix, COMMAND_LINE))
-            continue
-        for found, value in _flatten(key, _value(key, raw)):
-            yield Setting(found, value, COMMAND_LINE)
+        if separator and all(key):
+            settings += [Setting(below, value, COMMAND_LINE) for below, value in _flatten(key, _value(key, raw))]
+        else:
+            hint = "; a config file stands alone, once" if name.endswith(".toml") else ""
+            fix = f"use section.key=value, e.g. run.seed=3{hint}"
+            problems.append(Problem(f"{shorten(text)} is not a setting", fix, where=COMMAND_LINE))
+    values = {setting.key: setting.value for setting in settings}
+    for key, value in flags.items():
+        if value is not None and values.get(key, value) != value:
+            twice = f"{dotted(key)} is given twice, as {shorten(values[key])} and as {shorten(value)}"
+            problems.append(Problem(twice, f"use either the flag or {dotted(key)}=…", where=COMMAND_LINE))
+    settings += [Setting(key, value, COMMAND_LINE) for key, value in flags.items() if value is not None]
+    return _existing(settings, problems)
 
 
 def _value(key: Key, raw: str) -> Any:
@@ -175,98 +166,87 @@ def _value(key: Key, raw: str) -> Any:
     except (ValueError, RecursionError):
         return raw
     value = tree["value"]
-    plain = key in leaves() and base_type(leaves()[key]) is str and not isinstance(value, str)
-    return raw if plain or len(tree) > 1 else value
+    bare = key in leaves() and base_type(leaves()[key]) is str and not isinstance(value, str)
+    return raw if bare or len(tree) > 1 else value
 
 
 def _flatten(key: Key, value: Any) -> Iterator[tuple[Key, Any]]:
     """The single settings of a tree. Tables of unknown names, and those nested too deeply, stay whole."""
-    free = len(key) - len(FREE) if key[: len(FREE)] == FREE else 0
-    known = key in sections() or key in leaves() or 0 < free <= MAX_OPTION_DEPTH
-    if not isinstance(value, dict) or not known or not (value or key in sections() or key == FREE):
+    shallow_option = is_option(key) and len(key) - len(OPTIONS) <= MAX_OPTION_DEPTH
+    known = key in sections() or key in leaves() or shallow_option
+    if not isinstance(value, dict) or not known or not (value or key in sections() or key == OPTIONS):
         yield key, value
         return
     for name, item in value.items():
         yield from _flatten((*key, name), item)
 
 
-def _known(settings: Sequence[Setting], problems: list[Problem]) -> list[Setting]:
+def _existing(settings: Sequence[Setting], problems: list[Problem]) -> list[Setting]:
     """Those that exist; a problem for each of the others."""
-    kept = []
-    for setting in settings:
-        if problem := _unknown(setting):
-            problems.append(problem)
-        else:
-            kept.append(setting)
-    return kept
+    complaints = [(setting, _complaint(setting)) for setting in settings]
+    problems += [complaint for _, complaint in complaints if complaint]
+    return [setting for setting, complaint in complaints if complaint is None]
 
 
-def _unknown(setting: Setting) -> Problem | None:
+def _complaint(setting: Setting) -> Problem | None:
+    """What is wrong with a setting's key, or with the form of an option."""
     key, value, where = setting
     name = dotted(key)[:120]
-    if key == PRESET or (key in leaves() and key != FREE):
+    if key == PRESET or (key in leaves() and key != OPTIONS):
         return None
-    if key[: len(FREE)] == FREE and key != FREE:
-        complaint = (
-            option_problem(value)
-            if len(key) - len(FREE) <= MAX_OPTION_DEPTH
-            else f"is nested deeper than {MAX_OPTION_DEPTH} levels"
-        )
-        return (
-            Problem(f"{name} {complaint}", "use text, numbers, true/false, lists and tables of them", where, (name,))
-            if complaint
-            else None
-        )
-    if key in sections() or key == FREE:
+    if is_option(key):
+        deep = len(key) - len(OPTIONS) > MAX_OPTION_DEPTH
+        fault = f"is nested deeper than {MAX_OPTION_DEPTH} levels" if deep else option_problem(value)
+        fix = "use text, numbers, true/false, lists and tables of them"
+        return Problem(f"{name} {fault}", fix, (name,), where) if fault else None
+    leaf = next((key[:end] for end in range(1, len(key)) if key[:end] in leaves()), None)
+    if key in sections() or key == OPTIONS:
+        message = f"{name} = {shorten(value)}: {name} is a section, not a value"
         example = f"{name}.key=value" if where == COMMAND_LINE else f"[{name}] on one line and its settings below"
-        return Problem(f"{name} = {shorten(value)}: {name} is a section, not a value", f"use {example}", where, (name,))
-    if leaf := next((key[:end] for end in range(1, len(key)) if key[:end] in leaves()), None):
-        return Problem(
-            f"{name}: {dotted(leaf)} is a single value, not a section",
-            f"use {dotted(leaf)}=… ({constraint(leaves()[leaf])})",
-            where,
-            (name,),
-        )
-    return Problem(
-        f"{name} is not a {'section' if isinstance(value, dict) else 'setting'}", nearest(key), where, (name,)
-    )
+        fix = f"use {example}"
+    elif leaf:
+        message = f"{name}: {dotted(leaf)} is a single value, not a section"
+        fix = f"use {dotted(leaf)}=… ({constraint(leaves()[leaf])})"
+    else:
+        message, fix = f"{name} is not a {'section' if isinstance(value, dict) else 'setting'}", nearest(key)
+    return Problem(message, fix, (name,), where)
 
 
-def _contradictions(typed: Sequence[Setting], flags: Sequence[Setting]) -> list[Problem]:
-    given = {s.key: s.value for s in typed}
-    return [
-        Problem(
-            f"{dotted(s.key)} is given twice, as {shorten(given[s.key])} and as {shorten(s.value)}",
-            f"use either the flag or {dotted(s.key)}=…",
-            s.source,
-        )
-        for s in flags
-        if s.key in given and given[s.key] != s.value
-    ]
+def _embedded(command: Sequence[Setting]) -> Setting:
+    """The preset of a run that names none, by its environment; another one where there is real data."""
+    environment = next((s.value for s in reversed(command) if s.key == ENVIRONMENT), default_of(leaves()[ENVIRONMENT]))
+    presets = DEFAULTS.get(str(environment), DEFAULTS["other"])
+    return Setting(PRESET, presets[any(s.key == _DATA for s in command)], "default")
 
 
-def _preset(chosen: Setting | None, problems: list[Problem]) -> list[Setting]:
+def _of_preset(named: Setting | None, problems: list[Problem]) -> list[Setting]:
     """The preset's settings, the record of its name last."""
-    if chosen is None or chosen.value == "":
+    if named is None or named.value == "":
         return []
-    name = chosen.value
+    name = named.value
     if not isinstance(name, str) or name not in PRESETS:
         near = difflib.get_close_matches(str(name)[:80], PRESETS, n=1, cutoff=0.5)
         fix = f"did you mean preset {near[0]!r}? " if near else "use one: "
-        problems.append(
-            Problem(
-                f"preset {shorten(name)} does not exist", f"{fix}({', '.join(PRESETS)})", chosen.source, ("preset",)
-            )
-        )
+        message, listed = f"preset {shorten(name)} does not exist", ", ".join(PRESETS)
+        problems.append(Problem(message, f"{fix}({listed})", ("preset",), named.source))
         return []
-    where = f"preset {name}"
-    return [
-        Setting(tuple(key.split(".")), value, where) for key, value in {**PRESETS[name], dotted(_RECORD): name}.items()
-    ]
+    values = {**PRESETS[name], dotted(_STARTED_FROM): name}
+    return [Setting(tuple(key.split(".")), value, f"preset {name}") for key, value in values.items()]
+
+
+def _with_correction(settings: dict[Key, Setting]) -> dict[Key, Setting]:
+    """With the importance weights (TIS) that generation ahead of the learner needs, unless a correction was set."""
+    ahead, correction = settings.get(_STALENESS), settings.get(_CORRECTION)
+    if ahead is None or not isinstance(ahead.value, int) or ahead.value < 1:
+        return settings
+    if correction and not correction.source.startswith(f"algo {settings[NAME].value}"):
+        return settings
+    mode = correction.value if correction and correction.value != "none" else "tis"
+    return settings | {_CORRECTION: Setting(_CORRECTION, mode, f"rollout.max_staleness={ahead.value}")}
 
 
 def _build(settings: dict[Key, Setting], problems: list[Problem]) -> tuple[RunConfig, dict[Key, Setting], set[str]]:
-    """The config, without the values it refuses; those become problems."""
+    """The config and its settings, without the values it refuses (their keys come last); those become problems."""
     refused: set[str] = set()
     while True:
         try:
@@ -274,18 +254,18 @@ def _build(settings: dict[Key, Setting], problems: list[Problem]) -> tuple[RunCo
         except ValidationError as error:
             for key in {_key_of(item["loc"]): None for item in error.errors(include_url=False, include_input=False)}:
                 for setting in [s for k, s in settings.items() if k[: len(key)] == key]:
-                    problems.append(wrong_value(dotted(key), leaves()[key], setting.value, setting.source))
+                    problems.append(wrong_value(key, setting.value, setting.source))
                     refused.add(dotted(key))
                     del settings[setting.key]
 
 
 def _key_of(location: tuple[int | str, ...]) -> Key:
-    """The setting a pydantic error is about. Raises KeyError where pydantic complains about something else (a bug here)."""
+    """The setting a pydantic error is about. Raises KeyError where it is about something else (a bug here)."""
     path = tuple(str(part) for part in location)
-    found = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in leaves()), None)
-    if found is None:
+    ends = [end for end in range(len(path), 0, -1) if path[:end] in leaves()]
+    if not ends:
         raise KeyError(f"no setting at {path}")
-    return found
+    return path[: ends[0]]
 
 
 def _tree(settings: Mapping[Key, Setting]) -> dict[str, Any]:
@@ -299,14 +279,16 @@ def _tree(settings: Mapping[Key, Setting]) -> dict[str, Any]:
     return tree
 
 
-def _place_of(problem: Problem, settings: Mapping[Key, Setting]) -> str:
-    """Where the settings of a cross-field problem were given: the first that somebody wrote, else the preset's."""
-    places = [settings[key].source for name in problem.keys if (key := tuple(name.split("."))) in settings]
-    return next((place for place in places if given(place)), next(iter(places), "default"))
+def _source_of(problem: Problem, settings: Mapping[Key, Setting]) -> str:
+    """Where the settings of a contradiction were given: the first that somebody wrote, else the first of them."""
+    keys = [tuple(name.split(".")) for name in problem.keys]
+    sources = [settings[key].source for key in keys if key in settings]
+    return next((source for source in sources if written(source)), next(iter(sources), "default"))
 
 
-def _sources(config: RunConfig, settings: Mapping[Key, Setting]) -> dict[str, str]:
-    sources = {dotted(key): settings[key].source if key in settings else "default" for key in leaves() if key != FREE}
-    for key in (k for k in settings if k[: len(FREE)] == FREE):
-        sources[dotted(key[: len(FREE) + 1])] = settings[key].source
-    return sources
+def _sources(settings: Mapping[Key, Setting]) -> dict[str, str]:
+    sources = {
+        dotted(key): settings[key].source if key in settings else "default" for key in leaves() if key != OPTIONS
+    }
+    options = {dotted(key[: len(OPTIONS) + 1]): setting.source for key, setting in settings.items() if is_option(key)}
+    return sources | options

@@ -14,7 +14,7 @@ from spearrl.errors import ConfigError, SpearError
 
 
 def imported(path: str, where: str) -> Any:
-    """What "package.module:name" names; modules of the current directory are found too. Raises ConfigError where that fails."""
+    """What "package.module:name" names; the current directory's modules count too. Raises ConfigError if it fails."""
     module_name, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -25,19 +25,22 @@ def imported(path: str, where: str) -> Any:
     except Exception as error:  # a user's module may fail in any way
         hint = "mend the module"
         if isinstance(error, ImportError | AttributeError):
-            hint = f'write "package.module:{name}" as it is spelt; run in the folder that holds the package, or install it, or put its folder on PYTHONPATH'
-        raise ConfigError(
-            f"{path!r} cannot be imported: {type(error).__name__}: {error}", where=where, hint=hint
-        ) from error
+            hint = (
+                f'write "package.module:{name}" as it is spelt; run in the folder that holds the package, or install '
+            )
+            hint += "it, or put its folder on PYTHONPATH"
+        message = f"{path!r} cannot be imported: {type(error).__name__}: {error}"
+        raise ConfigError(message, where=where, hint=hint) from error
 
 
 @cache
 def load_function(path: str, where: str) -> Callable[..., Any]:
     """The function "package.module:name". Raises ConfigError: no such module or name, or it cannot be called."""
-    found = imported(path, where)
-    if not callable(found):
-        raise ConfigError(f"{path!r} is a {type(found).__name__}, not a function", where=where, hint="name a function")
-    return found  # type: ignore[no-any-return]
+    function: Callable[..., Any] = imported(path, where)
+    if not callable(function):
+        kind = type(function).__name__
+        raise ConfigError(f"{path!r} is a {kind}, not a function", where=where, hint="name a function")
+    return function
 
 
 def accepted(
@@ -49,7 +52,6 @@ def accepted(
         leading: names of its first, positional parameters.
         required: keywords it must take.
         offered: further keywords it may take; every other parameter needs a default.
-
     Raises:
         ConfigError: it has another signature.
     """
@@ -57,24 +59,22 @@ def accepted(
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{path!r} has no signature to check: {error}", where=where, hint="wrap it in a Python function"
-        ) from error
+        message = f"{path!r} has no signature to check: {error}"
+        raise ConfigError(message, where=where, hint="wrap it in a Python function") from error
     positional = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    wanted = f"def {function.__name__}({', '.join(leading)}, *, {', '.join(required)}{', ' if required else ''}...)"
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    expected = f"def {function.__name__}({', '.join(leading)}, *, {', '.join(required)}{', ' if required else ''}...)"
     if tuple(positional[: len(leading)]) != tuple(leading):
-        raise ConfigError(f"{path!r} takes ({', '.join(positional)})", where=where, hint=f"write {wanted}")
-    missing = [name for name in required if name not in parameters and not anything]
-    if missing:
-        raise ConfigError(f"{path!r} does not take {', '.join(missing)}", where=where, hint=f"write {wanted}")
-    known = {*leading, *required, *offered}
-    unknown = [
-        n
-        for n, p in parameters.items()
-        if n not in known and p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    ]
-    if unknown:
+        raise ConfigError(f"{path!r} takes ({', '.join(positional)})", where=where, hint=f"write {expected}")
+    if missing := [name for name in required if name not in parameters and not takes_all]:
+        raise ConfigError(f"{path!r} does not take {', '.join(missing)}", where=where, hint=f"write {expected}")
+    passed, optional = (
+        {*leading, *required, *offered},
+        (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL),
+    )
+    if unknown := [
+        n for n, p in parameters.items() if n not in passed and p.default is p.empty and p.kind not in optional
+    ]:
         hint = f"give it a default; what can be asked for: {', '.join((*required, *offered))}"
         raise ConfigError(f"{path!r} wants {', '.join(unknown)}, which nobody passes", where=where, hint=hint)
-    return tuple(name for name in (*required, *offered) if name in parameters or (anything and name in required))
+    return tuple(name for name in (*required, *offered) if name in parameters or (takes_all and name in required))

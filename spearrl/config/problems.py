@@ -7,17 +7,24 @@ from dataclasses import dataclass
 
 from spearrl.errors import ConfigError
 
-SHOWN = 40  # complaints listed; the rest is counted
+LISTED = 40  # complaints written out; the rest is counted
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong. `fix` is an instruction or a "did you mean"; `keys` are the settings involved."""
+    """One thing that is wrong.
+
+    Attributes:
+        message: what was seen and what was expected.
+        fix: an instruction, or a "did you mean".
+        keys: the settings involved.
+        where: where they were given: "run.toml:14", "command line", "preset tiny".
+    """
 
     message: str
     fix: str
-    where: str = ""  # "run.toml:14", "command line", "preset tiny"
     keys: tuple[str, ...] = ()
+    where: str = ""
 
     def __str__(self) -> str:
         fix = self.fix if self.fix.startswith("did you mean") else f"fix: {self.fix}"
@@ -25,8 +32,8 @@ class Problem:
         return f"{_printable(text)}\n  {_printable(fix)}"
 
 
-def given(source: str) -> bool:
-    """Whether somebody wrote the setting that came from there: it stands in a file or on the command line."""
+def written(source: str) -> bool:
+    """Whether somebody wrote the setting that came from `source`: it stands in a file or on the command line."""
     return not source.startswith(("preset ", "algo ", "fidelity ", "default"))
 
 
@@ -39,8 +46,8 @@ def raise_all(problems: Sequence[Problem]) -> None:
     """Raise ConfigError listing every problem; return where there is none."""
     if not problems:
         return
-    lines = ["invalid settings", *(str(problem) for problem in problems[:SHOWN])]
-    if len(problems) > SHOWN:
-        lines.append(f"… and {len(problems) - SHOWN} more")
+    lines = ["invalid settings", *map(str, problems[:LISTED])]
+    if len(problems) > LISTED:
+        lines.append(f"… and {len(problems) - LISTED} more")
     lines.append(f"{len(problems)} error{'s' if len(problems) > 1 else ''}; nothing was started.")
     raise ConfigError("\n".join(lines))

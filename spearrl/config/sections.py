@@ -1,4 +1,4 @@
-"""The settings of a run, one frozen model per section. Every field's description is its help text and its documentation."""
+"""The settings of a run, one frozen model per section; a field's description is its help text and documentation."""
 
 from __future__ import annotations
 
@@ -29,36 +29,27 @@ def option_problem(value: Any, depth: int = 0) -> str | None:
         return None if storable else "holds characters that no text file can hold"
     if isinstance(value, (bool, int, datetime.date, datetime.time)):
         return None
-    if isinstance(value, dict):
-        if not all(isinstance(key, str) for key in value):
-            return "has keys that are not text"
-        return next((found for item in value.values() if (found := option_problem(item, depth + 1))), None)
-    if isinstance(value, list):
-        return next((found for item in value if (found := option_problem(item, depth + 1))), None)
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        return "has keys that are not text"
+    if isinstance(value, dict | list):
+        items = value.values() if isinstance(value, dict) else value
+        return next((fault for item in items if (fault := option_problem(item, depth + 1))), None)
     return f"is of type {type(value).__name__}, which TOML does not have"
 
 
 class RunSection(Section):
-    name: str = Field(
-        "", pattern=RUN_NAME, description="Run directory below output_dir; empty: made from env, algo and seed."
-    )
+    name: str = Field("", pattern=RUN_NAME, description="Folder below output_dir; empty: made from env, algo and seed.")
     output_dir: str = Field("runs", pattern=PLAIN_TEXT, description="Folder that holds run directories.")
     seed: int = Field(0, ge=0, description="Seed every random draw of the run is derived from.")
     steps: int = Field(100, ge=0, description="Training steps (one rollout and one update each).")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description='Where the local engine and learner compute; "auto": cuda if there is one.'
-    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the local engine and learner compute.")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: all cores.")
-    deterministic: bool = Field(
-        True, description="Ask torch for deterministic kernels; two CPU runs of one config are then bit-identical."
-    )
+    deterministic: bool = Field(True, description="Deterministic kernels and delivery: two CPU runs are bit-identical.")
     checkpoint_every: int = Field(20, ge=0, description="Steps between checkpoints; 0: only at the end.")
     keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
     trajectories_every: int = Field(1, ge=0, description="Steps between trajectory files; 0: none.")
     tensorboard: bool = Field(True, description="Write TensorBoard files into the run directory.")
-    started_from: str = Field(
-        "", description='Record of the preset the settings came from; sets nothing (a top-level preset = "tiny" does).'
-    )
+    started_from: str = Field("", description="Record of the preset the settings came from; sets nothing.")
 
 
 class TinySection(Section):
@@ -66,96 +57,50 @@ class TinySection(Section):
     hidden_size: int = Field(128, ge=8, description="Width of the residual stream.")
     heads: int = Field(4, ge=1, description="Attention heads (hidden_size must divide by it).")
     feed_forward: int = Field(256, ge=8, description="Width of the gated feed-forward layer.")
-    vocab_size: int = Field(
-        1024, ge=300, description="Upper bound on the vocabulary of the tokenizer trained on the environment's text."
-    )
-    vision: bool = Field(
-        False, description="A model that sees pictures (Qwen2.5-VL's architecture) instead of one that reads text only."
-    )
+    vocab_size: int = Field(1024, ge=300, description="Largest vocabulary, trained on the environment's text.")
+    vision: bool = Field(False, description="A model that takes images too (Qwen2.5-VL's architecture).")
 
 
 class ModelSection(Section):
-    path: str = Field(
-        "tiny",
-        pattern=PLAIN_TEXT,
-        description='Model directory of any causal language model, or "tiny": build one from scratch for this environment.',
-    )
-    tiny: TinySection = Field(default_factory=TinySection, description="Shape of the tiny model.")
+    path: str = Field("tiny", pattern=PLAIN_TEXT, description='Model directory, or "tiny": built from scratch.')
+    tiny: TinySection = Field(TinySection(), description="Shape of the tiny model.")
 
 
 class EnvSection(Section):
-    name: str = Field(
-        "webshop",
-        pattern=ENVIRONMENT,
-        description='Built-in environment, or import path "my_pkg.mod:Class" of your own.',
-    )
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="The environment's own settings; a key set to None counts as not given."
-    )
-    style: Literal["chat", "windowed"] = Field(
-        "chat", description='"chat": one growing conversation; "windowed": a fresh prompt every turn.'
-    )
+    name: str = Field("webshop", pattern=ENVIRONMENT, description='Built-in name, or "my_pkg.mod:Class" of your own.')
+    options: dict[str, Any] = Field(default_factory=dict, description="Settings of its own; None counts as not given.")
+    style: Literal["chat", "windowed"] = Field("chat", description="One growing conversation, or a prompt per turn.")
     max_turns: int = Field(0, ge=0, description="Turns per episode; 0: as many as the environment's class says.")
 
     @field_validator("options")
     @classmethod
     def _storable(cls, options: dict[str, Any]) -> dict[str, Any]:
-        given = {key: value for key, value in options.items() if value is not None}
-        if complaint := option_problem(given):
-            raise ValueError(complaint)
-        return given
+        options = {key: value for key, value in options.items() if value is not None}
+        if fault := option_problem(options):
+            raise ValueError(fault)
+        return options
 
 
 class RolloutSection(Section):
-    engine: Literal["local", "vllm"] = Field(
-        "local", description='Engine that samples replies: "local" is torch\'s own, "vllm" needs the vllm extra.'
-    )
-    workers: int = Field(
-        0,
-        ge=0,
-        description="Processes that own an engine, environments and a collector each; 0: all of it in the trainer's process.",
-    )
+    engine: Literal["local", "vllm"] = Field("local", description="What samples replies; vllm needs the vllm extra.")
+    workers: int = Field(0, ge=0, description="Processes with engine and environments; 0: the trainer's only.")
     launcher: Literal["processes", "ray"] = Field(
         "processes", description="What starts rollout workers: processes of this machine, or Ray actors on a cluster."
     )
     worker_restarts: int = Field(8, ge=0, description="Rollout workers that may be replaced in a run before it stops.")
-    max_staleness: int = Field(
-        0,
-        ge=0,
-        description="Weight versions that generation may run ahead of the learner; 0: rollout and update take turns.",
-    )
-    reply_deadline_s: float = Field(
-        600.0,
-        gt=0,
-        description="Seconds an engine may take over one reply before the episode counts as an engine error.",
-    )
+    max_staleness: int = Field(0, ge=0, description="Weight versions generation may be ahead of the learner; 0: none.")
+    reply_deadline_s: float = Field(600.0, gt=0, description="Seconds for one reply; a later one is an engine error.")
     groups_per_step: int = Field(8, ge=1, description="Tasks played per step.")
     group_size: int = Field(8, ge=1, le=4096, description="Episodes per task (siblings of a group).")
-    temperature: float = Field(
-        1.0, gt=0, description="Sampling temperature; log-probabilities are taken at it, by engine and learner."
-    )
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature, at which log-probabilities are taken too.")
     max_reply_tokens: int = Field(512, ge=1, description="Tokens a single reply may have.")
-    max_response_tokens: int = Field(
-        0,
-        ge=0,
-        description="Reply tokens an episode may have in all; 0: no limit. At the limit the episode ends as overlong.",
-    )
-    context_tokens: int = Field(
-        4096,
-        ge=16,
-        description="Prompt plus reply tokens; an episode whose next prompt does not fit ends as context_limit.",
-    )
+    max_response_tokens: int = Field(0, ge=0, description="Reply tokens of an episode, then overlong; 0: no limit.")
+    context_tokens: int = Field(4096, ge=16, description="Prompt and reply tokens; more ends as context_limit.")
     slots: int = Field(64, ge=1, description="Sequences decoded at a time by an engine.")
     cache_mib: int = Field(1024, ge=1, description="MiB the local engine's key-value cache may take.")
     train_split: str = Field("train", pattern=PLAIN_TEXT, description="Split that training tasks come from.")
-    env_workers: int = Field(
-        0,
-        ge=0,
-        description="Workers that step environments which ask for them; 0: a process per core, or the environment's threads.",
-    )
-    env_deadline_s: float = Field(
-        60.0, gt=0, description="Seconds a step or reset may take in such a worker before the worker is replaced."
-    )
+    env_workers: int = Field(0, ge=0, description="Workers stepping environments; 0: one per core, or its threads.")
+    env_deadline_s: float = Field(60.0, gt=0, description="Seconds a step may take before its worker is replaced.")
     env_restarts: int = Field(32, ge=0, description="Workers that may be replaced in one rollout before the run stops.")
 
 
@@ -174,9 +119,7 @@ class VllmSection(Section):
         "auto", description="Type of the engine's weights and activations; auto: the model's."
     )
     prefix_caching: bool = Field(True, description="Compute a beginning that prompts share once.")
-    eager: bool = Field(
-        False, description="No CUDA graphs or compilation: starts sooner, samples slower; always so on processors."
-    )
+    eager: bool = Field(False, description="No CUDA graphs or compilation: starts sooner, samples slower.")
     start_timeout_s: float = Field(600.0, gt=0, description="Seconds an engine may take to start.")
 
     @property
@@ -188,25 +131,15 @@ class VllmSection(Section):
 class SyncSection(Section):
     transport: Literal["auto", "shared_memory", "nccl", "ipc"] = Field(
         "auto",
-        description="How weights reach engines: auto takes ipc on one set of GPUs, nccl between GPUs, shared memory otherwise.",
+        description="How weights reach engines; auto: ipc on one set of GPUs, nccl between GPUs, else shared memory.",
     )
     bucket_mib: int = Field(256, ge=1, description="MiB of weights under way at a time.")
-    timeout_s: float = Field(
-        120.0,
-        gt=0,
-        description="Seconds any one part of a sync may take before the run stops and names who did not answer.",
-    )
-    probe_tolerance: float = Field(
-        0.0, ge=0, description="Largest difference of the probe's log-probabilities; 0: 1e-3 in fp32, 0.05 in bf16."
-    )
+    timeout_s: float = Field(120.0, gt=0, description="Seconds each part of a sync may take before the run stops.")
+    probe_tolerance: float = Field(0.0, ge=0, description="Largest difference on the probe; 0: 1e-3 fp32, 0.05 bf16.")
 
 
 class LoraSection(Section):
-    rank: int = Field(
-        0,
-        ge=0,
-        description="Rank of the adapters (arXiv 2106.09685); 0: every weight is trained. Needs the lora extra.",
-    )
+    rank: int = Field(0, ge=0, description="Rank of the adapters (arXiv 2106.09685, lora extra); 0: train all weights.")
     alpha: float = Field(32.0, gt=0, description="Adapters count alpha / rank.")
     targets: str = Field(
         "",
@@ -219,7 +152,7 @@ class PlacementSection(Section):
     gpus: int = Field(0, ge=0, description="GPUs of this run over all machines; 0: those of this machine.")
     mode: Literal["auto", "colocated", "disaggregated"] = Field(
         "auto",
-        description="Engines and learner take turns on one set of GPUs, or have GPUs of their own; auto: colocated, disaggregated with max_staleness.",
+        description="Engines and learner take turns on GPUs, or have their own; auto: their own with max_staleness.",
     )
 
 
@@ -227,24 +160,12 @@ class LearnerSection(Section):
     backend: Literal["local", "deepspeed"] = Field(
         "local", description='Learner that updates the policy: this process alone, or DeepSpeed (extra) on "processes".'
     )
-    processes: int = Field(
-        1, ge=1, description="DeepSpeed processes that share the work, a GPU each; under torchrun its world size."
-    )
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        3, description="What DeepSpeed shards over processes: 1 optimiser state, 2 gradients too, 3 parameters too."
-    )
-    offload: Literal["none", "optimizer", "all"] = Field(
-        "none", description="What DeepSpeed keeps in host memory: optimiser state, or parameters too."
-    )
-    timeout_s: float = Field(
-        600.0,
-        gt=0,
-        description="Seconds a learner process may take over one command before the run stops and names it.",
-    )
-    packing: bool = Field(
-        False, description="Rows end to end in one sequence instead of padded ones; does not change the gradient."
-    )
-    lora: LoraSection = Field(default_factory=LoraSection, description="Low-rank adapters instead of all weights.")
+    processes: int = Field(1, ge=1, description="DeepSpeed processes, a GPU each; under torchrun its world size.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(3, description="Shards optimiser state (1), gradients (2), parameters (3).")
+    offload: Literal["none", "optimizer", "all"] = Field("none", description="What DeepSpeed keeps in host memory.")
+    timeout_s: float = Field(600.0, gt=0, description="Seconds a learner process may take over one command.")
+    packing: bool = Field(False, description="Rows end to end in one sequence, not padded; the same gradient.")
+    lora: LoraSection = Field(LoraSection(), description="Low-rank adapters instead of all weights.")
     lr: float = Field(1e-6, gt=0, description="AdamW learning rate, constant after warm-up.")
     critic_lr: float | None = Field(None, gt=0, description="Learning rate of the critic's head; none: ten times lr.")
     warmup_steps: int = Field(0, ge=0, description="Optimiser steps of linear warm-up.")
@@ -255,19 +176,13 @@ class LearnerSection(Section):
     mini_batches: int = Field(
         2, ge=1, description="On-policy optimiser steps per training step; not used where mini_batch_rows is set."
     )
-    mini_batch_rows: int = Field(
-        0, ge=0, description="Rows per optimiser step; 0: the step's rows are split into mini_batches."
-    )
-    micro_batch_tokens: int = Field(
-        16384, ge=1, description="Padded tokens per forward and backward pass; does not change the gradient."
-    )
+    mini_batch_rows: int = Field(0, ge=0, description="Rows per optimiser step; 0: the step's rows make mini_batches.")
+    micro_batch_tokens: int = Field(16384, ge=1, description="Padded tokens of one pass; does not change the gradient.")
     lm_head_chunk: int = Field(4096, ge=1, description="Action tokens whose logits exist at a time.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description='bf16 autocast, or fp32; "auto": bf16 where the processor has it.'
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, more time."
-    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
 
 
 class SftSection(Section):
@@ -275,7 +190,7 @@ class SftSection(Section):
     data: str = Field(
         "",
         pattern=LIST,
-        description="Conversations to clone instead of expert episodes: a .jsonl or .parquet file; only replies are learnt.",
+        description="Conversations to clone (.jsonl or .parquet) instead of expert episodes; replies are learnt.",
     )
     episodes: int = Field(3000, ge=1, description="Expert episodes generated.")
     epochs: int = Field(4, ge=1, description="Passes over them.")
@@ -289,9 +204,7 @@ class SftSection(Section):
         0.05, ge=0, le=1, description="Loss weight of observation tokens of expert episodes; action tokens weigh 1."
     )
     observation_fraction: float = Field(1.0, gt=0, le=1, description="Share of observation tokens drawn for the loss.")
-    noise: float = Field(
-        0.3, ge=0, le=1, description="How imperfect the expert is: 0 perfect, 1 random; RL then has something to find."
-    )
+    noise: float = Field(0.3, ge=0, le=1, description="How imperfect the expert is: 0 perfect, 1 random.")
     recovery: float = Field(
         0.08,
         ge=0,
@@ -313,14 +226,14 @@ class EvalSection(Section):
 class RunConfig(Section):
     """Everything that defines a run. Sections are frozen; `spearrl config schema` prints this as JSON schema."""
 
-    run: RunSection = Field(default_factory=RunSection, description="Run directory, length, logging.")
-    model: ModelSection = Field(default_factory=ModelSection, description="The policy.")
-    env: EnvSection = Field(default_factory=EnvSection, description="The environment.")
-    rollout: RolloutSection = Field(default_factory=RolloutSection, description="Episodes and engine.")
-    algo: AlgoSection = Field(default_factory=AlgoSection, description="The algorithm.")
-    learner: LearnerSection = Field(default_factory=LearnerSection, description="Optimiser and batching.")
-    vllm: VllmSection = Field(default_factory=VllmSection, description="vLLM engines.")
-    sync: SyncSection = Field(default_factory=SyncSection, description="How new weights reach the engines.")
-    placement: PlacementSection = Field(default_factory=PlacementSection, description="Which GPUs do what.")
-    sft: SftSection = Field(default_factory=SftSection, description="Cold start.")
-    eval: EvalSection = Field(default_factory=EvalSection, description="Evaluation.")
+    run: RunSection = Field(RunSection(), description="Run directory, length, logging.")
+    model: ModelSection = Field(ModelSection(), description="The policy.")
+    env: EnvSection = Field(EnvSection(), description="The environment.")
+    rollout: RolloutSection = Field(RolloutSection(), description="Episodes and engine.")
+    algo: AlgoSection = Field(AlgoSection(), description="The algorithm.")
+    learner: LearnerSection = Field(LearnerSection(), description="Optimiser and batching.")
+    vllm: VllmSection = Field(VllmSection(), description="vLLM engines.")
+    sync: SyncSection = Field(SyncSection(), description="How new weights reach the engines.")
+    placement: PlacementSection = Field(PlacementSection(), description="Which GPUs do what.")
+    sft: SftSection = Field(SftSection(), description="Cold start.")
+    eval: EvalSection = Field(EvalSection(), description="Evaluation.")

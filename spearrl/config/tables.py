@@ -16,11 +16,10 @@ def table(module: str, name: str) -> dict[str, Any]:
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as dotted keys, in order: {"sil": {"unit": "row"}} is {"sil.unit": "row"}. "unset" is None."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, value in tree.items():
-        found |= (
-            flat(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{name}": None if value == UNSET else value}
-        )
-    return found
+        if isinstance(value, dict):
+            settings |= flat(value, f"{prefix}{name}.")
+        else:
+            settings[f"{prefix}{name}"] = None if value == UNSET else value
+    return settings

@@ -2,8 +2,8 @@
 
 from spearrl.envs.base import Environment
 from spearrl.envs.complaints import option_errors
-from spearrl.envs.registry import import_path, load, make, tasks_of
+from spearrl.envs.registry import import_path, instantiate, load, make, tasks_of
 from spearrl.envs.tool import Done, ToolEnvironment, call, tool
 
-__all__ = ["Done", "Environment", "ToolEnvironment", "call", "import_path", "load", "make", "option_errors"]
-__all__ += ["tasks_of", "tool"]
+__all__ = ["Done", "Environment", "ToolEnvironment", "call", "import_path", "instantiate", "load", "make"]
+__all__ += ["option_errors", "tasks_of", "tool"]

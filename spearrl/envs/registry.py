@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spearrl.config.plugins import imported
@@ -42,10 +42,17 @@ def load(name_or_import_path: str) -> type[Environment]:
 def make(name_or_import_path: str, **options: Any) -> Environment:
     """Build an environment from its name or import path. Raises ConfigError for unknown options.
 
-    The turn limit is no option: assign `environment.max_turns` where the class's own is not right (a run does, from
-    `env.max_turns`).
+    The turn limit is no option: set `max_turns` of what is returned, as a run does from its setting `env.max_turns`.
     """
-    return load(name_or_import_path)(**options)
+    return instantiate(name_or_import_path, options)
+
+
+def instantiate(name_or_import_path: str, options: Mapping[str, Any], max_turns: int = 0) -> Environment:
+    """`make`, with a turn limit; 0: the class's own."""
+    environment = load(name_or_import_path)(**options)
+    if max_turns:
+        environment.max_turns = max_turns
+    return environment
 
 
 def tasks_of(environment: Environment, split: str, *, setting: str) -> Sequence[Task]:

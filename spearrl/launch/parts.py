@@ -30,10 +30,7 @@ from spearrl.sync.receivers import Receiver
 
 def make_environment(config: RunConfig) -> Environment:
     """The configured environment, with the run's turn limit."""
-    environment = envs.make(config.env.name, **config.env.options)
-    if config.env.max_turns:
-        environment.max_turns = config.env.max_turns
-    return environment
+    return envs.instantiate(config.env.name, config.env.options, config.env.max_turns)
 
 
 def make_pool(config: RunConfig, environment: Environment, *, episode_seed: int | None = None) -> Pool:

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from spearrl.config import load_config, resolve
-from spearrl.config.checks import advice
+from spearrl.config import advice
 from spearrl.errors import ConfigError
 
 WRONG = {

@@ -31,11 +31,11 @@ def placed(host: Machine, *settings: str, parameters: int = QWEN_1_5B, preset: s
     """As `spearrl train` does it: what nobody set is worked out before the settings are checked."""
     found = []
 
-    def work_out(config, free):
-        found.append(place(config, host, derive=free, parameters=parameters))
+    def derive(config, unset):
+        found.append(place(config, host, derive=unset, parameters=parameters))
         return found[0].derived
 
-    resolved = resolve(None, settings, preset=preset, work_out=work_out)
+    resolved = resolve(None, settings, preset=preset, derive=derive)
     assert resolved.config == found[0].config
     return found[0]
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from spearrl.envs.base import Environment
 from spearrl.envs.check.guards import deadline
 from spearrl.envs.check.samples import random_calls
-from spearrl.envs.registry import load, make
+from spearrl.envs.registry import instantiate, load
 from spearrl.envs.tool import ToolEnvironment
 from spearrl.seeds import derive
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
@@ -73,10 +73,7 @@ class CheckedEnvironment:
 
     def build(self) -> Environment:
         """A fresh instance."""
-        environment = self.call("__init__", lambda: make(self.name, **self.options))
-        if self.max_turns:
-            environment.max_turns = self.max_turns
-        return environment
+        return self.call("__init__", lambda: instantiate(self.name, self.options, self.max_turns))
 
     def spawn(self) -> Environment:
         """Another slot of the first instance."""
