@@ -1,4 +1,4 @@
-"""From settings to mathematics: what a step's rewards become, what its tokens are worth, which objectives the learner gets, what is remembered."""
+"""From settings to mathematics: a step's rewards, what its tokens are worth, objectives, and what is remembered."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ from spearrl.advantages import (
     reinforce_plus_plus_baseline,
     rloo_advantages,
     state_advantages,
+    sums_by_id,
+    sums_by_index,
     whiten,
 )
 from spearrl.algorithm.rewards import Shaped
@@ -94,10 +96,9 @@ def _turn_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[N] advantages, and GiGPO's weighted step part of them."""
     turns, settings = shaped.rows.turns, algo.groups
-    statistics = "turn" if settings.statistics == "turn" else "balanced"
     options: dict[str, Any] = {
         "trajectory_ids": turns.trajectory_ids,
-        "statistics": statistics,
+        "statistics": "turn" if settings.statistics == "turn" else "balanced",
         "singleton": settings.singleton,
     }
     if algo.advantage == "rloo":
@@ -105,7 +106,7 @@ def _turn_advantages(
     if algo.advantage == "reinforce++_baseline":
         return reinforce_plus_plus_baseline(rewards, turns.group_ids, _token_counts(shaped.rows), **options), None
     if ":" in algo.advantage:
-        return _own(shaped, rewards, algo), None
+        return _users_advantages(shaped, rewards, algo), None
     episode = grpo_advantages(rewards, turns.group_ids, normalize_std=settings.normalize_std, **options)
     if algo.advantage == "grpo":
         return episode, None
@@ -115,8 +116,8 @@ def _turn_advantages(
     return episode + step, step
 
 
-def _own(shaped: Shaped, rewards: torch.Tensor, algo: AlgoSection) -> torch.Tensor:
-    """A user's function, with what it asks for; [N] finite numbers back."""
+def _users_advantages(shaped: Shaped, rewards: torch.Tensor, algo: AlgoSection) -> torch.Tensor:
+    """[N] finite advantages of a user's function, which gets the keywords that its signature names."""
     turns = shaped.rows.turns
     offered = {
         "trajectory_ids": turns.trajectory_ids,
@@ -126,27 +127,20 @@ def _own(shaped: Shaped, rewards: torch.Tensor, algo: AlgoSection) -> torch.Tens
         "token_counts": _token_counts(shaped.rows),
     }
     names = accepted(algo.advantage, "algo.advantage", leading=("rewards", "group_ids"), required=(), offered=OFFERED)
-    found = load_function(algo.advantage, "algo.advantage")(
-        rewards, turns.group_ids, **{name: offered[name] for name in names}
-    )
-    if (
-        not isinstance(found, torch.Tensor)
-        or tuple(found.shape) != tuple(rewards.shape)
-        or not bool(found.isfinite().all())
-    ):
-        shape = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-        raise ContractError(
-            f"{algo.advantage} returned {shape}",
-            where="algo.advantage",
-            hint=f"return finite advantages, a tensor of shape {[len(rewards)]}",
-        )
-    return found.double()
+    function = load_function(algo.advantage, "algo.advantage")
+    advantages = function(rewards, turns.group_ids, **{name: offered[name] for name in names})
+    is_tensor = isinstance(advantages, torch.Tensor)
+    if not is_tensor or advantages.shape != rewards.shape or not bool(advantages.isfinite().all()):
+        text = f"{algo.advantage} returned {list(advantages.shape) if is_tensor else type(advantages).__name__}"
+        hint = f"return finite advantages, a tensor of shape {[len(rewards)]}"
+        raise ContractError(text, where="algo.advantage", hint=hint)
+    return advantages.double()
 
 
 def _token_credit(shaped: Shaped, algo: AlgoSection, kl: torch.Tensor, values: torch.Tensor | None) -> Credit:
-    """Credit along whole trajectories, over all their rows; tokens that a filter took out of the loss still pass it on."""
+    """Credit along whole trajectories, over all their rows; tokens that a filter took out of the loss pass it on."""
     rows, mask = shaped.rows, shaped.rows.padded_mask
-    layout = _Layout(rows)
+    layout = _TrajectoryLayout(rows)
     rewards = layout.gather(_token_rewards(shaped, algo) - kl)
     returns = None
     if algo.advantage == "reinforce++":
@@ -154,14 +148,14 @@ def _token_credit(shaped: Shaped, algo: AlgoSection, kl: torch.Tensor, values: t
         tokens = torch.where(mask, tokens, 0.0)
     else:
         if values is None:
-            raise ContractError(
-                'advantage "gae" without values', where="assign_credit", hint="pass values=, [B, T] of the critic"
-            )
+            hint = "pass values=, [B, T] of the critic"
+            raise ContractError('advantage "gae" without values', where="assign_credit", hint=hint)
         state_values = layout.gather(values.double())
         last = layout.mask.sum(-1, keepdim=True) - 1
         cut = torch.zeros(len(layout.mask), dtype=torch.float64)
         cut[layout.owner] = (rows.turns.status[rows.turn_index[layout.source]] == Status.CONTEXT_LIMIT.code).double()
-        # The value before the last token (which ends the reply) stands for the state behind it, whose observation did not fit.
+        # The value before the last token (which ends the reply) stands for the state behind it, whose observation did
+        # not fit.
         bootstrap = algo.critic.discount * cut[:, None] * state_values.gather(1, last)
         rewards = rewards.scatter_add(1, last, bootstrap)
         raw, targets = gae(rewards, state_values, layout.mask, gamma=algo.critic.discount, lam=algo.critic.lam)
@@ -188,14 +182,14 @@ def _token_rewards(shaped: Shaped, algo: AlgoSection) -> torch.Tensor:
     return rows.pad(flat)
 
 
-class _Layout:
+class _TrajectoryLayout:
     """Sampled tokens [B, T] of a step laid out by trajectory [K, W], in time order."""
 
     def __init__(self, rows: Rows):
         sampled = (rows.turn_index >= 0).nonzero().flatten()
         trajectory = rows.trajectory[rows.row_index[sampled]]
         order = torch.argsort(trajectory, stable=True)
-        self.rows, self.source = rows, sampled[order]  # [S'] places in the flat rows
+        self.rows, self.source = rows, sampled[order]  # [S'] positions in the flat rows
         _, self.owner, counts = torch.unique(trajectory[order], return_inverse=True, return_counts=True)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)[:-1]])
         self.column = torch.arange(len(self.source)) - starts[self.owner]
@@ -204,9 +198,9 @@ class _Layout:
 
     def gather(self, padded: torch.Tensor) -> torch.Tensor:
         """[B, T] → [K, W]."""
-        found = padded.new_zeros(self.mask.shape)
-        found[self.owner, self.column] = self.rows.unpad(padded)[self.source]
-        return found
+        laid_out = padded.new_zeros(self.mask.shape)
+        laid_out[self.owner, self.column] = self.rows.unpad(padded)[self.source]
+        return laid_out
 
     def scatter(self, laid_out: torch.Tensor) -> torch.Tensor:
         """[K, W] → [B, T], 0 elsewhere."""
@@ -223,16 +217,13 @@ def _token_counts(rows: Rows) -> torch.Tensor:
 
 def _turn_means(rows: Rows, tokens: torch.Tensor) -> torch.Tensor:
     """[N] mean of [B, T] over each turn's tokens in the loss; 0 where it has none."""
-    flat, chosen = rows.unpad(tokens).double(), rows.action_mask & (rows.turn_index >= 0)
-    total = torch.zeros(len(rows.turns), dtype=torch.float64).index_add_(0, rows.turn_index[chosen], flat[chosen])
+    inside = rows.action_mask & (rows.turn_index >= 0)
+    total = sums_by_index(rows.unpad(tokens).double()[inside], rows.turn_index[inside], len(rows.turns))
     return total / _token_counts(rows).clamp(min=1)
 
 
 def _per_trajectory(rows: Rows, tokens: torch.Tensor) -> torch.Tensor:
     """[N] sum of [B, T] over all tokens of each turn's trajectory."""
-    sums = torch.zeros(len(rows.turns), dtype=torch.float64)
-    flat, sampled = rows.unpad(tokens), rows.turn_index >= 0
-    sums.index_add_(0, rows.turn_index[sampled], flat[sampled])
-    _, owner = torch.unique(rows.turns.trajectory_ids, return_inverse=True)
-    total = torch.zeros(int(owner.max()) + 1 if len(owner) else 0, dtype=torch.float64)
-    return total.index_add_(0, owner, sums)[owner]
+    sampled = rows.turn_index >= 0
+    sums = sums_by_index(rows.unpad(tokens)[sampled], rows.turn_index[sampled], len(rows.turns))
+    return sums_by_id(sums, rows.turns.trajectory_ids)

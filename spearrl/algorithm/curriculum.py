@@ -1,4 +1,4 @@
-"""The weights γ (self-imitation) and μ (intrinsic reward) in force at a step, and the estimates that adaptive schedules follow."""
+"""The weights γ (self-imitation) and μ (intrinsic reward) of a step, and what adaptive schedules follow."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from spearrl.errors import ContractError
 from spearrl.schedules import ADAPTIVE, adaptive_progress, schedule_value
 
 _LOGGED = {"entropy": "curriculum/entropy", "success": "curriculum/success", "curiosity": "curriculum/unseen"}
-_LOGGED_OF_MU = {kind: f"{name}_mu" for kind, name in _LOGGED.items()}
 
 
 class Curriculum:
-    """γ rises and μ falls (SPEAR, arXiv:2509.22601): over steps, or with what the run itself shows (kinds "entropy", "success", "curiosity").
+    """γ rises and μ falls (SPEAR, arXiv:2509.22601): over steps, or with what the run itself shows.
 
-    The quantity behind an adaptive schedule is an exponential moving average, estimate ← smoothing · estimate + (1 − smoothing) · observed,
-    whose first value is the first observation. Before that, γ = 0 and μ = peak. γ and μ have an estimate each, with their own smoothing.
+    The latter are the adaptive kinds "entropy", "success" and "curiosity". The quantity behind one is an exponential
+    moving average, estimate ← smoothing · estimate + (1 − smoothing) · observed, whose first value is the first
+    observation. Before that, γ = 0 and μ = peak. γ and μ have an estimate each, with their own smoothing.
 
     Args:
         gamma: schedule of the replay weight.
         mu: schedule of the bonus weight.
+
     Raises:
         ContractError: an adaptive schedule whose low is not below its high.
     """
@@ -33,20 +34,18 @@ class Curriculum:
         self._schedules = {"gamma": gamma, "mu": mu}
         self._estimates: dict[str, float | None] = {"gamma": None, "mu": None}
         self._start: float | None = None  # the first entropy above 0 that was observed
-        self._seen: set[int] = set()
+        self._anchors_met: set[int] = set()
         for name, schedule in self._schedules.items():
             if schedule.kind in ADAPTIVE and not schedule.low < schedule.high:
-                raise ContractError(
-                    f"schedule {name}: low={schedule.low}, high={schedule.high}; low must be < high",
-                    hint="for example low = 0.2, high = 0.8",
-                )
+                text = f"schedule {name}: low={schedule.low}, high={schedule.high}; low must be < high"
+                raise ContractError(text, hint="for example low = 0.2, high = 0.8")
 
     def gamma(self, step: int) -> float:
-        """γ at a 1-based step, in [0, peak]. Adaptive: from all steps observed so far, so ask before this step is observed."""
+        """γ at a 1-based step, in [0, peak]. Adaptive: from all steps observed so far; this one is observed afterwards."""
         return self._schedules["gamma"].peak * self._progress("gamma", step)
 
     def mu(self, step: int) -> float:
-        """μ at a 1-based step, in [0, peak]. Adaptive: from all steps observed so far, so ask before this step is observed."""
+        """μ at a 1-based step, in [0, peak]. Adaptive: as γ."""
         schedule = self._schedules["mu"]
         if schedule.kind in ADAPTIVE:
             return schedule.peak * (1 - self._progress("mu", step))
@@ -58,12 +57,14 @@ class Curriculum:
         return self._uses("curiosity")
 
     def observe(self, *, success: float | None, entropy: float | None, anchors: Iterable[int] | None) -> None:
-        """What a finished step showed. None, a non-finite number or no anchors: not measured, the estimate stays as it is.
+        """Update the estimates by what a finished step showed.
+
+        None, a non-finite number or no anchors: it was not measured, the estimate stays.
 
         Args:
             success: share of the step's episodes that succeeded.
             entropy: policy entropy of the step, nats. Schedules see it relative to the first one above 0.
-            anchors: ids (int64) of the states that the step's turns saw. Each counts once per step.
+            anchors: ids (int64) of the states of the step's turns. Each counts once per step.
         """
         observed: dict[str, float | None] = {"entropy": self._relative(entropy), "success": success, "curiosity": None}
         if self._uses("curiosity"):
@@ -73,20 +74,19 @@ class Curriculum:
             if value is None or not math.isfinite(value):
                 continue
             old = self._estimates[name]
-            self._estimates[name] = (
-                value if old is None else schedule.smoothing * old + (1 - schedule.smoothing) * value
-            )
+            mean = value if old is None else schedule.smoothing * old + (1 - schedule.smoothing) * value
+            self._estimates[name] = mean
 
     def metrics(self) -> dict[str, float]:
-        """The estimates in use, from which γ and μ follow. `…_mu`: μ follows the same quantity as γ, smoothed otherwise."""
+        """The estimates in use. `…_mu`: μ follows the same quantity as γ, smoothed otherwise."""
         gamma, mu = self._schedules["gamma"], self._schedules["mu"]
         first, second = self._estimates["gamma"], self._estimates["mu"]
-        found = {} if first is None else {_LOGGED[gamma.kind]: first}
+        metrics = {} if first is None else {_LOGGED[gamma.kind]: first}
         if second is not None and gamma.kind != mu.kind:
-            found[_LOGGED[mu.kind]] = second
+            metrics[_LOGGED[mu.kind]] = second
         elif second is not None and (gamma.smoothing != mu.smoothing or first != second):
-            found[_LOGGED_OF_MU[mu.kind]] = second
-        return found
+            metrics[f"{_LOGGED[mu.kind]}_mu"] = second
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values and one tensor; `load_state_dict` restores them exactly."""
@@ -94,32 +94,30 @@ class Curriculum:
             "kinds": {name: schedule.kind for name, schedule in self._schedules.items()},
             "estimates": dict(self._estimates),
             "entropy_start": self._start,
-            "seen": torch.tensor(sorted(self._seen), dtype=torch.int64),
+            "seen": torch.tensor(sorted(self._anchors_met), dtype=torch.int64),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """A schedule whose kind was changed since then starts without an estimate: the stored one is of another quantity."""
-        kept = {name: state["kinds"][name] == schedule.kind for name, schedule in self._schedules.items()}
-        self._estimates = {name: state["estimates"][name] if kept[name] else None for name in self._schedules}
+        """A schedule whose kind was changed starts without an estimate: the stored one is of another quantity."""
+        for name, schedule in self._schedules.items():
+            self._estimates[name] = state["estimates"][name] if state["kinds"][name] == schedule.kind else None
         self._start = state["entropy_start"]
-        self._seen = set(state["seen"].tolist())
+        self._anchors_met = set(state["seen"].tolist())
 
     def _progress(self, name: str, step: int) -> float:
         """In [0, 1], rising."""
         schedule, estimate = self._schedules[name], self._estimates[name]
         if schedule.kind not in ADAPTIVE:
             return schedule_value(schedule.kind, step, schedule.steps, rising=True)
-        return (
-            0.0
-            if estimate is None
-            else adaptive_progress(schedule.kind, estimate, low=schedule.low, high=schedule.high)
-        )
+        if estimate is None:
+            return 0.0
+        return adaptive_progress(schedule.kind, estimate, low=schedule.low, high=schedule.high)
 
     def _uses(self, kind: str) -> bool:
         return any(schedule.kind == kind for schedule in self._schedules.values())
 
     def _relative(self, entropy: float | None) -> float | None:
-        """The start is kept whatever the kinds are, so that a run resumed with kind "entropy" still knows where it began."""
+        """Of the first one above 0, which is kept whatever the kinds are, for a run that is resumed with "entropy"."""
         if entropy is None or not math.isfinite(entropy):
             return None
         if self._start is None and entropy > 0:
@@ -131,6 +129,6 @@ class Curriculum:
         states = set() if anchors is None else {int(anchor) for anchor in anchors}
         if not states:
             return None
-        new = states - self._seen
-        self._seen |= new
+        new = states - self._anchors_met
+        self._anchors_met |= new
         return len(new) / len(states)

@@ -1,4 +1,7 @@
-"""Dynamic sampling: groups whose episodes all earn the same teach nothing, so further tasks are played (DAPO, arXiv 2503.14476 eq. 11)."""
+"""Dynamic sampling (DAPO, arXiv 2503.14476 eq. 11): further tasks are played for groups that teach nothing.
+
+A group teaches nothing where all its episodes earn the same.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,20 @@ def mixed(group: Group) -> bool:
 def play_rounds(
     play: Callable[[int], list[Group]], *, wanted: int, rounds: int
 ) -> tuple[list[Group], dict[str, float]]:
-    """Groups of as many rounds as it takes until `wanted` of them are mixed; only these, but the last permitted round is kept whole.
+    """Mixed groups of as many rounds as it takes until there are `wanted`; the last permitted round is taken whole.
 
     Args:
         play: plays round 0, 1, …; the groups it returns have ids of their own.
+
+    Returns:
+        (groups, metrics of the dynamic sampling).
     """
-    kept: list[Group] = []
+    groups: list[Group] = []
     played = 0
     for number in range(rounds):
-        groups = play(number)
-        played += len(groups)
-        last = number == rounds - 1
-        kept += groups if last else [g for g in groups if mixed(g)]
-        if last or len(kept) >= wanted:
+        latest = play(number)
+        played += len(latest)
+        groups += latest if number == rounds - 1 else [group for group in latest if mixed(group)]
+        if len(groups) >= wanted:
             break
-    return kept, {"dynamic/rounds": float(number + 1), "dynamic/groups_dropped": float(played - len(kept))}
+    return groups, {"dynamic/rounds": float(number + 1), "dynamic/groups_dropped": float(played - len(groups))}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from spearrl.advantages import discounted_returns
+from spearrl.advantages import discounted_returns, numbered_by_appearance, sums_by_id
 from spearrl.batching import Rows
 from spearrl.config import AlgoSection
 from spearrl.shaping import (
@@ -31,9 +31,7 @@ class Shaped:
     rows: Rows
     rewards: torch.Tensor  # [N] episode reward + bonus − penalty of the turn
     bonuses: torch.Tensor  # [N] μ · bonus of the turn's episode, already in `rewards`
-    muted: (
-        torch.Tensor
-    )  # bool [N], turns that a filter took out but that stay in the mask, at advantage 0 (policy.mask="attention")
+    muted: torch.Tensor  # bool [N], filtered turns that stay in the mask, at advantage 0 (policy.mask="attention")
     blocks: torch.Tensor  # [N] what baselines take for the turn's group
     step_returns: torch.Tensor  # [N] discounted environment rewards from the turn on, − its penalty (GiGPO)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -41,9 +39,8 @@ class Shaped:
 
 def trainable(groups: Sequence[Group], group_size: int) -> list[Group]:
     """Groups without their faulty siblings; one with fewer than two left says nothing and is dropped."""
-    least = min(2, group_size)
-    kept = (Group(g.id, g.task, g.valid) for g in groups)
-    return [g for g in kept if len(g.trajectories) >= least]
+    sound = (Group(g.id, g.task, g.valid) for g in groups)
+    return [g for g in sound if len(g.trajectories) >= min(2, group_size)]
 
 
 def shape(
@@ -56,7 +53,7 @@ def shape(
     group_size: int,
     seed: int,
 ) -> Shaped:
-    """Environment reward → + μ·bonus → quality flags → group filter → − invalid-action penalty (arXiv 2509.22601; design order).
+    """Environment reward → + μ·bonus → quality flags → group filter → − invalid-action penalty (arXiv 2509.22601).
 
     Args:
         rows: of exactly these groups, in their order.
@@ -65,7 +62,7 @@ def shape(
     """
     turns = rows.turns
     bonuses = mu * episode_bonuses(groups, algo)
-    episode = _episode_rewards(rows) + bonuses
+    episode = sums_by_id(turns.rewards, turns.trajectory_ids) + bonuses
     flagged, counts = _quality_flags(groups, algo, max_reply_tokens)
     metrics = {f"filter/{name}": count for name, count in counts.items()}
     rows, metrics["guard/nonfinite_rollout_logprobs"] = _without_broken_tokens(rows)
@@ -73,25 +70,28 @@ def shape(
     if algo.policy.mask == "action" and flagged.any():
         rows = rows.mask_turns(~flagged)
     rewards = penalise_invalid(episode, turns.penalties, coefficient=algo.invalid_penalty)
-    blocks = _blocks(rows, group_size) if algo.groups.blocks == "consecutive" else turns.group_ids
+    blocks = turns.group_ids
+    if algo.groups.blocks == "consecutive":  # as released: these are the groups, until one loses a sibling
+        blocks = numbered_by_appearance(turns.trajectory_ids)[1] // group_size
     # Before any row is left out: a return counts all that its trajectory earned later.
     returns = discounted_returns(turns.rewards, turns.trajectory_ids, algo.gigpo.discount)
     returns = penalise_invalid(returns, turns.penalties, coefficient=algo.invalid_penalty)
     shaped = Shaped(rows, rewards, bonuses, muted, blocks, returns, metrics)
     if algo.filters.group_keep >= 1:
         return shaped
-    kept = filter_groups_by_std(episode, blocks, turns.trajectory_ids, keep=algo.filters.group_keep)
-    kept_trajectories = turns.trajectory_ids[torch.isin(blocks, kept)]
-    metrics["filter/groups_dropped"] = float(len(torch.unique(blocks)) - len(kept))
-    shaped = select(shaped, torch.isin(rows.trajectory, kept_trajectories))
+    kept_groups = filter_groups_by_std(episode, blocks, turns.trajectory_ids, keep=algo.filters.group_keep)
+    metrics["filter/groups_dropped"] = float(len(torch.unique(blocks)) - len(kept_groups))
+    trajectories = turns.trajectory_ids[torch.isin(blocks, kept_groups)]
+    shaped = select(shaped, torch.isin(rows.trajectory, trajectories))
     return _power_of_two(shaped, seed) if algo.filters.subsample == "power_of_two" else shaped
 
 
 def select(shaped: Shaped, rows: torch.Tensor) -> Shaped:
     """The part of a shaped step that lies in these rows (bool [B])."""
     turns = shaped.rows.turns_of(rows)
-    kept = {name: getattr(shaped, name)[turns] for name in ("rewards", "bonuses", "muted", "blocks", "step_returns")}
-    return Shaped(shaped.rows.select(rows), metrics=shaped.metrics, **kept)
+    names = ("rewards", "bonuses", "muted", "blocks", "step_returns")
+    parts = {name: getattr(shaped, name)[turns] for name in names}
+    return Shaped(shaped.rows.select(rows), metrics=shaped.metrics, **parts)
 
 
 def episode_bonuses(groups: Sequence[Group], algo: AlgoSection) -> torch.Tensor:
@@ -117,24 +117,10 @@ def _without_broken_tokens(rows: Rows) -> tuple[Rows, float]:
 def _power_of_two(shaped: Shaped, seed: int) -> Shaped:
     """A random 2^k of the rows, in their order (as released; it takes trajectories apart)."""
     count = len(shaped.rows)
-    wanted = 1 << (count.bit_length() - 1) if count else 0
-    chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:wanted]] = True
-    return select(shaped, chosen)
-
-
-def _blocks(rows: Rows, group_size: int) -> torch.Tensor:
-    """[N] number of the run of `group_size` consecutive trajectories that a turn lies in (as released: groups, until one loses a sibling)."""
-    ids, owner = torch.unique(rows.turns.trajectory_ids, return_inverse=True)
-    place = torch.full((len(ids),), len(owner)).scatter_reduce(0, owner, torch.arange(len(owner)), "amin")
-    return place.argsort().argsort()[owner] // group_size
-
-
-def _episode_rewards(rows: Rows) -> torch.Tensor:
-    """[N] the episode's reward, on each of its turns."""
-    _, owner = torch.unique(rows.turns.trajectory_ids, return_inverse=True)
-    total = torch.zeros(int(owner.max()) + 1 if len(owner) else 0, dtype=torch.float64)
-    return total.index_add_(0, owner, rows.turns.rewards)[owner]
+    size = 1 << (count.bit_length() - 1) if count else 0
+    drawn = torch.zeros(count, dtype=torch.bool)
+    drawn[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:size]] = True
+    return select(shaped, drawn)
 
 
 def _is_void(turn: Turn) -> bool:
@@ -145,7 +131,10 @@ def _is_void(turn: Turn) -> bool:
 def _quality_flags(
     groups: Sequence[Group], algo: AlgoSection, max_reply_tokens: int
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """[N] turns a filter masks, and how many each filter caught. An episode that was cut off counts as overlong in all its turns."""
+    """[N] turns that a filter masks, and how many each filter caught.
+
+    An episode that was cut off counts as overlong in all its turns.
+    """
     filters = algo.filters
     turns = [(turn, t.status in CUT) for g in groups for t in g.trajectories for turn in t.turns]
     fires = filters.void_rule != "never"
