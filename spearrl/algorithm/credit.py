@@ -129,12 +129,11 @@ def _users_advantages(shaped: Shaped, rewards: torch.Tensor, algo: AlgoSection) 
     names = accepted(algo.advantage, "algo.advantage", leading=("rewards", "group_ids"), required=(), offered=OFFERED)
     function = load_function(algo.advantage, "algo.advantage")
     advantages = function(rewards, turns.group_ids, **{name: offered[name] for name in names})
-    is_tensor = isinstance(advantages, torch.Tensor)
-    if not is_tensor or advantages.shape != rewards.shape or not bool(advantages.isfinite().all()):
-        text = f"{algo.advantage} returned {list(advantages.shape) if is_tensor else type(advantages).__name__}"
-        hint = f"return finite advantages, a tensor of shape {[len(rewards)]}"
-        raise ContractError(text, where="algo.advantage", hint=hint)
-    return advantages.double()
+    if isinstance(advantages, torch.Tensor) and advantages.shape == rewards.shape and advantages.isfinite().all():
+        return advantages.double()
+    returned = list(advantages.shape) if isinstance(advantages, torch.Tensor) else type(advantages).__name__
+    hint = f"return finite advantages, a tensor of shape {[len(rewards)]}"
+    raise ContractError(f"{algo.advantage} returned {returned}", where="algo.advantage", hint=hint)
 
 
 def _token_credit(shaped: Shaped, algo: AlgoSection, kl: torch.Tensor, values: torch.Tensor | None) -> Credit:

@@ -41,7 +41,7 @@ class Curriculum:
                 raise ContractError(text, hint="for example low = 0.2, high = 0.8")
 
     def gamma(self, step: int) -> float:
-        """γ at a 1-based step, in [0, peak]. Adaptive: from all steps observed so far; this one is observed afterwards."""
+        """γ at a 1-based step, in [0, peak]. Adaptive: from the steps observed so far, this one excluded."""
         return self._schedules["gamma"].peak * self._progress("gamma", step)
 
     def mu(self, step: int) -> float:

@@ -15,13 +15,18 @@ from spearrl.errors import ContractError
 class AllowedIds:
     """Sets of token ids, and the set of each of N turns.
 
+    Args:
+        index: int64 [N], the turn's set; -1: any id was allowed.
+        owner: int64 [K], the set that an id belongs to, in ascending order.
+        ids: int64 [K].
+
     Raises:
         ContractError: a tensor has another shape or type, or a turn's set is not there.
     """
 
-    index: torch.Tensor  # int64 [N], the turn's set; -1: any id was allowed
-    owner: torch.Tensor  # int64 [K], the set that an id belongs to, in ascending order
-    ids: torch.Tensor  # int64 [K]
+    index: torch.Tensor
+    owner: torch.Tensor
+    ids: torch.Tensor
 
     def __post_init__(self) -> None:
         for name, length in (("index", len(self.index)), ("owner", len(self.ids)), ("ids", len(self.ids))):
@@ -38,17 +43,18 @@ class AllowedIds:
         return {"index": self.index, "owner": self.owner, "ids": self.ids}
 
     def select(self, turns: torch.Tensor) -> AllowedIds | None:
-        """Of the given turns (indices, repeated or not; -1: no turn), and no set but theirs; None where none of them is restricted."""
+        """The sets of these turns alone; None where none of them is restricted.
+
+        Args:
+            turns: indices, repeated or not; -1: no turn.
+        """
         index = torch.where(turns < 0, -1, self.index[turns])
-        used = index[index >= 0].unique()
-        if not len(used):
+        sets = torch.unique(index[index >= 0])
+        if not len(sets):
             return None
-        kept = torch.isin(self.owner, used)
-        return AllowedIds(
-            torch.where(index < 0, -1, torch.searchsorted(used, index)),
-            torch.searchsorted(used, self.owner[kept]),
-            self.ids[kept],
-        )
+        inside = torch.isin(self.owner, sets)
+        owner = torch.searchsorted(sets, self.owner[inside])
+        return AllowedIds(torch.where(index < 0, -1, torch.searchsorted(sets, index)), owner, self.ids[inside])
 
     @staticmethod
     def concat(tables: Sequence[AllowedIds | None], turns: Sequence[int]) -> AllowedIds | None:

@@ -17,8 +17,9 @@ from spearrl.seeds import SEED_BITS
 def canonical(anchor: Any) -> Any:
     """A hashable value that is equal for equal anchors.
 
-    Scalars and strings stay; arrays become flat tuples (their shape is ignored); lists and tuples are treated item by item; mappings become
-    tuples of items sorted by key. Equality is Python's: 1, 1.0 and True are the same state, "x" and "X" are not.
+    Scalars and strings stay; arrays become flat tuples (their shape is ignored); lists and tuples are treated item by
+    item; mappings become tuples of items sorted by key. Equality is Python's: 1, 1.0 and True are the same state, "x"
+    and "X" are not.
 
     Raises:
         ContractError: for any other type.
@@ -42,7 +43,7 @@ def canonical(anchor: Any) -> Any:
 
 
 def anchor_id(anchor: Any) -> int:
-    """A 63-bit integer that is the same for equal anchors, on every machine. Raises ContractError as `canonical` does."""
+    """A 63-bit integer, the same for equal anchors on every machine. Raises ContractError as `canonical` does."""
     digest = hashlib.blake2b(_encode(canonical(anchor)), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> (64 - SEED_BITS)
 
@@ -51,12 +52,9 @@ def _flat(array: Any) -> Any:
     values = array.tolist()
     if not isinstance(values, list):
         return canonical(values)
-    flat = (
-        np.asarray(values, dtype=object).reshape(-1)
-        if isinstance(array, np.ndarray) and array.dtype == object
-        else array.reshape(-1)
-    )
-    return tuple(canonical(value) for value in flat.tolist())
+    if isinstance(array, np.ndarray) and array.dtype == object:
+        array = np.asarray(values, dtype=object)
+    return tuple(canonical(value) for value in array.reshape(-1).tolist())
 
 
 def _number(value: float) -> float:

@@ -1,10 +1,13 @@
-"""Groups of trajectories → rows, by one rule: a turn whose prompt begins with the running row's ids (and pictures) extends that row, any other starts
-a new one."""
+"""Groups of trajectories → rows, by one rule.
+
+A turn whose prompt begins with the running row's ids (and pictures) extends that row, any other starts a new one.
+"""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +29,8 @@ def rows_from_groups(groups: Sequence[Group]) -> Rows:
     Only sampled tokens are action tokens: prompts, observations and template tokens never train.
 
     Raises:
-        ContractError: an empty prompt, log-probabilities that do not match the sampled tokens, or a sampled token that was not allowed.
+        ContractError: an empty prompt, log-probabilities that do not match the sampled tokens, or a sampled token that
+            was not allowed.
     """
     builder = _Builder()
     for trajectory in (t for group in groups for t in group.valid):
@@ -40,13 +44,12 @@ class _Builder:
     def __init__(self) -> None:
         self.tokens: dict[str, array[Any]] = {name: array(CODES[dtype]) for name, dtype in TOKENS.items()}
         self.row_fields = {name: array("q") for name in ROWS}
-        self.turns: dict[str, array[Any]] = {
-            name: array(CODES[turn_dtype(name)]) for name in TurnTable.__dataclass_fields__
-        }
+        names = TurnTable.__dataclass_fields__
+        self.turns: dict[str, array[Any]] = {name: array(CODES[turn_dtype(name)]) for name in names}
         self.offsets = array("q", [0])
         self.images: list[tuple[str, ...]] = []
         self.pictures: dict[str, torch.Tensor] = {}
-        self.anchors: dict[str, int] = {}
+        self.text_id = cache(anchor_id)  # siblings meet the same states
         self.allowed = array("q")  # by turn
         self.sets: dict[tuple[int, ...], tuple[int, frozenset[int]]] = {}  # number and members; siblings share them
 
@@ -59,30 +62,29 @@ class _Builder:
             digests = self._digests(turn)
             if not extends or digests[: len(self.images[-1])] != self.images[-1]:
                 running = ()
-                self._open(trajectory, ordinal)
+                self._start_row(trajectory, ordinal)
                 ordinal += 1
-            self._turn(trajectory, turn)
-            self.allowed.append(self._allowed(turn, f"trajectory {trajectory.id}, turn {number}"))
-            self._append(turn, len(running))
+            self._add_turn(trajectory, turn)
+            self.allowed.append(self._allowed_set(turn, f"trajectory {trajectory.id}, turn {number}"))
+            self._add_tokens(turn, len(running))
             self.images[-1] = digests
             running = turn.prompt_ids + turn.token_ids
         if ordinal > ROWS_PER_TRAJECTORY:
-            raise ContractError(
-                f"{ordinal} rows; at most {ROWS_PER_TRAJECTORY} are numbered apart", where=f"trajectory {trajectory.id}"
-            )
+            text = f"{ordinal} rows; at most {ROWS_PER_TRAJECTORY} are numbered apart"
+            raise ContractError(text, where=f"trajectory {trajectory.id}")
 
-    def _open(self, trajectory: Trajectory, ordinal: int) -> None:
+    def _start_row(self, trajectory: Trajectory, ordinal: int) -> None:
         self.offsets.append(self.offsets[-1])
         self.row_fields["group"].append(trajectory.group)
         self.row_fields["trajectory"].append(trajectory.id)
         self.row_fields["uid"].append(trajectory.id * ROWS_PER_TRAJECTORY + ordinal)
         self.images.append(())
 
-    def _turn(self, trajectory: Trajectory, turn: Turn) -> None:
+    def _add_turn(self, trajectory: Trajectory, turn: Turn) -> None:
         values = {
             "group_ids": trajectory.group,
             "trajectory_ids": trajectory.id,
-            "anchor_ids": self._anchor(turn),
+            "anchor_ids": self._anchor_id(turn),
             "rewards": turn.reward,
             "penalties": 0.0 if turn.action.valid else 1.0,
             "tool_calls": turn.action.tool_calls,
@@ -92,15 +94,11 @@ class _Builder:
         for name, value in values.items():
             self.turns[name].append(value)
 
-    def _anchor(self, turn: Turn) -> int:
+    def _anchor_id(self, turn: Turn) -> int:
         state = turn.observation if turn.anchor is None else turn.anchor
-        if not isinstance(state, str):
-            return anchor_id(state)
-        if state not in self.anchors:
-            self.anchors[state] = anchor_id(state)
-        return self.anchors[state]
+        return self.text_id(state) if isinstance(state, str) else anchor_id(state)
 
-    def _allowed(self, turn: Turn, where: str) -> int:
+    def _allowed_set(self, turn: Turn, where: str) -> int:
         """Number of the set that the reply was drawn from; -1: any token could be."""
         if turn.allowed_ids is None:
             return -1
@@ -108,11 +106,12 @@ class _Builder:
             self.sets[turn.allowed_ids] = (len(self.sets), frozenset(turn.allowed_ids))
         number, members = self.sets[turn.allowed_ids]
         if not members.issuperset(turn.token_ids):
-            problem = f"sampled tokens {sorted(set(turn.token_ids) - members)[:8]} are not among the {len(members)} allowed ids"
-            raise ContractError(problem, where=where, hint="use an engine that honours Sampling.allowed_ids")
+            others = sorted(set(turn.token_ids) - members)[:8]
+            text = f"sampled tokens {others} are not among the {len(members)} allowed ids"
+            raise ContractError(text, where=where, hint="use an engine that honours Sampling.allowed_ids")
         return number
 
-    def _append(self, turn: Turn, known: int) -> None:
+    def _add_tokens(self, turn: Turn, known: int) -> None:
         """The prompt's new tokens, then the sampled ones."""
         shown, sampled = len(turn.prompt_ids) - known, len(turn.token_ids)
         index = len(self.turns["row"]) - 1
@@ -138,41 +137,28 @@ class _Builder:
         tokens = {name: _tensor(values, TOKENS[name]) for name, values in self.tokens.items()}
         turns = TurnTable(**{name: _tensor(values, turn_dtype(name)) for name, values in self.turns.items()})
         row_fields = {name: _tensor(values, torch.int64) for name, values in self.row_fields.items()}
-        allowed = (
-            AllowedIds(*(_tensor(values, torch.int64) for values in (self.allowed, *self._members())))
-            if self.sets
-            else None
-        )
-        offsets = _tensor(self.offsets, torch.int64)
+        owner = [number for members, (number, _) in self.sets.items() for _ in members]
+        ids = [id_ for members in self.sets for id_ in members]
+        allowed = AllowedIds(*(torch.tensor(values, dtype=torch.int64) for values in (self.allowed, owner, ids)))
         return Rows(
             **tokens,
             **row_fields,
-            offsets=offsets,
+            offsets=_tensor(self.offsets, torch.int64),
             turns=turns,
             images=tuple(self.images),
-            allowed=allowed,
+            allowed=allowed if self.sets else None,
             pictures=self.pictures,
         )
-
-    def _members(self) -> tuple[array[Any], array[Any]]:
-        """The sets' numbers, once for each id, and the ids."""
-        owner, ids = array("q"), array("q")
-        for members, (number, _) in self.sets.items():
-            _fill(owner, ((number, len(members)),))
-            ids.extend(members)
-        return owner, ids
 
 
 def _check(turn: Turn, trajectory: Trajectory, number: int) -> None:
     where = f"trajectory {trajectory.id}, turn {number}"
     if not turn.prompt_ids:
-        raise ContractError(
-            "an empty prompt", where=where, hint="the chat encoder must give every turn at least one prompt token"
-        )
+        hint = "the chat encoder must give every turn at least one prompt token"
+        raise ContractError("an empty prompt", where=where, hint=hint)
     if len(turn.logprobs) != len(turn.token_ids):
-        raise ContractError(
-            f"{len(turn.logprobs)} log-probabilities for {len(turn.token_ids)} sampled tokens", where=where
-        )
+        text = f"{len(turn.logprobs)} log-probabilities for {len(turn.token_ids)} sampled tokens"
+        raise ContractError(text, where=where)
 
 
 def _fill(target: array[Any], runs: Iterable[tuple[int, int]]) -> None:

@@ -6,13 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from spearrl.batching.allowed import AllowedIds
-from spearrl.batching.turns import TurnTable, check_tensor, turn_dtype
+from spearrl.batching.turns import TurnTable, check_tensor
 from spearrl.errors import ContractError
 
 FORMAT = "spearrl.rows/1"
@@ -31,29 +32,37 @@ NESTED = ("turns", "allowed", "pictures")  # tables inside a state dict
 class Rows:
     """B rows of S tokens in all. Padded to [B, T], T is the longest row and position t holds the value *of* token t.
 
-    Tokens that a filter took out of the loss (`mask_turns`) keep their `turn_index`; observation tokens have -1.
+    Args:
+        token_ids: int64 [S].
+        action_mask: bool [S], True where the token is in the loss: the policy chose it, and no filter took it out.
+        turn_index: int64 [S], index into `turns`, also of tokens that a filter took out; -1 where the policy did not
+            choose the token.
+        rollout_logprobs: float32 [S], as the engine reported; 0 where the policy did not choose the token.
+        policy_version: int64 [S], weights that sampled the token; -1 where the policy did not choose it.
+        offsets: int64 [B + 1]; row b holds the tokens offsets[b] .. offsets[b + 1].
+        group, trajectory: int64 [B].
+        uid: int64 [B], unique in the run.
+        images: content hashes of each row's pictures.
+        allowed: by turn; None: no reply was restricted.
+        pictures: encoded pictures by content hash, uint8 [bytes].
 
     Raises:
         ContractError: a tensor has another shape or type, offsets do not fit, or a row begins with an action token.
     """
 
-    token_ids: torch.Tensor  # int64 [S]
-    action_mask: (
-        torch.Tensor
-    )  # bool [S], True where the token is in the loss: the policy chose it, and no filter took it out
-    turn_index: torch.Tensor  # int64 [S], index into `turns`; -1 where the policy did not choose the token
-    rollout_logprobs: torch.Tensor  # float32 [S], as the engine reported; 0 where the policy did not choose the token
-    policy_version: torch.Tensor  # int64 [S], weights that sampled the token; -1 where the policy did not choose it
-    offsets: torch.Tensor  # int64 [B + 1], row b holds tokens offsets[b] .. offsets[b + 1]
-    group: torch.Tensor  # int64 [B]
-    trajectory: torch.Tensor  # int64 [B]
-    uid: torch.Tensor  # int64 [B], unique in the run
+    token_ids: torch.Tensor
+    action_mask: torch.Tensor
+    turn_index: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    policy_version: torch.Tensor
+    offsets: torch.Tensor
+    group: torch.Tensor
+    trajectory: torch.Tensor
+    uid: torch.Tensor
     turns: TurnTable
-    images: tuple[tuple[str, ...], ...] = ()  # content hashes per row
-    allowed: AllowedIds | None = None  # by turn; None: no reply was restricted
-    pictures: Mapping[str, torch.Tensor] = field(
-        default_factory=dict
-    )  # encoded pictures by content hash, uint8 [bytes]
+    images: tuple[tuple[str, ...], ...] = ()
+    allowed: AllowedIds | None = None
+    pictures: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count, size = len(self.offsets) - 1, len(self.token_ids)
@@ -63,10 +72,8 @@ class Rows:
         for name in ROWS:
             check_tensor(getattr(self, name), name, torch.int64, count)
         if count < 0 or int(self.offsets[0]) != 0 or int(self.offsets[-1]) != size or bool((self.lengths < 1).any()):
-            raise ContractError(
-                f"offsets {self.offsets.tolist()[:8]} do not cut {size} tokens into rows of one token or more",
-                where="Rows",
-            )
+            text = f"offsets {self.offsets.tolist()[:8]} do not cut {size} tokens into rows of one token or more"
+            raise ContractError(text, where="Rows")
         if not self.images:
             self.images = ((),) * count
         if len(self.images) != count:
@@ -75,19 +82,16 @@ class Rows:
 
     def _check_turns(self) -> None:
         if bool(self.action_mask[self.offsets[:-1]].any()):
-            raise ContractError(
-                "a row begins with an action token", where="Rows", hint="a prompt must hold at least one token"
-            )
-        if len(self.turn_index) and not (
-            int(self.turn_index.min()) >= -1 and int(self.turn_index.max()) < len(self.turns)
-        ):
-            raise ContractError(f"turn_index is outside -1 .. {len(self.turns) - 1}", where="Rows")
-        if len(self.turns) and not (int(self.turns.row.min()) >= 0 and int(self.turns.row.max()) < len(self)):
+            hint = "a prompt must hold at least one token"
+            raise ContractError("a row begins with an action token", where="Rows", hint=hint)
+        count = len(self.turns)
+        if not bool(((self.turn_index >= -1) & (self.turn_index < count)).all()):
+            raise ContractError(f"turn_index is outside -1 .. {count - 1}", where="Rows")
+        if not bool(((self.turns.row >= 0) & (self.turns.row < len(self))).all()):
             raise ContractError(f"turns.row is outside the {len(self)} rows", where="Rows")
-        if self.allowed is not None and len(self.allowed.index) != len(self.turns):
-            raise ContractError(
-                f"allowed ids of {len(self.allowed.index)} turns; expected {len(self.turns)}", where="Rows"
-            )
+        if self.allowed is not None and len(self.allowed.index) != count:
+            text = f"allowed ids of {len(self.allowed.index)} turns; expected {count}"
+            raise ContractError(text, where="Rows")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -109,11 +113,12 @@ class Rows:
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """int64 [S], each token's place in its row."""
+        """int64 [S], each token's position in its row."""
         return torch.arange(len(self.token_ids)) - self.offsets[:-1][self.row_index]
 
     @cached_property
-    def _flat_places(self) -> torch.Tensor:
+    def _padded_positions(self) -> torch.Tensor:
+        """int64 [S], each token's position in the flattened [B, T]."""
         return self.row_index * self.width + self.positions
 
     @cached_property
@@ -125,25 +130,21 @@ class Rows:
         """[S] → [B, T], right-padded with `fill`."""
         check_tensor(flat, "flat", flat.dtype, len(self.token_ids))
         empty = flat.new_full((len(self) * self.width,), fill)
-        return empty.index_copy(0, self._flat_places, flat).view(len(self), self.width)
+        return empty.index_copy(0, self._padded_positions, flat).view(len(self), self.width)
 
     def unpad(self, padded: torch.Tensor) -> torch.Tensor:
         """[B, T] → [S], the values that are not padding."""
         if tuple(padded.shape) != (len(self), self.width):
             raise ContractError(f"shape {list(padded.shape)}; expected [{len(self)}, {self.width}]", where="Rows.unpad")
-        return padded.reshape(-1)[self._flat_places]
+        return padded.reshape(-1)[self._padded_positions]
 
     def scatter(self, turn_values: torch.Tensor) -> torch.Tensor:
         """[N] → [B, T]: the value of each action token's turn, 0 elsewhere."""
         check_tensor(turn_values, "turn_values", turn_values.dtype, len(self.turns))
         if not len(self.turns):
             return turn_values.new_zeros(len(self), self.width)
-        flat = torch.where(
-            self.action_mask & (self.turn_index >= 0),
-            turn_values[self.turn_index.clamp(min=0)],
-            turn_values.new_zeros(()),
-        )
-        return self.pad(flat)
+        inside = self.action_mask & (self.turn_index >= 0)
+        return self.pad(torch.where(inside, turn_values[self.turn_index.clamp(min=0)], turn_values.new_zeros(())))
 
     def mask_turns(self, keep: torch.Tensor) -> Rows:
         """Rows whose action mask is cleared on turns where `keep` [N] is False."""
@@ -153,66 +154,61 @@ class Rows:
         return self.with_action_mask(self.action_mask & (keep[self.turn_index.clamp(min=0)] | (self.turn_index < 0)))
 
     def with_action_mask(self, action_mask: torch.Tensor) -> Rows:
-        """The same tokens with another set [S] of them in the loss (cold start also imitates a little of what was observed)."""
+        """The same tokens, others of which [S] are in the loss (the cold start also imitates some observed ones)."""
         return replace(self, action_mask=action_mask)
 
     def trained_turns(self) -> torch.Tensor:
         """bool [N], turns that have an action token in the loss."""
-        found = torch.zeros(len(self.turns), dtype=torch.bool)
+        trained = torch.zeros(len(self.turns), dtype=torch.bool)
         index = self.turn_index[self.action_mask]
-        found[index[index >= 0]] = True
-        return found
+        trained[index[index >= 0]] = True
+        return trained
 
     def turns_of(self, rows: torch.Tensor) -> torch.Tensor:
-        """bool [N], turns that lie in the given rows (bool [B] or indices): the turns that `select` keeps, in the order it keeps them."""
-        chosen = torch.zeros(len(self), dtype=torch.bool)
-        chosen[rows] = True
-        return chosen[self.turns.row]
+        """bool [N], turns that lie in the given rows (bool [B] or indices): those of `select(rows)`, in its order."""
+        inside = torch.zeros(len(self), dtype=torch.bool)
+        inside[rows] = True
+        return inside[self.turns.row]
 
     def select(self, rows: torch.Tensor | Sequence[int]) -> Rows:
-        """The given rows (bool [B] or distinct indices) in the given order, with their turns; turns keep their order."""
+        """The given rows (bool [B] or distinct indices) in the given order, with their turns, which keep theirs."""
         index = row_indices(rows)
-        place = torch.full((len(self),), -1, dtype=torch.int64)
-        place[index] = torch.arange(len(index))
-        if int((place >= 0).sum()) != len(index):
+        new_row = torch.full((len(self),), -1, dtype=torch.int64)
+        new_row[index] = torch.arange(len(index))
+        if int((new_row >= 0).sum()) != len(index):
             raise ContractError("a row is selected twice", where="Rows.select")
         lengths = self.lengths[index]
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        tokens = torch.arange(int(offsets[-1])) + torch.repeat_interleave(
-            self.offsets[:-1][index] - offsets[:-1], lengths
-        )
-        keep = place[self.turns.row] >= 0
-        renumbered = torch.cat([keep.long().cumsum(0) - 1, torch.full((1,), -1)])  # index -1, no turn, stays -1
+        moved = self.offsets[:-1][index] - offsets[:-1]
+        tokens = torch.arange(int(offsets[-1])) + torch.repeat_interleave(moved, lengths)
+        inside = new_row[self.turns.row] >= 0
+        new_turn = torch.cat([inside.long().cumsum(0) - 1, torch.full((1,), -1)])  # index -1, no turn, stays -1
         flat = {name: getattr(self, name)[tokens] for name in TOKENS}
-        flat["turn_index"] = renumbered[flat["turn_index"]]
+        flat["turn_index"] = new_turn[flat["turn_index"]]
+        images = tuple(self.images[i] for i in index.tolist())
         return Rows(
             **flat,
             offsets=offsets,
             **{name: getattr(self, name)[index] for name in ROWS},
-            turns=self.turns.select(keep, place[self.turns.row[keep]]),
-            images=tuple(self.images[i] for i in index.tolist()),
-            allowed=None if self.allowed is None else self.allowed.select(keep.nonzero().flatten()),
-            pictures={d: self.pictures[d] for i in index.tolist() for d in self.images[i] if d in self.pictures}
-            if self.pictures
-            else {},
+            turns=self.turns.select(inside, new_row[self.turns.row[inside]]),
+            images=images,
+            allowed=None if self.allowed is None else self.allowed.select(inside.nonzero().flatten()),
+            pictures={d: self.pictures[d] for digests in images for d in digests if d in self.pictures},
         )
 
     @staticmethod
     def concat(parts: Sequence[Rows]) -> Rows:
         """One after the other; turns too."""
-        if not parts:
-            return Rows.from_state(_EMPTY)
-        first_turn, first_row = _starts([len(p.turns) for p in parts]), _starts([len(p) for p in parts])
-        first_token = _starts([len(p.token_ids) for p in parts])
-        flat = {name: torch.cat([getattr(p, name) for p in parts]) for name in (*TOKENS, *ROWS)}
-        shifted = [
-            torch.where(p.turn_index < 0, p.turn_index, p.turn_index + shift)
-            for p, shift in zip(parts, first_turn, strict=True)
-        ]
-        flat["turn_index"] = torch.cat(shifted)
-        ends = [p.offsets[1:] + shift for p, shift in zip(parts, first_token, strict=True)]
+        none = torch.zeros(0, dtype=torch.int64)
+        counts = ([len(p) for p in parts], [len(p.turns) for p in parts], [len(p.token_ids) for p in parts])
+        first_row, first_turn, first_token = (list(accumulate(sizes, initial=0))[:-1] for sizes in counts)
+        flat = {name: torch.cat([none.to(dtype), *(getattr(p, name) for p in parts)]) for name, dtype in TOKENS.items()}
+        # Where there is no turn, the index stays -1.
+        index = [p.turn_index + (p.turn_index >= 0) * first for p, first in zip(parts, first_turn, strict=True)]
+        ends = [p.offsets[1:] + first for p, first in zip(parts, first_token, strict=True)]
         return Rows(
-            **flat,
+            **{**flat, "turn_index": torch.cat([none, *index])},
+            **{name: torch.cat([none, *(getattr(p, name) for p in parts)]) for name in ROWS},
             offsets=torch.cat([torch.zeros(1, dtype=torch.int64), *ends]),
             turns=TurnTable.concat([p.turns for p in parts], first_row),
             images=tuple(images for p in parts for images in p.images),
@@ -221,17 +217,15 @@ class Rows:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors by name and the image hashes; `from_state` is the inverse. "allowed" is there where a reply was restricted, "pictures" where some are."""
-        tensors = {name: getattr(self, name) for name in (*TOKENS, "offsets", *ROWS)}
-        restricted = {} if self.allowed is None else {"allowed": self.allowed.tensors()}
-        shown = {"pictures": dict(self.pictures)} if self.pictures else {}
-        return {
-            **tensors,
-            "turns": self.turns.tensors(),
-            **restricted,
-            **shown,
-            "images": [list(images) for images in self.images],
-        }
+        """Tensors by name and the image hashes; `from_state` is the inverse.
+
+        "allowed" is there where a reply was restricted, "pictures" where there are some.
+        """
+        state: dict[str, Any] = {name: getattr(self, name) for name in (*TOKENS, "offsets", *ROWS)}
+        state |= {"turns": self.turns.tensors(), "images": [list(images) for images in self.images]}
+        if self.allowed is not None:
+            state["allowed"] = self.allowed.tensors()
+        return {**state, "pictures": dict(self.pictures)} if self.pictures else state
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Rows:
@@ -239,16 +233,13 @@ class Rows:
         missing = {*TOKENS, "offsets", *ROWS, "turns", "images"} - set(state)
         if missing:
             raise ContractError(f"rows without {sorted(missing)}", where="Rows")
+        tables: dict[str, Any] = {
+            "turns": TurnTable(**state["turns"]),
+            "images": tuple(tuple(images) for images in state["images"]),
+            "allowed": AllowedIds(**state["allowed"]) if "allowed" in state else None,
+        }
         tensors = {name: state[name] for name in (*TOKENS, "offsets", *ROWS)}
-        allowed = AllowedIds(**state["allowed"]) if "allowed" in state else None
-        images = tuple(tuple(images) for images in state["images"])
-        return cls(
-            **tensors,
-            turns=TurnTable(**state["turns"]),
-            images=images,
-            allowed=allowed,
-            pictures=state.get("pictures", {}),
-        )
+        return cls(**tensors, **tables, pictures=state.get("pictures", {}))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
@@ -270,41 +261,17 @@ class Rows:
             if metadata.get("format") != FORMAT:
                 raise ContractError(f"format {metadata.get('format')!r}; expected {FORMAT!r}", where=str(path))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-        parts = {
-            part: {
-                name.removeprefix(f"{part}."): tensors.pop(name)
-                for name in list(tensors)
-                if name.startswith(f"{part}.")
-            }
-            for part in NESTED
-        }
-        return cls.from_state(
-            {
-                **tensors,
-                **{part: found for part, found in parts.items() if found},
-                "images": json.loads(metadata["images"]),
-            }
-        )
+        state: dict[str, Any] = {"images": json.loads(metadata["images"])}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            if rest:
+                state.setdefault(part, {})[rest] = tensor
+            else:
+                state[name] = tensor
+        return cls.from_state(state)
 
 
 def row_indices(rows: torch.Tensor | Sequence[int]) -> torch.Tensor:
     """int64 indices of a bool mask or of indices."""
     index = torch.as_tensor(rows)
     return index.nonzero().flatten() if index.dtype == torch.bool else index.long()
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    total, starts = 0, []
-    for size in sizes:
-        starts.append(total)
-        total += size
-    return starts
-
-
-_EMPTY = {
-    **{name: torch.zeros(0, dtype=dtype) for name, dtype in TOKENS.items()},
-    **{name: torch.zeros(0, dtype=torch.int64) for name in ROWS},
-    "offsets": torch.zeros(1, dtype=torch.int64),
-    "turns": {name: torch.zeros(0, dtype=turn_dtype(name)) for name in TurnTable.__dataclass_fields__},
-    "images": [],
-}

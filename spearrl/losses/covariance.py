@@ -88,11 +88,12 @@ def clip_cov_loss(
     Args (all [B, T]): as `clipped_policy_loss` and `covariance_selection`. Tokens in `drop` are left out besides.
     """
     tokens = (logprobs, old_logprobs, advantages, action_mask)
-    clips = {"clip_low": clip_low, "clip_high": clip_high}
-    rule: dict[str, Any] = {"ratio": ratio, "lower": lower, "upper": upper, "exclude": clipped_tokens(*tokens, **clips)}
+    exclude = clipped_tokens(*tokens, clip_low=clip_low, clip_high=clip_high)
+    rule: dict[str, Any] = {"ratio": ratio, "lower": lower, "upper": upper, "exclude": exclude}
     drawn = covariance_selection(logprobs, advantages, action_mask, **rule, generator=generator, keys=keys)
-    rest: dict[str, Any] = {"aggregation": aggregation, "horizon": horizon, "denominator": denominator}
-    return clipped_policy_loss(*tokens, **clips, **rest, drop=drawn if drop is None else drawn | drop)
+    rest: dict[str, Any] = {"clip_low": clip_low, "clip_high": clip_high, "aggregation": aggregation}
+    rest |= {"horizon": horizon, "denominator": denominator}
+    return clipped_policy_loss(*tokens, **rest, drop=drawn if drop is None else drawn | drop)
 
 
 @torch.no_grad()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spearrl.algorithm import Shaped
-from spearrl.algorithm import rewards as shape
+from spearrl.algorithm import Shaped, shape
 from spearrl.batching import rows_from_groups
 from spearrl.config import AlgoSection
 from spearrl.types import Action, Group, Status, Task, Trajectory, Turn
