@@ -21,7 +21,10 @@ def opening(game: Game) -> str:
 
 
 def short_commands(world: World) -> dict[str, str]:
-    """Short command -> the engine's; the receptacle is named only where two would do. No look, inventory, examine, help."""
+    """Short command -> the engine's, without look, inventory, examine, help.
+
+    The receptacle is named only where two would do.
+    """
     commands: dict[str, str] = {}
     game = world.game
     for command, (verb, first, second) in sorted(world.possible.items()):

@@ -105,7 +105,10 @@ class PackedGames(Games):
 
 
 class TreeGames(Games):
-    """The original's <split>/<task>/<trial>/game.tw-pddl by its own filter (no "movable", no "Sliced", solvable), or one such file."""
+    """The original's <split>/<task>/<trial>/game.tw-pddl, or one such file.
+
+    The filter is the original's: no "movable", no "Sliced", and solvable.
+    """
 
     def __init__(self, path: Path):
         super().__init__()
@@ -142,7 +145,7 @@ class TreeGames(Games):
 
 
 class Households(Games):
-    """Generated games: as many as set, the six kinds in turn. valid_seen shares its rooms with train, valid_unseen does not."""
+    """Generated games, the six kinds in turn. valid_seen shares its rooms with train, valid_unseen does not."""
 
     def __init__(self, seed: int, size: str, train: int, valid: int):
         super().__init__()

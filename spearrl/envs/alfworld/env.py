@@ -25,10 +25,11 @@ REWARD = 10.0  # for a finished task
 
 
 class ALFWorld(TextEnvironment[World]):
-    """ALFWorld (arXiv 2010.03768) without TextWorld: the original's text, commands and success, on its games or generated ones.
+    """ALFWorld (arXiv 2010.03768) without TextWorld: the original's text, commands and success.
 
-    Splits are train, valid_seen and valid_unseen; task ids are the games' names; the stratum of a task is its type (six of
-    them). A finished task pays 10. `observation="compact"` has short texts and commands that a tiny model can handle.
+    Games are the original's or generated. Splits are train, valid_seen and valid_unseen; task ids are the games' names;
+    the stratum of a task is its type, one of six. A finished task pays 10. `observation="compact"` has short texts and
+    commands for tiny models.
     """
 
     max_turns = 50
@@ -36,8 +37,7 @@ class ALFWorld(TextEnvironment[World]):
 
     class Options(TextEnvironment.Options):
         data: str | None = Field(
-            None,
-            description="Folder of ALFWorld's games (packed or json_2.1.1), or one game.tw-pddl; none: generated households.",
+            None, description="Folder of ALFWorld's games (packed or json_2.1.1), or a game.tw-pddl; none: generated."
         )
         grammar: Literal["auto", "0.4.2", "2.1.1"] = Field(
             "auto", description='"move … to …" (0.4.2) or "put … in/on …" (2.1.1); auto: as a game file says.'
@@ -127,7 +127,7 @@ class ALFWorld(TextEnvironment[World]):
         return Outcome(observation, REWARD if won else 0.0, won, info={"success": won})
 
     def messages(self, observation: Observation, turn: int) -> list[Message]:
-        """Turn 0: the rules (not in compact) and the first text, which holds the task; later turns only the engine's answer."""
+        """Turn 0: the rules (not in compact) and the first text, which holds the task; later turns: what came back."""
         if turn > 0 or self._compact:
             return [Message("user", observation.text)]
         rules = prompts.rules(tagged=self._tagged, old=self._running().old)

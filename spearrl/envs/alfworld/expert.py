@@ -1,4 +1,7 @@
-"""A scripted player: what the cold start imitates. Perfect, it knows where everything is; otherwise it knows what it has seen, searches, and slips."""
+"""A scripted player: what the cold start imitates.
+
+Perfect, it knows where everything is; otherwise it knows what it has seen, searches, and slips.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ Plan = tuple[int, int, list[Stop]]  # cost in actions, object, stops
 
 
 def plan(world: World, goal: Goal, known: set[int]) -> Act | None:
-    """The next act of a shortest way to the goal with the known objects (of two, one after the other); None where there is none."""
+    """The next act of a shortest way to the goal with the known objects; None where there is none.
+
+    Of two objects, one is brought after the other.
+    """
     game, held = world.game, world.held
     plans = _lamp_plans(world, goal, known) if goal.kind == "light" else _place_plans(world, goal, known)
     cheapest = min(plans, default=None)
@@ -40,7 +46,10 @@ def plan(world: World, goal: Goal, known: set[int]) -> Act | None:
 
 
 def _place_plans(world: World, goal: Goal, known: set[int]) -> Iterator[Plan]:
-    """Ways to bring one more object to a receptacle of the goal; of two objects, with the cheapest other one counted in."""
+    """Ways to bring one more object to a receptacle of the goal.
+
+    Where the goal is two objects, the cheapest way for the other one is counted in.
+    """
     game = world.game
     things = [o for o in sorted(known) if game.object_types[o] == goal.object]
     things = [o for o in things if not goal.state or goal.state in game.able[o]]
@@ -108,10 +117,11 @@ def _cost(world: World, stops: list[Stop]) -> int:
 
 
 class Expert:
-    """One episode's player. With noise it knows only what it has seen: it looks where the object may be, and opens what is closed.
+    """One episode's player.
 
-    With noise n it plays any command that changes something with n a turn, and with n it forgets to clean, heat or cool
-    until the object is in place.
+    With noise it knows only what it has seen: it looks where the object may be, and opens what is closed. With noise n it
+    plays any command that changes something with n a turn, and with n it forgets to clean, heat or cool until the object
+    is in place.
     """
 
     def __init__(self, world: World, draw: random.Random):

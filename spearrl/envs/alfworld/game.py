@@ -35,7 +35,7 @@ class Goal:
 
 @dataclass(slots=True, frozen=True)
 class Game:
-    """Receptacles r and objects o are numbered in the order in which lists name them; places l are where the agent can stand.
+    """Receptacles r and objects o are numbered in the order in which lists name them; l are places to stand at.
 
     `able[o]` holds what can be done with an object: clean, hot, cool, take, slice, use; `box` that it can hold others.
     """

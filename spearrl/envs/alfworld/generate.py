@@ -1,4 +1,4 @@
-"""Households without data: own rooms and placements, ALFWorld's six kinds of task and its text. Everything comes from a seed."""
+"""Households without data: rooms and placements from a seed, ALFWorld's six kinds of task and its text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIZES = {"small": ((6, 10), (6, 10)), "large": ((12, 22), (20, 36))}  # receptac
 def household(
     task_type: str, layout: int, size: str, draw: random.Random, layout_seed: int
 ) -> tuple[dict[str, list[Any]], Goal, str]:
-    """Facts, goal and task text of one game. `layout` and `layout_seed` fix room and furniture; `draw` fixes everything else."""
+    """Facts, goal and task text of one game. `layout` and `layout_seed` fix room and furniture, `draw` all else."""
     kind, state, rooms, texts = KINDS[task_type]
     name = rooms[layout % len(rooms)]
     fixed, more, pool = ROOMS[name]

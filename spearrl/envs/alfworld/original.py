@@ -1,4 +1,4 @@
-"""ALFWorld's own engine (packages alfworld and textworld) behind the same few calls: for comparison with the native one."""
+"""ALFWorld's own engine (packages alfworld and textworld), for comparison with the native one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ class OriginalEngine:
     """One game in the original engine. `text` and `commands` are what it shows now.
 
     Args:
-        source: `pddl_problem` and `task_desc`, played with the domain and grammar that the package alfworld ships; or the
-            `file` of a game.
+        source: the `file` of a game, or `pddl_problem` and `task_desc`; domain and grammar then are the package's.
     Raises:
         ConfigError: a package is missing.
     """

@@ -1,4 +1,4 @@
-"""Prompts around the engine's text: the rules that open a chat, and SPEAR's windowed prompt (arXiv 2509.22601, ALFWorld)."""
+"""Prompts around the engine's text: the rules that open a chat, and SPEAR's windowed prompt (arXiv 2509.22601)."""
 
 from __future__ import annotations
 

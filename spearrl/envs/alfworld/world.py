@@ -1,4 +1,4 @@
-"""One playing state of a game: the 14 actions of ALFWorld's PDDL domain, their texts, and the commands that are possible."""
+"""The state of a running game: the 14 actions of ALFWorld's PDDL domain, their texts, and what is possible now."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Problems from files: folders with the usual names, or any JSONL or parquet file. Training never sees a test problem."""
+"""Problems from files: a folder with the usual names, or any JSONL or parquet file. None for training is a test's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ PROBLEM_FIELDS = ("problem", "question", "prompt", "Problem")
 ANSWER_FIELDS = ("answer", "ground_truth", "expected_answer", "Answer")
 # DAPO's problems come wrapped in an instruction that asks for another form of answer than \boxed{}.
 WRAPPED = re.compile(
-    r"\ASolve the following math problem step by step\..*?\n\n(.*?)(?:\n\nRemember to put your answer on its own line.*)?\Z",
+    r"\ASolve the following math problem step by step\..*?\n\n(.*?)"
+    r"(?:\n\nRemember to put your answer on its own line.*)?\Z",
     re.DOTALL,
 )
 STEP = re.compile(r"<<([0-9.+*/()\s-]{1,200})=[^<>]*>>")  # GSM8K's calculator notes
@@ -141,6 +142,6 @@ def _spaced(code: str) -> str:
 
 
 def _mark(task: Task) -> bytes:
-    """Equal for the same problem: spacing, case, dollar signs and the size of brackets and fractions do not count; signs do."""
+    """Equal for the same problem: spacing, case, dollars and the size of brackets and fractions do not count."""
     text = MARKUP.sub("", task.data["problem"].lower())
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -1,4 +1,4 @@
-r"""Math problems with a code interpreter (arXiv 2509.22601): call the tool as often as wanted, then answer in \boxed{}."""
+r"""Math problems with a code interpreter (arXiv 2509.22601): call the tool, or answer in \boxed{}."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ GENERATED = ("train", "val")
 class Math(ToolEnvironment):
     r"""A problem, the tool `code_interpreter`, and an answer in \boxed{}: +1 where it is right, else −1.
 
-    A reply without a tool call ends the episode. One call a turn is run, the first (as released). Splits: `train` and `val` of generated problems, or what `data` holds.
+    A reply without a tool call ends the episode. One call a turn is run, the first (as released). Splits: `train` and
+    `val` of generated problems, or what `data` holds.
     """
 
     max_turns = 8
@@ -42,12 +43,10 @@ class Math(ToolEnvironment):
 
     class Options(ToolEnvironment.Options):
         data: str | None = Field(
-            None,
-            description="Folder with the usual files (docs/math.md), or a JSONL or parquet file; none: generated problems.",
+            None, description="Folder with the usual files (docs/math.md), or a JSONL or parquet file; none: generated."
         )
         train: str = Field(
-            "aime,math",
-            description="Training sources in a folder: aime, math, gsm8k, or names of files, comma-separated.",
+            "aime,math", description="Training sources in a folder: aime, math, gsm8k, or names of files, with commas."
         )
         grader: Literal["math_verify", "plain", "release"] = Field(
             "math_verify",
@@ -65,9 +64,7 @@ class Math(ToolEnvironment):
         max_result_chars: int = Field(
             16384, ge=16, description="Characters of a result that are shown; a longer one loses its middle."
         )
-        sandbox: SandboxOptions = Field(
-            default_factory=SandboxOptions, description="Where code runs (docs/sandbox.md)."
-        )
+        sandbox: SandboxOptions = Field(SandboxOptions(), description="Where code runs (docs/sandbox.md).")
 
     options: Options
 
@@ -143,7 +140,7 @@ class Math(ToolEnvironment):
         return Done(RIGHT if correct else WRONG, correct, "right" if correct else "wrong")
 
     def parse(self, reply: Reply) -> Action:
-        r"""The first tool call of a reply, or the whole reply as the answer; one with neither call nor closed \boxed{} is invalid."""
+        r"""The first tool call of a reply, or the whole reply as the answer; invalid without call and \boxed{}."""
         if self.options.reply == "plain" and reply.text.strip() and boxed(reply.text) is None:
             reply = Reply(_code(reply.text.strip()), (), "stop")
         action = super().parse(reply)

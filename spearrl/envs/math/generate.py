@@ -1,4 +1,4 @@
-"""Word problems of our own that need the tool: numbers too large for the head, asked in varied words. Everything comes from a seed."""
+"""Word problems from a seed that need the tool: numbers too large for the head, asked in varied words."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PATIENCE = 1000  # draws for a set that was not asked about; small numbers run o
 
 @lru_cache(maxsize=8)
 def generate_problems(seed: int, digits: int, split: str, count: int) -> tuple[Task, ...]:
-    """`count` problems with numbers of `digits` digits, the kinds in turn. No set of numbers is asked about in both splits."""
+    """`count` problems with numbers of `digits` digits, the kinds in turn. No set of numbers is in both splits."""
     draw, kinds, tasks, seen = random.Random(derive(seed, "math", split)), tuple(KINDS), [], set()
     for number in range(count):
         kind = kinds[number % len(kinds)]

@@ -1,6 +1,7 @@
 r"""Is an answer right? Numbers are compared here, exactly; everything else is judged in a sandbox, under a deadline.
 
-What a model writes is never evaluated in this process: math-verify's parser hands text to sympy, which may run it, or work on it for ever.
+What a model writes is never evaluated in this process: math-verify's parser hands text to sympy, which may run it, or
+work on it for ever.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ def boxed(text: str) -> str | None:
 
 
 def is_right_as_released(reply: str, answer: str) -> bool:
-    r"""SPEAR's release for AIME and DAPO: the last \boxed{} in the last 100 characters, equal to the answer as text (042 is not 42)."""
+    r"""SPEAR's release for AIME and DAPO: the last \boxed{} in the last 100 characters is the answer's very text."""
     return boxed(reply[-TAIL:][-BOX_TAIL:]) == answer
 
 
 def plain_number(text: str) -> Fraction | None:
-    """A plain decimal number, exactly, with or without $, % and thousands separators: 042, 1,000 and 42.0 are 42, 1000 and 42."""
+    """A decimal number, exactly; $, % and thousands separators do not count. Example: 042 and 42.0 are 42."""
     match = NUMBER.fullmatch(SIGNS.sub("", text).strip()) if len(text) <= LONGEST else None
     if match is None or not (match[2] or match[3]):
         return None

@@ -28,8 +28,8 @@ class Judges:
     """A few interpreters that keep math-verify loaded, shared by all slots. Thread-safe.
 
     Args:
-        options: of the environment's sandbox. Where that is a remote server, which has no math-verify, judges are in a jail
-            here if there can be one, else they have its limits only, with a warning.
+        options: of the environment's sandbox. Where that is a remote server, which has no math-verify, judges are in a
+            jail here if there can be one, else they have its limits only, with a warning.
     Raises:
         ConfigError: math-verify is not installed, or the sandbox cannot be had.
     """

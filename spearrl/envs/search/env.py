@@ -32,7 +32,7 @@ _TEXT = table(__file__, "prompts.toml")
 
 
 class Search(TextEnvironment[Task]):
-    """Questions answered with a search engine, as in Search-R1 (arXiv 2503.09516): every turn one <search> or one <answer>.
+    """Questions answered with a search engine, as in Search-R1 (arXiv 2503.09516): each turn a <search> or an <answer>.
 
     Documents and questions come from an embedded world of linked facts, from files, or the documents from a retrieval
     server. A right answer (exact match after SQuAD's normalisation) pays 10; `info` has `em` and `f1`.
@@ -47,19 +47,14 @@ class Search(TextEnvironment[Task]):
             None, description="Documents: a .json or .jsonl file ({title, text} or {contents}), or a folder of them."
         )
         data: str | None = Field(
-            None,
-            description="Questions: a file ({question, golden_answers} or HotpotQA's), or a folder with train and dev files.",
+            None, description="Questions: a file ({question, golden_answers} or HotpotQA's), or a folder of such files."
         )
         retriever_url: str | None = Field(
-            None,
-            pattern=r"^https?://\S+$",
-            description="A retrieval server with Search-R1's API, in place of a corpus.",
+            None, pattern=r"^https?://\S+$", description="Server with Search-R1's API, in place of a corpus."
         )
         topk: int = Field(3, ge=1, description="Documents that a search returns.")
         max_chars: int = Field(2000, ge=100, description="Characters of the results of a search that are shown.")
-        timeout_s: float = Field(
-            20.0, gt=0, description="Seconds for a search of a retrieval server, its three tries together."
-        )
+        timeout_s: float = Field(20.0, gt=0, description="Seconds for a search of a server, its three tries together.")
         reward: Literal["em", "f1"] = Field("em", description="What pays: exact match, or the share F1.")
         reply: Literal["tagged", "plain"] = Field(
             "tagged", description="<think>…</think> with <search>…</search> or <answer>…</answer>, or `search …`."
@@ -107,7 +102,11 @@ class Search(TextEnvironment[Task]):
         return self._observe(_compact_words(task.data["question"]) if self._compact else task.data["question"])
 
     def step(self, action: Action) -> Outcome:
-        """Search, or answer and end; anything else only says what was expected. Raises ContractError before the first reset."""
+        """Search, or answer and end; anything else only says what was expected.
+
+        Raises:
+            ContractError: before the first reset.
+        """
         task = self._running()
         if self._over:
             return Outcome(self._observe("done"), 0.0, True, info=dict(UNFINISHED))
@@ -150,9 +149,9 @@ class Search(TextEnvironment[Task]):
         return [Message("user", "\n".join([_TEXT["role"], _TEXT["task"].format(question=question), *past, *rules]))]
 
     def parse(self, reply: Reply) -> Action:
-        """The first whole <search> or <answer>, as `search …` or `answer …`. Valid: the only one, with <think>, without Chinese.
+        """The first whole <search> or <answer>, as `search …` or `answer …`; plain: the reply itself.
 
-        Plain: just that.
+        A tagged reply is valid where there is no other, with <think> and without Chinese.
         """
         if not self._tagged:
             text = reply.text.strip()

@@ -1,4 +1,4 @@
-"""A seeded world of linked facts: people, companies, cities, rivers and countries that do not exist, so that nothing about them can be known beforehand."""
+"""A seeded world of linked facts about people, companies, cities, streams and nations that do not exist."""
 
 from __future__ import annotations
 

@@ -66,7 +66,11 @@ def data_files(data: str) -> list[Path]:
 
 @lru_cache(maxsize=8)
 def read_questions(data: str, split: str) -> tuple[Task, ...]:
-    """The questions of a split: the folder's file with that name in its own, or a fixed part of a single file. Raises ConfigError."""
+    """The questions of a split: of the folder's file that is named so, or a fixed part of a single file.
+
+    Raises:
+        ConfigError: no such split or file, or a record that is no question.
+    """
     single = not Path(data).is_dir()
     if single and split not in ("train", "val"):
         reason, hint = f"split {split!r} is not one of train, val", "a single file is divided into train and val"

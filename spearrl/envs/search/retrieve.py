@@ -38,7 +38,7 @@ class CorpusIndex(NamedTuple):
 
 
 def build_index(documents: Iterable[Document]) -> CorpusIndex:
-    """Index title and text of documents, by Lucene's English analysis. Raises ConfigError without documents or bm25s."""
+    """Index documents (title and text), by Lucene's English analysis. Raises ConfigError without documents or bm25s."""
     try:
         import bm25s
     except ImportError as error:
@@ -64,7 +64,9 @@ def open_index(files: tuple[Path, ...]) -> CorpusIndex:
 
 
 class RetrievalServer:
-    """A retrieval server: POST {"queries", "topk", "return_scores"}, answered by {"result": [[{"document": {"contents"}, "score"}]]}.
+    """A retrieval server with Search-R1's API.
+
+    POST {"queries", "topk", "return_scores"} is answered by {"result": [[{"document": {"contents"}, "score"}]]}.
 
     Args:
         timeout_s: seconds for a search, all tries together.

@@ -26,11 +26,11 @@ _TEXT = table(__file__, "prompts.toml")
 
 
 class Sokoban(TextEnvironment[Level]):
-    """Sokoban as verl-agent plays it (6x6 rooms, one move a turn, 15 turns), on levels of its own: each can be solved in time.
+    """Sokoban as verl-agent plays it (6x6 rooms, one move a turn, 15 turns), on levels that can be solved in time.
 
-    A move pays -0.1, a box that gets onto a target +1, one that leaves it -1, the solved level 10 more. `vision` shows a
-    picture instead of symbols. No level of "val" is one of "train", turned or mirrored. `observation="compact"` leaves out
-    rules and rim, for tiny models.
+    A move pays -0.1, a box that gets onto a target +1, one that leaves it -1, the solved level 10 more. `vision` shows
+    pictures instead of symbols. No level of "val" is one of "train", turned or mirrored. `observation="compact"` leaves
+    out rules and rim, for tiny models.
     """
 
     max_turns = 15
@@ -87,7 +87,11 @@ class Sokoban(TextEnvironment[Level]):
         return self._show()
 
     def step(self, action: Action) -> Outcome:
-        """Play a move; one into a wall costs a step, what is no move changes and pays nothing. Raises ContractError before the first reset."""
+        """Play a move; one into a wall costs a step, what is no move changes and pays nothing.
+
+        Raises:
+            ContractError: before the first reset.
+        """
         level, reward = self._running(), 0.0
         if not level.solved(self._state) and action.text in MOVES:
             before, self._state = self._state, level.move(self._state, action.text)
@@ -116,7 +120,7 @@ class Sokoban(TextEnvironment[Level]):
         return [_message([*self._rules(), *past, _TEXT["now"]], observation, [_TEXT["choices"], answer])]
 
     def parse(self, reply: Reply) -> Action:
-        """Tagged: verl-agent's projection, the first of the moves that <action> names. Plain: the reply itself. Else no move, and invalid."""
+        """Tagged: the first move in verl-agent's projection. Plain: the reply itself. Else no move, and invalid."""
         text, valid = projection(reply.text, 1) if self._tagged else (reply.text.strip().lower(), True)
         move = next((name for name in MOVES if (name in text if self._tagged else name == text)), "")
         return Action(move or STILL, valid and bool(move), tool_calls=int(valid and bool(move)))

@@ -11,7 +11,9 @@ MOST_STATES = 20_000  # looked at in one search; a 6x6 room with two boxes has f
 
 
 def solve(level: Level, start: State, most: int = MOST_STATES) -> dict[State, str]:
-    """A shortest solution, as the move to make in each of its states in order; empty where there is none, or none was found among `most` states.
+    """A shortest solution, as the move to make in each of its states in order; empty where there is none.
+
+    The search gives up after `most` states.
 
     A push brings one box one cell on, so the boxes' distances to their nearest targets never say too much.
     """
@@ -36,7 +38,7 @@ def solve(level: Level, start: State, most: int = MOST_STATES) -> dict[State, st
 
 
 def _distances(level: Level) -> dict[int, int]:
-    """Pushes a box needs to its nearest target, were it alone in the room; cells from which it gets to none are missing."""
+    """Cell -> pushes to the nearest target of a box alone in the room; cells from which it gets to none are missing."""
     found, ends = dict.fromkeys(level.targets, 0), sorted(level.targets)
     for cell in ends:  # grows while it is read
         for delta in level.deltas.values():

@@ -1,4 +1,4 @@
-"""Rules and levels. A cell is a number, row * columns + column; the rim of a room is wall, so a step never leaves it."""
+"""Rules and levels. A cell is the number row * columns + column; the rim of a room is wall, so no step leaves it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Level:
 
 
 def reverse_play(draw: random.Random, size: tuple[int, int], *, boxes: int, walls: int, pulls: int) -> Level | None:
-    """A level that can be solved, since it was made from a solved one by pulling boxes; None where this draw gives none.
+    """A level that can be solved, since it was made from a solved one by pulls; None where this draw gives none.
 
     Args:
         size: rows and columns, the rim included.

@@ -1,4 +1,4 @@
-"""Text to index terms, by Lucene's English analysis: words by UAX #29, possessive filter, stop words, Porter stemmer."""
+"""Text to index terms, as Lucene's English analyzer: words by UAX #29, possessives, stop words, Porter stemmer."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def _without_possessive(word: str) -> str:
     return word[:-2] if len(word) >= 2 and word[-1] in "sS" and word[-2] in "'\u2019\uff07" else word
 
 
-# Porter's stemmer (M. F. Porter, An algorithm for suffix stripping, Program 14(3), 1980), with his later changes, as Lucene has it: bli and
-# logi in step 2, and words of one or two letters left alone. snowballstemmer's "porter" lacks these changes ("technologi", "i" for "is") and
-# takes four times as long. In each table the first suffix that fits decides, so longer ones come first.
+# Porter's stemmer (M. F. Porter, An algorithm for suffix stripping, Program 14(3), 1980) as Lucene has it, with his
+# later changes: bli and logi in step 2, and words of one or two letters left alone. The package snowballstemmer lacks
+# them (it makes technologi of technology) and takes four times as long. In each table the first suffix that fits decides.
 _STEP_2, _STEP_3 = (dict(pair.split("=") for pair in _TABLES[step].split()) for step in ("step_2", "step_3"))
 _STEP_4 = {
     suffix: suffix[0] if suffix.endswith("ion") else "" for suffix in _TABLES["step_4"].split()

@@ -1,4 +1,4 @@
-"""BM25 over an inverted index, with Lucene's arithmetic (single precision, one-byte lengths) and tie rule: its rankings."""
+"""BM25 over an inverted index, with Lucene's arithmetic (single precision, one-byte lengths), ties and so rankings."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class LuceneIndex:
             if number is None:
                 continue
             part = slice(self.offsets[number], self.offsets[number + 1])
-            # each term's share is rounded to single precision and the sum is kept in double, as Lucene does: ties depend on it
+            # as in Lucene, shares are rounded to single precision and their sum is kept in double: ties depend on it
             scores[self.documents[part]] += self.impacts[part] * (np.float32(count) * self.idf[number])
         return top_scores(scores.astype(np.float32), k, self.rank)
 

@@ -17,7 +17,10 @@ Episode = TypeVar("Episode")
 
 
 class TextEnvironment(Environment, Generic[Episode]):
-    """One action a reply, inside tags or alone. Slots share everything but `_episode`, the state of the running episode."""
+    """One action a reply, inside tags or alone.
+
+    Slots share everything but `_episode`, the state of the running episode (None before the first reset).
+    """
 
     splits: tuple[str, ...] = ("train", "val")
     thought = "The next step follows from what I see."  # what `format` puts inside <think>

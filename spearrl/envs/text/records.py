@@ -1,4 +1,4 @@
-"""The one reader of data files: JSON lines, JSON arrays and parquet, record by record, so that a file of several GB never lies in memory."""
+"""The one reader of data files: JSON lines, JSON arrays and parquet, record by record, however large they are."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _DECODER = json.JSONDecoder()
 def read_records(
     path: Path, *, layout: str, where: str | None = None, on_broken_line: Callable[[str], None] | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """(number, record) of a file, from 1: a parquet file's rows, a JSON array's objects, else a line each (empty lines are skipped).
+    """(number, record) of a file, from 1: a parquet file's rows, a JSON array's objects, else its lines but empty ones.
 
     Args:
         path: JSON or JSON lines, plain or compressed (.gz, .xz), or .parquet. Text that begins with "[" is an array.
         layout: what the file should hold, for the hint of an error.
         where: what errors call the file; default: its path.
-        on_broken_line: takes the complaint about a line that is no JSON and is skipped; default: such a line is an error.
+        on_broken_line: takes the complaint about a line that is no JSON, and is skipped; default: it is an error.
 
     Raises:
         ConfigError: the file cannot be read (it names the line), or it is parquet and pyarrow is missing.

@@ -17,7 +17,7 @@ _CHINESE = re.compile("[\u4e00-\u9fff]")
 def projection(reply: str, tail: int) -> tuple[str, bool]:
     """verl-agent's projection of a reply: the action inside <action>, in lower case, and whether the reply is valid.
 
-    Valid replies have reasoning (`has_reasoning`). Without <action> tags the last `tail` characters stand for the action.
+    A valid one has reasoning (`has_reasoning`). Without <action> tags its last `tail` characters stand for the action.
     """
     lowered = reply.lower()
     start, end = lowered.find("<action>"), lowered.find("</action>")

@@ -1,4 +1,4 @@
-"""Products: the original's files, the packed ones, or a generated catalogue, cleaned into the records the simulator shows."""
+"""Products: the original's files, packed ones, or generated ones, cleaned into the records the simulator shows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Catalogue:
         return LuceneIndex.from_texts(map(indexed_text, self.products))
 
     def search(self, keywords: list[str], limit: int = 50) -> list[Product]:
-        """The products a query finds, best first. `<a> x`, `<c> x`, `<q> x` list an attribute, category or query (no limit)."""
+        """The best products for a query. `<a> x`, `<c> x`, `<q> x` list all of an attribute, category or query."""
         rest = " ".join(keywords[1:]).strip()
         if keywords[0] == "<a>":
             return [p for p in self.products if rest in p["Attributes"]]

@@ -1,4 +1,4 @@
-"""Short pages for tiny models: few words, no punctuation, the same words in instruction, page and action, and only what changed."""
+"""Short pages for tiny models: few words, the same in instruction, page and action, and only what changed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class CompactRenderer:
         self._short_products: dict[str, ShortProduct] = {}
 
     def show(self, session: ShopSession, goal: dict[str, Any], move: Move) -> Page:
-        """The page of `session`, or only what changed: one word after an impossible action, the choice after an option click."""
+        """The page, or what changed: one word after an impossible action, the choice after a click on an option."""
         body, labels = self._page(session)
         choices = {}
         for name, value in session.options.items():

@@ -32,22 +32,19 @@ UNFINISHED = {"success": False, "task_score": 0.0}
 
 
 class WebShop(TextEnvironment[ShopSession]):
-    """WebShop (arXiv 2207.01206) without a web server: the original's pages, goals and reward, on its data or a generated catalogue.
+    """WebShop (arXiv 2207.01206) without a web server: the original's pages, goals and reward.
 
-    Goals 0-499 are the split `val`, the others `train`; task ids are `goal-<i>`. A perfect purchase pays 10, anything else 0;
-    `info` carries the original's reward as `task_score`. `observation="compact"` shows short pages that a tiny model can read.
+    Products are the original's or generated. Goals 0-499 are the split `val`, the others `train`; ids are `goal-<i>`. A
+    perfect purchase pays 10, anything else 0; `info` carries the original's reward as `task_score`.
+    `observation="compact"` shows short pages that a tiny model can read.
     """
 
     max_turns = 15
     thought = "The next step follows from the page."
 
     class Options(TextEnvironment.Options):
-        data: str | None = Field(
-            None, description="Folder (or product file) of WebShop's data; none: a generated catalogue."
-        )
-        num_products: int | None = Field(
-            None, ge=12, description="Products used; none: all of the data, or 480 generated ones."
-        )
+        data: str | None = Field(None, description="Folder (or product file) of WebShop's data; none: generated.")
+        num_products: int | None = Field(None, ge=12, description="Products used; none: all, or 480 generated ones.")
         seed: int = Field(0, ge=0, description="Fixes prices, price limits and the generated catalogue.")
         human_goals: bool = Field(False, description="Human instructions instead of synthetic ones.")
         val_goals: int = Field(500, ge=1, description="Goals of the split val; the rest is train.")
@@ -59,12 +56,10 @@ class WebShop(TextEnvironment[ShopSession]):
             0,
             ge=0,
             le=10,
-            description="Products per page (fewer than 10 only in compact); 0: 10, or 5 generated ones in compact.",
+            description="Products per page, below 10 only in compact; 0: 10, in compact 5 generated ones.",
         )
         title_words: int = Field(10, ge=1, description="Words of a title that compact pages show.")
-        compact_ids: Literal["position", "asin"] = Field(
-            "position", description="What a compact results page names products by."
-        )
+        compact_ids: Literal["position", "asin"] = Field("position", description="Names of products on compact pages.")
 
         @model_validator(mode="after")
         def _page_size(self) -> WebShop.Options:
@@ -97,7 +92,7 @@ class WebShop(TextEnvironment[ShopSession]):
         return tasks
 
     def reset(self, task: Task, seed: int) -> Observation:
-        """Start shopping for the goal of a task. `seed` drives random results (the query <r>) and the expert's slips."""
+        """Start shopping for a task's goal. `seed` drives random results (the query <r>) and the expert's slips."""
         digits = task.id.removeprefix("goal-")
         number = task.data.get("goal", int(digits) if digits.isascii() and digits.isdigit() else None)
         if not isinstance(number, int) or not 0 <= number < len(self._shop.goals):
@@ -131,7 +126,7 @@ class WebShop(TextEnvironment[ShopSession]):
     def window(
         self, history: Sequence[tuple[Observation, Action]], observation: Observation, task: Task
     ) -> list[Message]:
-        """SPEAR's prompt: task, the last `history_length` steps, page, admissible actions; over 13,000 characters without history."""
+        """SPEAR's prompt: task, the last `history_length` steps, page, admissible actions."""
         steps = [
             (earlier.info.get("page", earlier.text), action.text if self._tagged else self.format(action.text))
             for earlier, action in self._recent(history)
@@ -153,7 +148,7 @@ class WebShop(TextEnvironment[ShopSession]):
         return Action(text, valid, tool_calls=int(valid and parse_action(text)[0] in ("search", "click")))
 
     def format(self, text: str) -> str:
-        """A reply that `parse` turns into `text`. Plain ones have spaces inside the brackets: a word there is the same token as on a page."""
+        """A reply that `parse` turns into `text`; plain ones space the brackets, so that tokens are a page's."""
         match = None if self._tagged else PLAIN_ACTION.fullmatch(text)
         return f"{match[1]}[ {match[2]} ]" if match else super().format(text)
 
@@ -190,7 +185,7 @@ class WebShop(TextEnvironment[ShopSession]):
 
 @lru_cache(maxsize=16)
 def _tasks(shop: Shop, val: int, split: str) -> tuple[Task, ...]:
-    """Goals of a split. Those of val say whether their product is also the goal of a training task: small models memorise products."""
+    """Goals of a split. Those of val say whether training has their product too: small models memorise products."""
     goals = shop.goals
     if split == "train":
         return tuple(Task(f"goal-{number}", split, {"goal": number}) for number in range(val, len(goals)))

@@ -1,4 +1,4 @@
-"""A scripted shopper that plays from the true state: what the cold start imitates. One number says how imperfect it is."""
+"""A scripted shopper that plays from the true state: what the cold start imitates."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ Click = tuple[str, str]
 
 
 class Expert:
-    """One episode's shopper. With noise n it drops each query word with 1.3n, opens a random product with 1.3n, picks an
-    option wrongly with n/3 and forgets it otherwise up to n, and strays with n/6."""
+    """One episode's shopper.
+
+    With noise n it leaves out each query word with 1.3n, opens a random product with 1.3n, picks an option wrongly with
+    n/3 and forgets it otherwise up to n, and strays with n/6.
+    """
 
     def __init__(self, goal: Goal, prices: dict[str, float], draw: random.Random):
         self._goal, self._prices, self._draw = goal, prices, draw

@@ -1,4 +1,4 @@
-"""A catalogue of our own, in the original's file format: needs no data and has a vocabulary a tiny model can learn to copy."""
+"""A generated catalogue, in the original's file format, with a vocabulary that a tiny model can learn to copy."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Shop:
 
 @lru_cache(maxsize=8)
 def open_shop(data: str | None, num_products: int | None, seed: int, human_goals: bool) -> Shop:
-    """The shop of these options, made once per process. Seed 0 gives the original's prices and goals. Raises ConfigError."""
+    """The shop of these options, once per process. Seed 0 gives the original's prices and goals. Raises ConfigError."""
     catalogue = load(data, num_products, seed if data is None else 0)
     draw = random.Random(seed)
     prices = draw_prices(catalogue.products, draw)

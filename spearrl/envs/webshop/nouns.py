@@ -1,4 +1,4 @@
-"""The nouns of a product title, for the reward's title score: by spaCy where it is installed with a model, else by word lists."""
+"""The nouns of a product title, for the reward: by spaCy where it is installed with a model, else by word lists."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ Target = tuple[str, str] | None  # (option name, value) behind a name; None: a b
 
 
 def parse_action(text: str) -> tuple[str, str]:
-    """(name, argument) of the longest `name[argument]` at the start of the first line; two empty texts where there is none."""
+    """(name, argument) of the longest `name[argument]` at the start of the first line; else two empty texts."""
     line = text.split("\n", 1)[0]
     close = line.rfind("]")
     start = line.rfind("[", 0, max(close - 1, 0))
@@ -42,7 +42,7 @@ class ShopSession:
         return self.results[(self.number - 1) * self.per_page : self.number * self.per_page]
 
     def targets(self) -> dict[str, Target]:
-        """What can be clicked, in lower case and the page's order. A name that occurs twice has its first position and last meaning."""
+        """What can be clicked, in lower case and the page's order; of equal names the last one counts."""
         if self.page == "index":
             return {"search": None}
         if self.page == "results":

@@ -1,4 +1,4 @@
-"""Prompts around the pages: the rules at the start of a chat, and SPEAR's windowed prompt (arXiv 2509.22601, WebShop)."""
+"""Prompts around the pages: the rules that open a chat, and SPEAR's windowed prompt (arXiv 2509.22601)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rules(tagged: bool) -> str:
 def windowed(
     task: str, page: str, actions: Sequence[str], steps: Sequence[tuple[str, str]], count: int, *, tagged: bool
 ) -> str:
-    """One turn's whole prompt: task, the last `steps` of `count` taken, page, actions. Without steps where it gets too long."""
+    """One turn's whole prompt: task, the last `steps` of `count` taken (none where it gets too long), page, actions."""
     text = _TEXT["windowed"]
     begin = [text["role"], text["task"].format(task=task)]
     choices = text["choices"].format(actions="\n".join(f"'{action}'," for action in actions))

@@ -1,4 +1,4 @@
-"""Pages as the original's observation strings: `text` (strings joined by [SEP]) and `text_rich` (lines with marked buttons)."""
+"""Pages as the original's observations: `text` (strings joined by [SEP]) and `text_rich` (lines, marked buttons)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Fragment:
 
 
 class OriginalRenderer:
-    """`text` or `text_rich`, equal to the original's strings. Shared by all slots; only its cache of fragments changes."""
+    """`text` or `text_rich`, equal to the original's. Shared by all slots; only its cache of fragments changes."""
 
     def __init__(self, rich: bool):
         self._rich = rich

@@ -48,7 +48,7 @@ def purchase_reward(
     """Reward of buying `product` at `price` with the picked `options` (name: value) for `goal`.
 
     Args:
-        product: with the original's fields (Title, BulletPoints, Description, Attributes, name, query, product_category).
+        product: Title, BulletPoints, Description, Attributes, name, query, product_category, as the original has them.
         goal: attributes, goal_options (a dict, or a list of values), price_upper, name, query, product_category.
         tagger: finds the nouns of titles; None: `default_tagger()`.
     """
@@ -80,10 +80,10 @@ def purchase_reward(
 
 @lru_cache(maxsize=1 << 16)
 def token_set_ratio(first: Option, second: Option) -> int:
-    """How alike two texts are as sets of words, 0 to 100: thefuzz 0.22's, which is rapidfuzz's on texts it has processed.
+    """How alike two texts are as sets of words, 0 to 100: thefuzz 0.22's, which is rapidfuzz's on processed texts.
 
-    A tuple stands for its Python text, so every word of an option pair counts, the option's name as well: "large" is within
-    ("size", "x-large").
+    A tuple stands for its Python text, so every word of an option pair counts, the option's name as well: "large" is
+    within ("size", "x-large").
     """
     ours, theirs = (default_process(str(text).translate(_LATIN_1)) for text in (first, second))
     return round(fuzz.token_set_ratio(ours, theirs))
@@ -92,8 +92,8 @@ def token_set_ratio(first: Option, second: Option) -> int:
 def normalize_color(option: Option) -> Option:
     """The first known colour that `option` contains, else `option` itself.
 
-    A pair contains only its two elements whole: ("color", "red") becomes "red", ("color", "dark red") stays a pair. That is
-    what the original does to the options of synthetic goals.
+    A pair contains only its two elements whole: ("color", "red") becomes "red", ("color", "dark red") stays a pair.
+    That is what the original does to the options of synthetic goals.
     """
     return next((color for color in COLORS if color in option), option)
 
@@ -129,7 +129,7 @@ def title_similarity(bought: str, goal: str, tagger: NounTagger) -> float:
 
 
 def type_score(title_score: float, *, same_kind: bool) -> float:
-    """1 for the goal's kind, by query, category or title; a title with (almost) nothing in common overrides all of them."""
+    """1 for the goal's kind, by query, category or title; a title with (almost) nothing in common overrides these."""
     if title_score == 0:
         return 0.0
     if title_score < 0.1:
