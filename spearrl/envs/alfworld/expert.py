@@ -119,9 +119,9 @@ def _cost(world: World, stops: list[Stop]) -> int:
 class Expert:
     """One episode's player.
 
-    With noise it knows only what it has seen: it looks where the object may be, and opens what is closed. With noise n it
-    plays any command that changes something with n a turn, and with n it forgets to clean, heat or cool until the object
-    is in place.
+    With noise it knows only what it has seen: it looks where the object may be, and opens what is closed. With noise n
+    it plays any command that changes something with n a turn, and with n it forgets to clean, heat or cool until the
+    object is in place.
     """
 
     def __init__(self, world: World, draw: random.Random):

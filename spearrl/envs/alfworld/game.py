@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -114,15 +115,13 @@ def _compile(facts: Facts, goal: Goal, task: str, old: bool) -> Game:
         {identifier: number for number, identifier in enumerate(ids)} for ids in (receptacles, objects, places)
     )
     place_of = tuple(number_p[location_of[identifier]] for identifier in receptacles)
-    accepts: dict[str, set[str]] = {kind: set() for kind in kind_of.values()}
+    accepts, able = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
     for kind, thing_type in facts.get("canContain", ()):
-        if kind in accepts:
-            accepts[kind].add(thing_type)
-    shared = {kind: frozenset(types) for kind, types in accepts.items()}
-    flags = ((thing, flag) for predicate, flag in FLAGS.items() for (thing,) in facts.get(predicate, ()))
-    able: list[set[str]] = [set() for _ in objects]
-    for thing, flag in flags:
-        able[number_o[thing]].add(flag)
+        accepts[kind].add(thing_type)
+    shared = {kind: frozenset(accepts[kind]) for kind in kind_of.values()}
+    for predicate, flag in FLAGS.items():
+        for (thing,) in facts.get(predicate, ()):
+            able[thing].add(flag)
     return Game(
         receptacles=tuple(names[identifier] for identifier in receptacles),
         objects=tuple(names[identifier] for identifier in objects),
@@ -133,7 +132,7 @@ def _compile(facts: Facts, goal: Goal, task: str, old: bool) -> Game:
         at_place=tuple(tuple(r for r, place in enumerate(place_of) if place == p) for p in range(len(places))),
         openable=frozenset(number_r[identifier] for (identifier,) in facts.get("openable", ())),
         accepts=tuple(shared[kind_of[identifier]] for identifier in receptacles),
-        able=tuple(map(frozenset, able)),
+        able=tuple(frozenset(able[identifier]) for identifier in objects),
         inner=tuple(map(tuple, map(sorted, _grouped(facts.get("inReceptacleObject", ()), number_o, number_o)))),
         start=number_p[start],
         contents=_grouped(facts.get("inReceptacle", ()), number_o, number_r),
@@ -149,15 +148,12 @@ def _compile(facts: Facts, goal: Goal, task: str, old: bool) -> Game:
 
 def _numbered_names(ids: Iterable[str]) -> dict[str, str]:
     """PDDL ids -> names, as ALFWorld numbers them: sorted within their kind, the first gets the highest number."""
-    kinds: dict[str, list[str]] = {}
-    for identifier in sorted(ids, key=str.lower):
+    names, counts = {}, Counter[str]()
+    for identifier in reversed(sorted(ids, key=str.lower)):
         kind = identifier.partition("_bar_")[0].lower() + ("basin" if "basin" in identifier.lower() else "")
-        kinds.setdefault(kind, []).append(identifier)
-    return {
-        identifier: f"{kind} {len(members) - i}"
-        for kind, members in kinds.items()
-        for i, identifier in enumerate(members)
-    }
+        counts[kind] += 1
+        names[identifier] = f"{kind} {counts[kind]}"
+    return names
 
 
 def _grouped(

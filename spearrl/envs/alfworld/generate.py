@@ -13,16 +13,16 @@ from spearrl.seeds import derive
 _TABLE = table(__file__, "generate.toml")
 
 
-def _kinds(text: str) -> str:
-    """The kinds of thing in a text of the table."""
-    return text.format(**_TABLE["groups"])
+def _things(text: str) -> tuple[str, ...]:
+    """The kinds of thing that a text of the table names, one by one or as groups."""
+    return tuple(text.format(**_TABLE["groups"]).split())
 
 
-HOLDS = {holder: _kinds(text) for holder, text in _TABLE["holds"].items()}
-ABLE = {predicate: _kinds(text) for predicate, text in _TABLE["able"].items()}
+HOLDS = {holder: _things(text) for holder, text in _TABLE["holds"].items()}
+ABLE = {predicate: _things(text) for predicate, text in _TABLE["able"].items()}
 # room -> what every one has; what it may have, and how often at most; what lies about in it
-ROOMS: dict[str, tuple[str, dict[str, int], str]] = {
-    name: (room["has"], room["may_have"], _kinds(room["lying"])) for name, room in _TABLE["rooms"].items()
+ROOMS: dict[str, tuple[tuple[str, ...], dict[str, int], tuple[str, ...]]] = {
+    name: (_things(room["has"]), room["may_have"], _things(room["lying"])) for name, room in _TABLE["rooms"].items()
 }
 # task type -> kind of goal, state, rooms, texts
 KINDS: dict[str, tuple[str, str, list[str], list[str]]] = _TABLE["kinds"]
@@ -37,15 +37,12 @@ def household(
     """Facts, goal and task text of one game. `layout` and `layout_seed` fix room and furniture, `draw` all else."""
     kind, state, rooms, texts = KINDS[task_type]
     name = rooms[layout % len(rooms)]
-    fixed, more, pool = ROOMS[name]
-    furniture = _furnish(fixed, more, size, random.Random(derive(layout_seed, "room", name, layout)))
-    types = sorted({holder for holder, _ in furniture})
-    things = pool.split()
-    tool_type, tool = TREATS.get(state, ("", ""))
-    wished = [o for o in things if not state or o in ABLE[tool_type].split()]
-    fits = {o: [r for r in types if o in HOLDS[r].split()] for o in wished}
-    ways = [(o, r) for o in wished for r in fits[o] if r != tool and len(fits[o]) > 1]
-    thing, target = draw.choice(ways)
+    furniture = _furnish(name, size, random.Random(derive(layout_seed, "room", name, layout)))
+    types, things = sorted({holder for holder, _ in furniture}), ROOMS[name][2]
+    predicate, appliance = TREATS.get(state, ("", ""))
+    treatable = [o for o in things if not state or o in ABLE[predicate]]
+    fits = {o: [r for r in types if o in HOLDS[r]] for o in treatable}
+    thing, target = draw.choice([(o, r) for o in treatable for r in fits[o] if r != appliance and len(fits[o]) > 1])
     lamp = "DeskLamp" if kind == "light" else ""
     goal = Goal(kind, f"{thing}Type", "" if lamp else f"{target}Type", state, f"{lamp}Type" if lamp else "")
     elsewhere = [r for r in types if r != target] if not lamp else types
@@ -61,17 +58,18 @@ def household(
     return _facts(furniture, placed), goal, text
 
 
-def _furnish(fixed: str, more: dict[str, int], size: str, draw: random.Random) -> list[tuple[str, bool]]:
+def _furnish(room: str, size: str, draw: random.Random) -> list[tuple[str, bool]]:
     """Receptacle types of a room, and whether each can be opened."""
-    chosen, extra = fixed.split(), [holder for holder, most in more.items() for _ in range(most)]
+    fixed, may_have, _ = ROOMS[room]
+    extra = [holder for holder, most in may_have.items() for _ in range(most)]
     draw.shuffle(extra)
-    chosen += extra[: max(0, draw.randint(*SIZES[size][0]) - len(chosen))]
-    return [(holder, draw.random() < _TABLE["openable"].get(holder, 0.0)) for holder in sorted(chosen)]
+    holders = [*fixed, *extra[: max(0, draw.randint(*SIZES[size][0]) - len(fixed))]]
+    return [(holder, draw.random() < _TABLE["openable"].get(holder, 0.0)) for holder in sorted(holders)]
 
 
 def _spots(thing: str, types: Iterable[str], furniture: list[tuple[str, bool]]) -> list[int]:
     """Receptacles of these types that may hold a thing."""
-    return [i for i, (holder, _) in enumerate(furniture) if holder in types and thing in HOLDS[holder].split()]
+    return [i for i, (holder, _) in enumerate(furniture) if holder in types and thing in HOLDS[holder]]
 
 
 def _facts(furniture: list[tuple[str, bool]], placed: list[tuple[str, int]]) -> dict[str, list[Any]]:
@@ -91,10 +89,6 @@ def _facts(furniture: list[tuple[str, bool]], placed: list[tuple[str, int]]) -> 
     facts["pickupable"] = [(name,) for name, thing, _ in things if thing != "DeskLamp"]
     facts["toggleable"] = [(name,) for name, thing, _ in things if thing == "DeskLamp"]
     for predicate, able in ABLE.items():
-        facts[predicate] = [(name,) for name, thing, _ in things if thing in able.split()]
-    facts["canContain"] = [
-        (f"{holder}Type", f"{thing}Type")
-        for holder in {holder for holder, _ in furniture}
-        for thing in HOLDS[holder].split()
-    ]
+        facts[predicate] = [(name,) for name, thing, _ in things if thing in able]
+    facts["canContain"] = [(f"{holder}Type", f"{thing}Type") for holder, _ in furniture for thing in HOLDS[holder]]
     return facts

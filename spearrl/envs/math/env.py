@@ -19,7 +19,7 @@ from spearrl.envs.math.grade import boxed, is_right, is_right_as_released, plain
 from spearrl.envs.math.judge import Judges
 from spearrl.envs.tool import OPEN, Done, ToolEnvironment, call, read_calls, tool
 from spearrl.errors import ConfigError
-from spearrl.sandbox import RunResult, Sandbox, SandboxOptions, SandboxSession, open_sandbox
+from spearrl.sandbox import RunResult, SandboxOptions, SandboxSession, open_sandbox
 from spearrl.seeds import derive
 from spearrl.types import Action, Observation, Outcome, Reply, Task
 
@@ -210,10 +210,5 @@ def _shown(result: RunResult, timeout_s: float) -> str:
     return "\n".join([*lines, reasons.get(result.status, FAILED)])
 
 
-@lru_cache(maxsize=4)
-def _sandbox(options: SandboxOptions) -> Sandbox:
-    """One per process and setting, shared by slots and instances; it ends with the process."""
-    return open_sandbox(options)
-
-
-_judges = lru_cache(maxsize=4)(Judges)
+# one per process and setting, shared by slots and instances; they end with the process
+_sandbox, _judges = lru_cache(maxsize=4)(open_sandbox), lru_cache(maxsize=4)(Judges)

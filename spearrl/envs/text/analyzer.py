@@ -83,7 +83,7 @@ def _without_possessive(word: str) -> str:
 
 # Porter's stemmer (M. F. Porter, An algorithm for suffix stripping, Program 14(3), 1980) as Lucene has it, with his
 # later changes: bli and logi in step 2, and words of one or two letters left alone. The package snowballstemmer lacks
-# them (it makes technologi of technology) and takes four times as long. In each table the first suffix that fits decides.
+# them (it makes technologi of technology) and takes four times as long. The first suffix of a table that fits decides.
 _STEP_2, _STEP_3 = (dict(pair.split("=") for pair in _TABLES[step].split()) for step in ("step_2", "step_3"))
 _STEP_4 = {
     suffix: suffix[0] if suffix.endswith("ion") else "" for suffix in _TABLES["step_4"].split()

@@ -128,8 +128,6 @@ def _cleaned(records: Iterable[Product], attributes: dict[str, Any], human: dict
             "Title": raw["name"],
             "Description": raw["full_description"],
             "BulletPoints": bullets if isinstance(bullets, list) else [bullets],
-            "Rating": "N.A.",
-            "Reviews": [],
             "pricing": pricing,
             "Price": price,
             "options": _options(raw.get("customization_options")),

@@ -169,10 +169,7 @@ class WebShop(TextEnvironment[ShopSession]):
             "success": score.total >= PERFECT,
             "task_score": score.total,
             "score_before_type": score.before_type,
-            "r_type": score.r_type,
-            "r_attributes": score.r_attributes,
-            "r_price": score.r_price,
-            "tagger": score.tagger,
+            **{name: getattr(score, name) for name in ("r_type", "r_attributes", "r_price", "tagger")},
         }
         if score.r_options is not None:
             info["r_options"] = score.r_options

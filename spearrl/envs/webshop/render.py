@@ -137,7 +137,7 @@ def _item(product: Product, clicked: Collection[str], show_attrs: bool) -> Itera
     if product["Title"]:
         yield product["Title"], TEXT
     yield f"Price: {product['Price']}", TEXT
-    yield f"Rating: {product['Rating']}", TEXT
+    yield "Rating: N.A.", TEXT
     buttons = ["Description", "Features", "Reviews", *(["Attributes"] if show_attrs else []), "Buy Now"]
     yield from ((name, BUTTON) for name in buttons)
 
