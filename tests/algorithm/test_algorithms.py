@@ -14,7 +14,6 @@ from spearrl.trainer import Trainer
 from tests.support.short_runs import (
     assert_sound,
     change_logprobs,
-    cold_started,
     events,
     from_model,
     run,
@@ -68,11 +67,6 @@ SETTINGS = {  # what no name stands for: settings, and what a step must then rep
     "turn statistics": (("algo.groups.statistics=turn",), "policy/loss"),
 }
 CORRECTIONS = tuple((mode, level) for mode in ("tis", "mis") for level in ("token", "sequence"))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return cold_started(tmp_path_factory.mktemp("cold"))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from spearrl.losses import Objective
 from spearrl.schedules import adaptive_progress
 from tests.support.short_runs import (
     assert_sound,
-    cold_started,
     events,
     from_model,
     run,
@@ -22,12 +21,6 @@ from tests.support.short_runs import (
     whole_fingerprint,
 )
 from tests.support.toy_envs import Fetch
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return cold_started(tmp_path_factory.mktemp("cold"))
-
 
 # Unreliable tools
 

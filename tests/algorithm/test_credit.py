@@ -12,7 +12,7 @@ from spearrl.algorithm.memory import baselines
 from spearrl.config import AlgoSection
 from spearrl.types import Status
 from tests.support import reference as ref
-from tests.support.short_runs import cold_started, from_model, run, spy_on_updates
+from tests.support.short_runs import from_model, run, spy_on_updates
 from tests.support.trajectories import episode, grouped, shaped, turn
 
 VOID = "<action>thought of</action> but not taken </think>"
@@ -327,11 +327,6 @@ def test_a_power_of_two_of_the_kept_rows():
 
 
 # The trainer
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return cold_started(tmp_path_factory.mktemp("cold"))
 
 
 def expected(advantage: str, groups, mu: float) -> dict[int, list[float]]:

@@ -9,18 +9,12 @@ from spearrl.trainer import Trainer
 from tests.support import user_functions as own
 from tests.support.short_runs import (
     assert_sound,
-    cold_started,
     events,
     from_model,
     run,
     spy_on_updates,
     whole_fingerprint,
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return cold_started(tmp_path_factory.mktemp("cold"))
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ def spearrl(*args: str, check: bool = True) -> subprocess.CompletedProcess:
 
 def test_sft_then_train_then_eval(tmp_path):
     model = tmp_path / "model"
-    done = spearrl("sft", "--preset", "tiny", *SETTINGS, "--output", str(model))
+    done = spearrl("sft", "--preset", "tiny", *SETTINGS, "sft.epochs=1", "sft.episodes=100", "--output", str(model))
     assert "success" in done.stdout and (model / "model.safetensors").exists()
 
     settings = [*SETTINGS, f"run.output_dir={tmp_path}", "run.name=r", "sft.enabled=false"]
@@ -43,7 +42,9 @@ def test_sft_then_train_then_eval(tmp_path):
     assert episode["turns"][0]["observation"] and "reply" in episode["turns"][0]
 
 
-def test_ctrl_c_saves_and_the_run_resumes(tmp_path):
+def begun(model: Path, folder: Path, line: str) -> subprocess.Popen:
+    """A long run from a model directory, once its progress shows the line."""
+    settings = (f"run.output_dir={folder}", "run.name=r", "run.steps=4000", "sft.enabled=false", "eval.tasks=2")
     command = [
         sys.executable,
         "-m",
@@ -51,39 +52,30 @@ def test_ctrl_c_saves_and_the_run_resumes(tmp_path):
         "train",
         "--preset",
         "tiny",
+        "--model",
+        str(model),
         *SETTINGS,
-        f"run.output_dir={tmp_path}",
-        "run.name=r",
-        "run.steps=4000",
+        *settings,
     ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while not (line := process.stderr.readline()).lstrip().startswith("3/"):
-        assert process.poll() is None, line
+    while not (shown := process.stderr.readline()).lstrip().startswith(line):
+        assert process.poll() is None, shown
+    return process
+
+
+def test_ctrl_c_saves_and_the_run_resumes(model, tmp_path):
+    process = begun(model, tmp_path, "3/")
     process.send_signal(signal.SIGINT)
-    rest = process.stderr.read()
-    assert process.wait(300) == 130 and "Continue with" in rest
+    _, rest = process.communicate(timeout=300)
+    assert process.returncode == 130 and "Continue with" in rest
     done = spearrl("train", "--resume", str(tmp_path / "r"), "run.steps=6")
     assert "resumed from" in done.stderr and "6/6" in done.stderr
 
 
-def test_kill_9_loses_nothing_before_the_last_checkpoint(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "spearrl",
-        "train",
-        "--preset",
-        "tiny",
-        *SETTINGS,
-        f"run.output_dir={tmp_path}",
-        "run.name=r",
-        "run.steps=4000",
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while not (line := process.stderr.readline()).lstrip().startswith("5/"):
-        assert process.poll() is None, line
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+def test_kill_9_loses_nothing_before_the_last_checkpoint(model, tmp_path):
+    process = begun(model, tmp_path, "5/")
+    process.kill()
+    process.communicate()
     done = spearrl("train", "--resume", str(tmp_path / "r"), "run.steps=6")
     assert "resumed from" in done.stderr and "6/6" in done.stderr
 

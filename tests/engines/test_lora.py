@@ -19,7 +19,7 @@ from spearrl.models import load_model
 from spearrl.trainer import Trainer
 from tests.batching.test_rows import make_rows
 from tests.learner.test_learner import RUNS, batch_of, settings, tiny
-from tests.support.short_runs import cold_started, from_model, run, stopped_and_resumed
+from tests.support.short_runs import from_model, run, stopped_and_resumed
 from tests.support.small_run import fingerprint
 
 peft = pytest.importorskip("peft")
@@ -242,12 +242,7 @@ def test_the_local_engine_samples_with_the_adapters():
     assert learner.steps == 3
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return cold_started(tmp_path_factory.mktemp("base"))
-
-
-def test_a_resumed_run_is_the_run(base, tmp_path):
+def test_a_resumed_run_is_the_run(model, tmp_path):
     """With the base as KL reference too; and a checkpoint is a plain model directory."""
     changes = (
         "learner.lora.rank=4",
@@ -256,15 +251,15 @@ def test_a_resumed_run_is_the_run(base, tmp_path):
         "run.steps=3",
         "run.checkpoint_every=1",
     )
-    whole = run(from_model(base, tmp_path, *changes, name="whole"))
-    parts = stopped_and_resumed(from_model(base, tmp_path, *changes, name="parts"), after=2)
+    whole = run(from_model(model, tmp_path, *changes, name="whole"))
+    parts = stopped_and_resumed(from_model(model, tmp_path, *changes, name="parts"), after=2)
     assert fingerprint(whole.parts.model) == fingerprint(parts.parts.model)
     last = sorted(parts.run.checkpoints.glob("step-*"))[-1]
     merged = dict(parts.parts.learner.full_parameters())
     assert all(torch.equal(tensor, merged[name]) for name, tensor in load_model(str(last)).named_parameters())
 
 
-def test_a_run_with_adapters_learns(base, tmp_path):
+def test_a_run_with_adapters_learns(model, tmp_path):
     """The Fetch toy from an imperfect cold start: success rises (0.5 → 0.75 here and with every weight trained), the base stays."""
     changes = (
         "learner.lora.rank=8",
@@ -274,12 +269,12 @@ def test_a_run_with_adapters_learns(base, tmp_path):
         "run.steps=20",
         "run.checkpoint_every=0",
     )
-    trainer = Trainer(from_model(base, tmp_path, *changes, "eval.tasks=24", name="lora"))
+    trainer = Trainer(from_model(model, tmp_path, *changes, "eval.tasks=24", name="lora"))
     before = trainer.evaluate_policy()
     after = trainer.train()
     trainer.close()
     assert after.success.rate > before.success.rate + 0.1
-    found = {name: tensor for name, tensor in load_model(str(base)).named_parameters()}
+    found = {name: tensor for name, tensor in load_model(str(model)).named_parameters()}
     kept = {
         name.replace(".base_layer", ""): p for name, p in trainer.parts.model.named_parameters() if ".lora_" not in name
     }

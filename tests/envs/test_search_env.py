@@ -337,16 +337,22 @@ def test_no_reply_raises(replies, options):
         )
 
 
-def test_long_input_is_quick():
+@pytest.mark.parametrize(
+    ("text", "valid", "ends"),
+    [
+        ("<search>" * 200_000, False, False),
+        ("<search>" + "whale " * 200_000 + "</search>", True, False),
+        ("search " * 200_000, False, False),
+        ("<answer>" + "a" * 10**6 + "</answer>", True, True),
+    ],
+    ids=["open tags", "a long query", "no tag", "a long answer"],
+)
+def test_long_input_is_an_ordinary_turn(text, valid, ends):
     environment = Search(size=100)
-    for text in (
-        "<search>" * 200_000,
-        "<search>" + "whale " * 200_000 + "</search>",
-        "search " * 200_000,
-        "<answer>" + "a" * 10**6 + "</answer>",
-    ):
-        environment.reset(environment.tasks("val")[0], 0)
-        environment.step(environment.parse(Reply(f"{THINK}{text}", (), "stop")))
+    environment.reset(environment.tasks("val")[0], 0)
+    action = environment.parse(Reply(f"{THINK}{text}", (), "stop"))
+    outcome = environment.step(action)
+    assert (action.valid, outcome.terminated, outcome.reward) == (valid, ends, 0.0)
 
 
 # training

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from spearrl.rollout.episodes import Episodes
 from tests.support.short_runs import events, run, stopped_and_resumed
-from tests.support.small_run import fingerprint, small_config
+from tests.support.small_run import QUICK_START, fingerprint, small_config
 
-WORKERS = ("rollout.workers=2", "run.threads=1", "learner.precision=fp32", "eval.every=0", "run.steps=4")
+WORKERS = (*QUICK_START, "rollout.workers=2", "run.threads=1", "learner.precision=fp32", "eval.every=0", "run.steps=4")
 
 
 def test_two_runs_with_workers_are_the_same_run(tmp_path):

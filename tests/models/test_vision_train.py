@@ -9,6 +9,7 @@ import torch
 
 from spearrl.errors import ConfigError
 from spearrl.trainer import Trainer
+from tests.support.short_runs import events, resumed, run, stopped
 from tests.support.small_run import fingerprint, small_config
 
 SEES = (
@@ -24,25 +25,13 @@ SEES = (
 )
 
 
-def run(config) -> Trainer:
-    trainer = Trainer(config)
-    trainer.train()
-    trainer.close()
-    return trainer
-
-
-def evaluations(trainer: Trainer) -> list[dict]:
-    lines = map(json.loads, (trainer.run.path / "events.jsonl").read_text().splitlines())
-    return [line for line in lines if line["event"] == "eval"]
-
-
 def test_success_rises_where_only_the_picture_tells(tmp_path):
     trainer = run(
         small_config(
             tmp_path, *SEES, "run.steps=16", "run.checkpoint_every=0", "sft.episodes=120", "env.style=windowed"
         )
     )
-    first, last = evaluations(trainer)
+    first, last = events(trainer, "eval")
     assert first["success"] <= 0.7 and last["success"] >= 0.9, (first["success"], last["success"])
     assert last["pictures"] == 1.0
 
@@ -53,20 +42,13 @@ SHORT = (*SEES, "sft.episodes=64", "sft.epochs=2", "run.steps=4", "eval.tasks=4"
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     """In chat style, with replay: rows in the buffer keep their pictures over a checkpoint."""
     whole = run(small_config(tmp_path, *SHORT, name="whole"))
-    part = Trainer(small_config(tmp_path, *SHORT, name="part"))
-    part._report = lambda kind, values: setattr(
-        part, "stop_requested", part.stop_requested or (kind == "step" and values["step"] == 2)
-    )
-    part.train()
-    part.close()
+    part = stopped(small_config(tmp_path, *SHORT, name="part"), after=2)
     assert any(rows.pictures for _, rows in part.memory.replay.entries), (
         "nothing is in the buffer: the test would prove little"
     )
-    resumed = Trainer.resume(part.run.path)
-    resumed.train()
-    resumed.close()
-    assert fingerprint(resumed.parts.model) == fingerprint(whole.parts.model)
-    assert resumed.parts.model.vision is not None
+    parts = resumed(part).parts
+    assert fingerprint(parts.model) == fingerprint(whole.parts.model)
+    assert parts.model.vision is not None
 
 
 def test_a_worker_plays_with_pictures_and_is_synced(tmp_path):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
-from spearrl import Trainer
-from tests.support.small_run import small_config
+from tests.support.short_runs import events, from_model, run
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
 RUNS = {
@@ -30,16 +28,12 @@ def documented(key: str, names: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("algo", RUNS)
-def test_every_metric_is_documented(tmp_path, algo):
-    trainer = Trainer(
-        small_config(tmp_path, "run.steps=5", "eval.every=0", "rollout.temperature=1.2", *RUNS[algo], algo=algo)
-    )
-    trainer.train()
-    trainer.close()
+def test_every_metric_is_documented(model, tmp_path, algo):
+    trainer = run(from_model(model, tmp_path, "run.steps=5", *RUNS[algo], algo=algo))
     entries = re.findall(r"^- (`.*?`):", PAGE.read_text(), re.MULTILINE)
     names = re.findall(r"`([^`]+)`", "".join(entries))
-    lines = [json.loads(line) for line in (trainer.run.path / "events.jsonl").read_text().splitlines()]
-    keys = {key for line in lines if line["event"] == "step" for key in line} - {"event", "step", "steps", "time"}
+    lines = events(trainer, "step")
+    keys = {key for line in lines for key in line} - {"event", "step", "steps", "time"}
     assert any(line.get("replay/rows") for line in lines) or algo == "ppo"
     unknown = sorted(key for key in keys if not documented(key, names))
     assert not unknown, unknown

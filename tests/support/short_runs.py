@@ -49,19 +49,31 @@ def run(config, prepare: Callable[[Trainer], None] | None = None) -> Trainer:
     return trainer
 
 
+def stopped(config, after: int) -> Trainer:
+    """The run, stopped after a step."""
+
+    def stop(kind: str, values: dict) -> None:
+        if kind == "step" and values["step"] == after:
+            trainer.stop_requested = True
+
+    trainer = Trainer(config, report=stop)
+    trainer.train()
+    trainer.close()
+    assert trainer.step == after
+    return trainer
+
+
+def resumed(stopped_run: Trainer) -> Trainer:
+    """The run, continued from its directory by a new trainer."""
+    trainer = Trainer.resume(stopped_run.run.path)
+    assert trainer.step == stopped_run.step
+    trainer.train()
+    trainer.close()
+    return trainer
+
+
 def stopped_and_resumed(config, after: int) -> Trainer:
-    """The run, stopped after a step and continued from its directory by a new trainer."""
-    first = Trainer(config)
-    first._report = lambda kind, values: setattr(
-        first, "stop_requested", first.stop_requested or (kind == "step" and values["step"] == after)
-    )
-    first.train()
-    first.close()
-    assert first.step == after
-    second = Trainer.resume(first.run.path)
-    second.train()
-    second.close()
-    return second
+    return resumed(stopped(config, after))
 
 
 def events(trainer: Trainer, kind: str) -> list[dict]:

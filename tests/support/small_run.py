@@ -40,6 +40,9 @@ SETTINGS = (
     "algo.intrinsic.mu.steps=4",
 )
 
+# Of a cold start whose success does not matter.
+QUICK_START = ("sft.episodes=60", "sft.epochs=1")
+
 
 def small_config(folder: Path, *changes: str, algo: str = "grpo+spear", name: str = "small") -> RunConfig:
     """The small run below `folder`, with changes as section.key=value."""

@@ -16,7 +16,6 @@ from spearrl.types import Status
 from tests.support.short_runs import (
     assert_sound,
     change_logprobs,
-    cold_started,
     events,
     from_model,
     run,
@@ -27,11 +26,6 @@ from tests.support.short_runs import (
 from tests.support.trajectories import episode, grouped, shaped, turn
 
 NONSENSE = (math.nan, -math.inf, math.inf)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return cold_started(tmp_path_factory.mktemp("cold"))
 
 
 def warnings(trainer: Trainer) -> list[dict]:

@@ -17,7 +17,7 @@ import torch
 from spearrl.batching import Batch
 from tests.support import sil_by_hand as by_hand
 from tests.support.recording import Recording, Step, record
-from tests.support.short_runs import cold_started, from_model
+from tests.support.short_runs import from_model
 from tests.support.sil_by_hand import Buffer, Played, Row
 
 COMMON = (
@@ -120,17 +120,15 @@ def follow(recording: Recording) -> Followed:
 
 
 @pytest.fixture(scope="module")
-def followed(tmp_path_factory) -> Callable[[str], Followed]:
+def followed(model, tmp_path_factory) -> Callable[[str], Followed]:
     """The run of a name; each is played once."""
-    folder, found = tmp_path_factory.mktemp("spear"), {}
+    folder, runs = tmp_path_factory.mktemp("spear"), {}
 
     def of(name: str) -> Followed:
-        if "model" not in found:
-            found["model"] = cold_started(folder)
-        if name not in found:
+        if name not in runs:
             algo, changes = RUNS[name]
-            found[name] = follow(record(from_model(found["model"], folder, *COMMON, *changes, algo=algo, name=name)))
-        return found[name]
+            runs[name] = follow(record(from_model(model, folder, *COMMON, *changes, algo=algo, name=name)))
+        return runs[name]
 
     return of
 

@@ -15,50 +15,28 @@ from spearrl.rollout.episodes import Episodes
 from spearrl.run import Run
 from spearrl.sync import Bridge
 from spearrl.trainer import Trainer
-from tests.support.small_run import fingerprint, small_config
-
-
-def events(trainer: Trainer, kind: str) -> list[dict]:
-    lines = (trainer.run.path / "events.jsonl").read_text().splitlines()
-    return [e for e in map(json.loads, lines) if e["event"] == kind]
-
-
-def run(config) -> Trainer:
-    trainer = Trainer(config)
-    trainer.train()
-    trainer.close()
-    return trainer
+from tests.support.short_runs import events, from_model, resumed, run, stopped
+from tests.support.small_run import QUICK_START, fingerprint, small_config
 
 
 def test_two_runs_of_one_seed_have_identical_parameters(tmp_path):
-    first, second = (run(small_config(tmp_path, name=name)) for name in ("a", "b"))
+    first, second = (run(small_config(tmp_path, *QUICK_START, name=name)) for name in ("a", "b"))
     assert fingerprint(first.parts.model) == fingerprint(second.parts.model)
-    other = run(small_config(tmp_path, "run.seed=1", name="c"))
+    other = run(small_config(tmp_path, *QUICK_START, "run.seed=1", name="c"))
     assert fingerprint(other.parts.model) != fingerprint(first.parts.model)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     whole = run(small_config(tmp_path, name="whole"))
-    part = Trainer(small_config(tmp_path, name="part"))
-    part._report = lambda kind, values: setattr(
-        part, "stop_requested", part.stop_requested or (kind == "step" and values["step"] == 3)
-    )
-    part.train()
-    part.close()
-    assert part.step == 3
-    resumed = Trainer.resume(part.run.path)
-    assert resumed.step == 3
-    resumed.train()
-    resumed.close()
-    assert fingerprint(resumed.parts.model) == fingerprint(whole.parts.model)
-    assert len(resumed.memory.replay) == len(whole.memory.replay)
-    assert resumed.policy_version == whole.policy_version
+    parts = resumed(stopped(small_config(tmp_path, name="parts"), after=3))
+    assert fingerprint(parts.parts.model) == fingerprint(whole.parts.model)
+    assert len(parts.memory.replay) == len(whole.memory.replay)
+    assert parts.policy_version == whole.policy_version
 
 
-def test_self_imitation_goes_through_the_trainer(tmp_path):
+def test_self_imitation_goes_through_the_trainer(model, tmp_path):
     """What lies in the buffer is exactly the step's winning trajectories, with the old_logprobs of their own step; it is replayed once, later."""
-    config = small_config(tmp_path, "run.steps=6")
-    trainer = Trainer(config)
+    trainer = Trainer(from_model(model, tmp_path, "run.steps=6", algo="grpo+spear"))
     seen = {}
     add, drain = trainer.memory.replay.add, trainer.memory.replay.drain
 
@@ -101,17 +79,17 @@ def test_self_imitation_goes_through_the_trainer(tmp_path):
     assert all("sil/loss" in line for line in lines if line["replay/rows"] > 0)
 
 
-def test_the_three_algorithms_differ_only_in_config(tmp_path):
-    prints = {
-        algo: fingerprint(run(small_config(tmp_path, algo=algo, name=algo.replace("+", "-"))).parts.model)
+def test_the_three_algorithms_differ_only_in_config(model, tmp_path):
+    runs = (
+        run(from_model(model, tmp_path, "run.steps=4", algo=algo, name=algo.replace("+", "-")))
         for algo in ("grpo", "grpo+sil", "grpo+spear")
-    }
-    assert len(set(prints.values())) == 3
+    )
+    assert len({fingerprint(trainer.parts.model) for trainer in runs}) == 3
 
 
-def test_only_sampled_tokens_train(tmp_path):
+def test_only_sampled_tokens_train(model, tmp_path):
     """In every batch the learner gets, the masked tokens of a trajectory are exactly the tokens the engine sampled for it, with its log-probabilities."""
-    trainer = Trainer(small_config(tmp_path))
+    trainer = Trainer(from_model(model, tmp_path, algo="grpo+spear"))
     update, collect, sampled, checked = trainer.parts.learner.update, trainer.parts.players.collector.collect, {}, []
 
     def spy_collect(*tasks, **settings):
@@ -158,9 +136,9 @@ def test_training_learns_the_toy(tmp_path):
 
 
 @pytest.mark.parametrize("style", ["chat", "windowed"])
-def test_both_prompt_styles_train(tmp_path, style):
+def test_both_prompt_styles_train(model, tmp_path, style):
     """A growing chat is one row an episode; windowed prompts are one row a turn."""
-    trainer = Trainer(small_config(tmp_path, f"env.style={style}", "run.steps=2"))
+    trainer = Trainer(from_model(model, tmp_path, f"env.style={style}", "run.steps=2"))
     update, seen = trainer.parts.learner.update, []
 
     def spy(on_policy, replay, **settings):
@@ -187,18 +165,17 @@ def test_a_broken_environment_costs_its_episodes_only(tmp_path):
     assert any("the shelf fell down" in (t["error"] or "") for t in record)
 
 
-def test_a_nan_reward_names_the_environment_and_the_task(tmp_path):
-    config = small_config(tmp_path, "env.options.nan=1", "run.steps=6")
-    trainer = Trainer(config)
+def test_a_nan_reward_names_the_environment_and_the_task(model, tmp_path):
+    trainer = Trainer(from_model(model, tmp_path, "env.options.nan=1", "run.steps=6"))
     with pytest.raises(ContractError, match="fetch-1"):
         trainer.train()
     trainer.close()
 
 
-def test_the_resolved_config_starts_the_same_run_again(tmp_path):
+def test_the_resolved_config_starts_the_same_run_again(model, tmp_path):
     from spearrl.config import load_config
 
-    first = run(small_config(tmp_path, name="first", algo="grpo"))
+    first = run(from_model(model, tmp_path, name="first"))
     again = load_config(first.run.path / "config.toml", ["run.name=again"])
     assert fingerprint(run(again).parts.model) == fingerprint(first.parts.model)
 
@@ -245,9 +222,9 @@ def test_any_causal_model_directory_trains(tmp_path, architecture):
     )
     trainer = run(small_config(tmp_path, *settings))
     assert all(e["policy/updates"] >= 1 for e in events(trainer, "step"))
-    resumed = Trainer.resume(trainer.run.path)
-    assert fingerprint(resumed.parts.model) == fingerprint(trainer.parts.model)
-    resumed.close()
+    reloaded = Trainer.resume(trainer.run.path)
+    assert fingerprint(reloaded.parts.model) == fingerprint(trainer.parts.model)
+    reloaded.close()
 
 
 def test_a_run_that_never_began_leaves_nothing(tmp_path):
