@@ -1,9 +1,10 @@
-"""Times of the built-in environments: a step and a reset with 1 to 4096 slots in one process, and beside ALFWorld's original engine.
+"""Times of the built-in environments: a step and a reset with 1 to 4096 slots in one process; ALFWorld's own engine.
 
 python benchmarks/envs.py [--slots 1 64 1024 4096] [--steps 20000] [--original 5] [--expert]
 
-ALFWorld's own engine is measured where the packages alfworld and textworld are installed (extra `alfworld`) and real games are at hand, on the same
-games and commands. `--expert` lets the scripted expert play every real game and compares its plans with the recorded ones of the original planner.
+ALFWorld's own engine is measured where the packages alfworld and textworld are installed (extra `alfworld`) and real
+games are at hand, on the same games and commands. `--expert` lets the scripted expert play every real game and compares
+its plans with the recorded ones of the original planner.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ def summary(seconds: list[float]) -> str:
 
 
 def slots_line(name: str, environment: Environment, count: int, steps: int) -> None:
-    """Step `count` slots in turn with the noisy expert's commands, and print one line. Only reset() and step() are timed."""
+    """Step `count` slots in turn with the noisy expert's commands, and print one line.
+
+    Only reset() and step() are timed.
+    """
     tasks = environment.tasks("train")
     slots = [environment.spawn() for _ in range(count)]
     resets, times, turns, episodes = [], [], [0] * count, 0
@@ -89,9 +93,7 @@ def beside_original(data: str, games: int) -> None:
         if not same:
             print(f"DIFFERENT TEXTS: {task.id}")
     original.close()
-    print(
-        f"\nALFWorld, {games} games of valid_unseen, milliseconds (median): native (compiling each game), original, ratio"
-    )
+    print(f"\nALFWorld, {games} games of valid_unseen, median milliseconds: native (with compilation), original, ratio")
     for kind in ("reset", "step"):
         fast, slow = (1e3 * statistics.median(times[name][kind]) for name in ("native", "original"))
         print(f"{kind:6} {fast:10.4f} {slow:10.1f} {slow / fast:10.0f}x")
@@ -116,7 +118,8 @@ def expert_lengths(data: str) -> None:
                 difference[steps - plans[task.id]] += 1
         total = len(environment.tasks(split))
         print(
-            f"{split:13} {len(lengths)} of {total} games solved, steps: mean {statistics.fmean(lengths):.2f}, most {max(lengths)}"
+            f"{split:13} {len(lengths)} of {total} games solved, "
+            f"steps: mean {statistics.fmean(lengths):.2f}, most {max(lengths)}"
         )
     print(
         f"steps more than the original planner on its {len(plans)} recorded games: {dict(sorted(difference.items()))}"
@@ -138,7 +141,8 @@ def main() -> None:
     parser.add_argument("--expert", action="store_true", help="the expert on every real game")
     arguments = parser.parse_args()
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; microseconds: median, 99th percentile"
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; "
+        "microseconds: median, 99th percentile"
     )
     print(f"{'':26}  slots     step      p99    reset      p99    steps/s   MiB max")
     for count in arguments.slots:

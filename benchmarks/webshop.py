@@ -1,4 +1,4 @@
-"""Time of a WebShop step and reset: median and 99th percentile, beside the 25 ms a step of the original simulator takes.
+"""Time of a WebShop step and reset: median and 99th percentile, beside the original simulator's 25 ms a step.
 
 python benchmarks/webshop.py [--episodes 300] [--data FOLDER]
 """
@@ -53,7 +53,8 @@ def play(data: str | None, observation: str, episodes: int) -> None:
     mean = statistics.fmean(every)
     name = "generated" if data is None else "data"
     print(
-        f"{name:9} {observation:9} load {loading:5.0f}  {figures}  mean step {mean:.3f} = original / {ORIGINAL_MS / mean:.0f}"
+        f"{name:9} {observation:9} load {loading:5.0f}  {figures}  "
+        f"mean step {mean:.3f} = original / {ORIGINAL_MS / mean:.0f}"
     )
 
 

@@ -23,12 +23,14 @@ from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
 from tests.support.shared_data import golden
 
 INTRO = re.compile(
-    r"-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room\. Looking quickly around you, you see (a \w+ \d+, )+and a \w+ \d+\."
+    r"-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room\. Looking quickly around you, "
+    r"you see (a \w+ \d+, )+and a \w+ \d+\."
     r"\n\nYour task is to: (.*)\."
 )
 NAMES = r"(nothing|a \w+ \d+|(a \w+ \d+, )+and a \w+ \d+)"
 TEXTS = {
-    "go": rf"You arrive at (\w+ \d+)\. (On the \1, you see {NAMES}|The \1 is closed|The \1 is open\. In it, you see {NAMES})\.",
+    "go": r"You arrive at (\w+ \d+)\. "
+    rf"(On the \1, you see {NAMES}|The \1 is closed|The \1 is open\. In it, you see {NAMES})\.",
     "open": rf"You open the (\w+ \d+)\. The \1 is open\. In it, you see {NAMES}\.",
     "close": r"You close the \w+ \d+\.",
     "take": r"You pick up the \w+ \d+ from the \w+ \d+\.",
@@ -39,8 +41,10 @@ TEXTS = {
     "use": r"You turn on the desklamp \d+\.",
     "slice": r"You sliced the \w+ \d+ with the \w+ \d+\.",
     "inventory": r"You are (not carrying anything|carrying: a \w+ \d+)\.",
-    "look": rf"You are (in the middle of a room\. Looking quickly around you, you see nothing|facing the \w+ \d+\. Next to it, you see {NAMES})\.",
-    "examine": rf"(On the|The|This is a|There's nothing special about) [a-z ]*\d+(\.| is closed\.|( is open\. In it|\. In it|), you see {NAMES}\.)",
+    "look": r"You are (in the middle of a room\. Looking quickly around you, you see nothing"
+    rf"|facing the \w+ \d+\. Next to it, you see {NAMES})\.",
+    "examine": r"(On the|The|This is a|There's nothing special about) [a-z ]*\d+"
+    rf"(\.| is closed\.|( is open\. In it|\. In it|), you see {NAMES}\.)",
     "help": r"Available commands:\n(  .*\n)+",
 }
 

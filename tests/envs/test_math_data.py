@@ -39,8 +39,11 @@ def test_generated_problems_are_right_and_their_splits_have_no_numbers_in_common
 
 
 def test_a_file_of_any_usual_shape(tmp_path):
-    dapo = "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer (without quotes)"
-    dapo += ' where $Answer is the answer to the problem.\n\nWhat is $2+2$?\n\nRemember to put your answer on its own line after "Answer:".'
+    dapo = (
+        "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    )
+    dapo += "$Answer (without quotes) where $Answer is the answer to the problem.\n\nWhat is $2+2$?\n\n"
+    dapo += 'Remember to put your answer on its own line after "Answer:".'
     rows = [
         {
             "prompt": [{"role": "system", "content": "x"}, {"role": "user", "content": dapo}],

@@ -1,4 +1,4 @@
-"""The math environment: the tool, what comes back of it, answers and rewards, replies both ways, faults, and what a run makes of it."""
+"""The math environment: the tool, its results, answers and rewards, replies both ways, faults, and a run of it."""
 
 from __future__ import annotations
 
@@ -281,7 +281,7 @@ def episode(number: int, tool_calls: list[int], *, right: bool) -> Trajectory:
 
 
 def test_the_tool_bonus_of_the_releases():
-    """spear.md 5.1: qwen2.5 pays μ·min(1, 0.1 b) right or wrong; qwen3 pays a right answer μ in full once a tool was called."""
+    """spear.md 5.1: qwen2.5 pays μ·min(1, 0.1 b) right or wrong; qwen3 pays all of μ to a right answer after a call."""
     cases = [([0], True), ([1, 1, 0], True), ([1, 0], False), ([1] * 12 + [0], False)]
     group = Group(0, TASK, [episode(n, calls, right=right) for n, (calls, right) in enumerate(cases)])
     rows = rows_from_groups([group])

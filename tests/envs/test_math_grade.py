@@ -108,7 +108,7 @@ def test_equal_in_mathematics(judges, prediction, answer, same):
 
 
 def test_hostile_answers_are_wrong_and_hurt_nobody(judges, tmp_path):
-    """Nothing they say is run outside the jail, and what takes too long is cut off; the next answer is judged as ever."""
+    """Nothing they say is run outside the jail; what takes too long is cut off; the next answer is judged as ever."""
     marks = [tmp_path / "a", tmp_path / "b"]
     tmp_path.chmod(0o777)
     hostile = [

@@ -1,4 +1,4 @@
-"""Math through the real path: cold start from the expert, code run in the jail, GRPO+SPEAR with the tool bonus; twice the same."""
+"""Math through the real path: cold start from the expert, code in the jail, GRPO+SPEAR with the tool bonus; twice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ CHANGES = (
 
 
 def test_no_more_threads_than_the_sandbox_lets_in():
-    """Of 32 threads most would wait for a turn in the sandbox, and their steps' deadlines run out: each replaced worker brings the end of the run nearer."""
+    """Of 32 threads most would wait for a turn in the sandbox, and their steps' deadlines run out.
+
+    Each replaced worker brings the end of the run nearer.
+    """
     sandbox = {"kind": "none", "unsandboxed": True, "packages": [], "concurrency": 3}
     environment = Math(grader="plain", sandbox=sandbox)
     for workers, threads in ((0, 3), (5, 5)):

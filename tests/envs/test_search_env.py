@@ -1,4 +1,4 @@
-"""The search environment on its embedded world: questions, replies, results, prompts, anchors, rewards, expert, hostile input."""
+"""The search environment on its embedded world: questions, replies, results, prompts, anchors, rewards, expert."""
 
 from __future__ import annotations
 

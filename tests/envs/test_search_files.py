@@ -1,4 +1,4 @@
-"""Search over files and servers: ranking, kept indices, HotpotQA's and Search-R1's layouts, and a server that fails in every way."""
+"""Search over files and servers: ranking, HotpotQA's and Search-R1's layouts, and a server that fails in every way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Sokoban environment: solvable levels, disjoint splits, rules, rewards, prompts, pictures, expert, GiGPO, hostile input."""
+"""The Sokoban environment: solvable levels, disjoint splits, rules, rewards, prompts, pictures, expert, GiGPO."""
 
 from __future__ import annotations
 

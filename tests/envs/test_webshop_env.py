@@ -1,4 +1,4 @@
-"""The WebShop environment on its generated catalogue: splits, actions, renderings, prompts, expert, files, hostile input."""
+"""The WebShop environment on its generated catalogue: splits, actions, pages, prompts, expert, files, hostile input."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def term_vectors() -> Iterator[dict[str, int]]:
 
 
 def shop(observation: str, index: str) -> WebShop:
-    """The environment as users get it ("texts"), or with an index over Lucene's own term vectors, as the golden run had."""
+    """The environment as users get it ("texts"), or with an index over Lucene's own term vectors (golden)."""
     environment = WebShop(data=str(shared(FOLDER)), observation=observation)
     if index == "texts":
         return environment

@@ -1,4 +1,4 @@
-"""WebShop's reward against the original's test facts and done pages; the fuzzy matcher against thefuzz; the noun finders."""
+"""WebShop's reward against the original's test facts and done pages; its matcher against thefuzz; the noun finders."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def test_title_scores_of_the_fallback_are_within_the_originals_tolerance(cases):
 
 
 def test_total(cases):
-    bullets = "This shampoo has essential oils and smells like lemons"  # a bare string, as in the original's test: its characters are joined
+    # a bare string, as in the original's test: its characters are joined
+    bullets = "This shampoo has essential oils and smells like lemons"
     described = PRODUCT | {
         "Title": "",
         "Attributes": [],
