@@ -1,9 +1,10 @@
-"""Times of the sandbox: a run from hand-over to result, sustained runs a second, and beside them a cold `bwrap python` a run.
+"""Times of the sandbox: a run from hand-over to result, sustained runs a second, and a cold `bwrap python` a run.
 
 python benchmarks/sandbox.py [--runs 200] [--threads 4] [--kind bubblewrap|none] [--packages numpy sympy]
 
-Before each timed run the sandbox is left until its next child is ready, as between an agent's turns; sustained runs follow one another. Run it on an
-idle machine: both are bound by processors. Linux schedules it with real-time priority where --realtime is given and root allows that.
+Before each timed run the sandbox is left until its next child is ready, as between an agent's turns; sustained runs
+follow one another. Run it on an idle machine: both are bound by processors. Linux schedules it with real-time priority
+where --realtime is given and root allows that.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def timed(run, count: int, pause: float) -> list[float]:
 
 
 def line(what: str, times: list[float]) -> str:
-    return f"{what:<42} median {1e3 * statistics.median(times):7.2f} ms   p90 {1e3 * statistics.quantiles(times, n=10)[8]:7.2f} ms"
+    median, p90 = 1e3 * statistics.median(times), 1e3 * statistics.quantiles(times, n=10)[8]
+    return f"{what:<42} median {median:7.2f} ms   p90 {p90:7.2f} ms"
 
 
 def sustained(sandbox: Sandbox, runs: int, threads: int) -> float:
@@ -61,13 +63,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.realtime:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(10))
-    print(
-        f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors, Python {platform.python_version()}, packages {' '.join(args.packages) or 'none'}"
-    )
+    processors, packages = len(os.sched_getaffinity(0)), " ".join(args.packages) or "none"
+    print(f"{platform.machine()}, {processors} processors, Python {platform.python_version()}, packages {packages}")
     options = SandboxOptions(kind=args.kind, unsandboxed=args.kind == "none", packages=tuple(args.packages))
     begun = time.perf_counter()
     with open_sandbox(options) as sandbox:
-        print(f"{'opened and probed':<42} {time.perf_counter() - begun:.2f} s")
+        print(f"{'opened and self-tested':<42} {time.perf_counter() - begun:.2f} s")
         print(line(f"print(1), {args.kind}", warm := timed(lambda: sandbox.run("print(1)"), args.runs, PAUSE_S)))
         with sandbox.session() as session:
             session.run("x = 1")

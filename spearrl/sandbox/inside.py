@@ -24,6 +24,7 @@ import struct
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -85,11 +86,16 @@ def zygote() -> None:
     settings = json.loads(control.recv(1 << 18))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.path += settings["path"]
-    missing = [f"{name}: {problem}" for name in settings["preload"] if (problem := _import(name))]
+    missing = []
+    for name in settings["preload"]:
+        try:
+            import_module(name)
+        except Exception as error:  # a package may fail in any way; the host decides
+            missing.append(f"{name}: {type(error).__name__}: {error}")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody is waited for
     fault = _try_namespaces(settings) if settings["isolate"] else "not asked for"
     settings["nested"] = not fault
-    control.send(json.dumps({"missing": missing, "fault": fault, "python": sys.version.split()[0]}).encode())
+    control.send(json.dumps({"missing": missing, "fault": fault}).encode())
     _seed_generators()  # numpy loads its generators when they are first used
     gc.collect()
     gc.freeze()  # a collection in a child would touch, and so copy, every page
@@ -104,14 +110,6 @@ def zygote() -> None:
             finally:
                 os._exit(0)
         os.close(descriptors[0])
-
-
-def _import(name: str) -> str:
-    try:
-        import_module(name)
-    except Exception as error:  # a package may fail in any way; the host decides
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def _try_namespaces(settings: dict[str, Any]) -> str:
@@ -182,10 +180,8 @@ def supervise(channel: socket.socket, settings: dict[str, Any]) -> None:
 def _kill(pid: int) -> int:
     """Kill the child with all it started; its exit status, negative for a signal."""
     for kill in (os.killpg, os.kill):  # the group: without namespaces the child's own children live on
-        try:
+        with suppress(ProcessLookupError):
             kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -289,7 +285,9 @@ def run_child(link: socket.socket, outputs: tuple[int, int], folder: str, settin
         code = _execute(request, main)
         if request["last"]:
             _run_exit_handlers()
-        _flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):  # the snippet may have put anything there
+                stream.flush()
         link.sendall(struct.pack(">i", code))
 
 
@@ -363,14 +361,6 @@ def _execute(request: dict[str, Any], main: ModuleType) -> int:
             os.write(2, f"{type(error).__name__}\n".encode())
         return 1
     return 0
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except Exception:  # the snippet may have put anything there
-            continue
 
 
 def _run_exit_handlers() -> None:

@@ -43,8 +43,8 @@ RESTARTED = "\n[the interpreter ended; the next run begins in a fresh one, witho
 class Jail:
     """A process with a warm interpreter.
 
-    `startup` is what it said when it had started: "missing" modules, the "fault" for which runs cannot have namespaces
-    of their own ("" where they can), the version of "python".
+    `startup` is what it said when it had started: the modules that are "missing", and the "fault" for which runs
+    cannot have namespaces of their own ("" where they can).
 
     Raises:
         ConfigError: it does not start.

@@ -22,12 +22,8 @@ class SandboxOptions(BaseModel):
     )
     url: str = Field("", description="Address of the SandboxFusion server, such as http://sandbox:8080.")
     timeout_s: float = Field(10.0, gt=0, le=3600, description="Seconds a run may take.")
-    memory_mib: int = Field(
-        256, ge=16, description="MiB a run may use, on top of what the interpreter with its packages uses."
-    )
-    output_chars: int = Field(
-        65536, ge=16, description="Characters kept of each of stdout and stderr: the first and the last half."
-    )
+    memory_mib: int = Field(256, ge=16, description="MiB a run may use, on top of the interpreter with its packages.")
+    output_chars: int = Field(65536, ge=16, description="Characters kept of stdout and of stderr: first and last half.")
     concurrency: int = Field(0, ge=0, description="Runs at a time; 0: one per processor.")
     processes: int = Field(24, ge=1, description="Processes and threads a run may have.")
     tmp_mib: int = Field(64, ge=1, description="Size of a run's /tmp.")
@@ -35,9 +31,7 @@ class SandboxOptions(BaseModel):
     packages: tuple[str, ...] = Field(
         ("numpy", "sympy"), description="Installed distributions that a run can import; they are loaded ahead."
     )
-    unsandboxed: bool = Field(
-        False, description="Needed for kind=none: code runs as this user, with limits but no isolation."
-    )
+    unsandboxed: bool = Field(False, description="Needed for kind=none: code runs as you, limited but not isolated.")
 
 
 @dataclass(frozen=True, slots=True)

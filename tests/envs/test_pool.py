@@ -1,4 +1,4 @@
-"""The pool: environments that hang, die or raise cost their own episode; order and isolation; thousands of slots on two workers."""
+"""The pool: environments that hang, die or raise cost their own episode; order, isolation, thousands of slots."""
 
 from __future__ import annotations
 

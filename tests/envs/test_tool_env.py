@@ -1,4 +1,4 @@
-"""Tools as environments: schemas, checked arguments, mistakes as observations, Hermes-style replies, prompts for any template."""
+"""Tools as environments: schemas, checked arguments, mistakes as observations, Hermes-style replies, prompts."""
 
 from __future__ import annotations
 

@@ -160,7 +160,8 @@ def test_the_self_test_says_what_holds(sandbox, single):
 
 @needs_isolation
 def test_runs_do_not_see_each_other(sandbox):
-    leaves = "import sys, random, builtins; open('/tmp/x', 'w').write('1'); builtins.print = None; random.seed(5); sys.modules['numpy'] = None"
+    leaves = "import sys, random, builtins; open('/tmp/x', 'w').write('1'); builtins.print = None; random.seed(5)"
+    leaves += "; sys.modules['numpy'] = None"
     assert sandbox.run(leaves).status == "ok"
     for _ in range(3):
         result = sandbox.run(
@@ -279,8 +280,14 @@ def test_a_jail_that_is_killed_is_replaced(sandbox):
 
 @needs_isolation
 def test_nothing_is_left_after_close_or_kill(tmp_path):
-    script = "import sys, threading, time\nfrom spearrl.sandbox import *\ns = open_sandbox(SandboxOptions(packages=(), timeout_s=600))\n"
-    script += "threading.Thread(target=s.run, args=(sys.argv[1],), daemon=True).start()\nprint('up', flush=True)\ntime.sleep(600)\n"
+    script = """
+import sys, threading, time
+from spearrl.sandbox import *
+s = open_sandbox(SandboxOptions(packages=(), timeout_s=600))
+threading.Thread(target=s.run, args=(sys.argv[1],), daemon=True).start()
+print('up', flush=True)
+time.sleep(600)
+"""
     code = HOSTILE["daemon"]["code"] + "\nwhile True: pass"
     with subprocess.Popen([sys.executable, "-c", script, code], cwd=ROOT, stdout=subprocess.PIPE) as host:
         assert host.stdout.readline() == b"up\n"
@@ -308,9 +315,20 @@ def still(pid: int, words: str) -> bool:
 
 @needs_isolation
 def test_a_fork_of_this_process_is_refused_and_does_no_harm(tmp_path):
-    script = "import os\nfrom spearrl.sandbox import *\ns = open_sandbox(SandboxOptions(packages=(), concurrency=1))\npid = os.fork()\n"
-    script += "said = s.run('print(6 * 7)')\nif pid == 0:\n    s.close()\n    print('child', said.status, said.stderr, flush=True)\n    os._exit(0)\n"
-    script += "os.waitpid(pid, 0)\nprint('parent', said.stdout, s.run('print(43)').stdout)\ns.close()\n"
+    script = """
+import os
+from spearrl.sandbox import *
+s = open_sandbox(SandboxOptions(packages=(), concurrency=1))
+pid = os.fork()
+result = s.run('print(6 * 7)')
+if pid == 0:
+    s.close()
+    print('child', result.status, result.stderr, flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+print('parent', result.stdout, s.run('print(43)').stdout)
+s.close()
+"""
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=PLENTY_S)
     child, parent = done.stdout.split("\n", 1)
     assert child.startswith("child unavailable ") and "forked" in child and parent.split() == ["parent", "42", "43"], (
@@ -363,9 +381,15 @@ def test_as_another_user():
     ]
     if not fit:
         pytest.skip("no Python of this version that another user may run")
-    script = "import sys, tomllib\nfrom spearrl.sandbox import *\ns = open_sandbox(SandboxOptions())\n"
-    script += "for case in tomllib.loads(sys.stdin.read()).values():\n    r = s.run(case['code'], timeout_s=case.get('timeout_s', 60))\n"
-    script += "    assert r.status in case['status'] and 'ESCAPED' not in r.stdout, (case, r)\nprint('held', s.startup['fault'])"
+    script = """
+import sys, tomllib
+from spearrl.sandbox import *
+s = open_sandbox(SandboxOptions())
+for case in tomllib.loads(sys.stdin.read()).values():
+    r = s.run(case['code'], timeout_s=case.get('timeout_s', 60))
+    assert r.status in case['status'] and 'ESCAPED' not in r.stdout, (case, r)
+print('held', s.startup['fault'])
+"""
     done = subprocess.run(
         [*prefix, fit[0], "-c", script],
         input=(ROOT / "tests/sandbox/hostile.toml").read_text(),

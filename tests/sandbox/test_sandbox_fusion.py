@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server = self.server
-        server.seen.append((self.path, body))
+        server.requests.append((self.path, body))
         answer = server.script.pop(0) if server.script else honest
         if callable(answer):
             answer = (200, json.dumps(answer(body)).encode())
@@ -65,9 +65,12 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    """`script` holds the answers to come, (status, bytes) or a function of the request; then it is honest. `seen` are the requests."""
+    """A server: `script` holds its answers to come, (status, bytes) or a function of the request; then it is honest.
+
+    `requests` are those it got.
+    """
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.script, running.seen = [], []
+        running.script, running.requests = [], []
         running.url = f"http://127.0.0.1:{running.server_address[1]}"
         thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
@@ -83,7 +86,7 @@ def sandbox(server, monkeypatch):
     with open_sandbox(
         SandboxOptions(kind="fusion", url=server.url + "/", timeout_s=7, memory_mib=100, output_chars=100)
     ) as opened:
-        server.seen.clear()
+        server.requests.clear()
         yield opened
 
 
@@ -96,8 +99,8 @@ def test_the_request_is_the_apis(sandbox, server):
         0.25,
         False,
     )
-    path, body = server.seen[0]
-    assert path == "/run_code" and len(server.seen) == 1
+    path, body = server.requests[0]
+    assert path == "/run_code" and len(server.requests) == 1
     assert {key: body[key] for key in ("language", "run_timeout", "memory_limit_MB", "stdin")} == {
         "language": "python",
         "run_timeout": 3,
@@ -142,17 +145,17 @@ WRONG = [
 def test_a_failing_server_is_asked_three_times(sandbox, server, wrong):
     server.script = [wrong, wrong]
     assert sandbox.run("print(1)").stdout == "1\n"
-    assert len(server.seen) == 3
+    assert len(server.requests) == 3
     server.script = [wrong] * 3
     result = sandbox.run("print(1)")
     assert result.status == "unavailable" and server.url in result.stderr and not result.stdout
-    assert len(server.seen) == 6
+    assert len(server.requests) == 6
 
 
 def test_a_refusal_is_not_asked_again(sandbox, server):
     server.script = [(422, b"language: unknown")]
     assert "HTTP 422: language: unknown" in sandbox.run("print(1)").stderr
-    assert len(server.seen) == 1
+    assert len(server.requests) == 1
 
 
 def test_a_server_that_does_not_answer_is_left(sandbox, server, monkeypatch):
@@ -161,7 +164,7 @@ def test_a_server_that_does_not_answer_is_left(sandbox, server, monkeypatch):
     monkeypatch.setattr(fusion, "GRACE_S", 0.05)
     result = sandbox.run("print(1)", timeout_s=0.5)
     held.set()
-    assert len(server.seen) <= 1  # the tries share one deadline: an environment's step has one too
+    assert len(server.requests) <= 1  # the tries share one deadline: an environment's step has one too
     assert result.status == "unavailable" and "imed out" in result.stderr and result.seconds < 60
 
 

@@ -1,4 +1,7 @@
-"""A sound environment, and one that breaks each rule of `spearrl check-env`. Imports no torch: some rules start fresh processes."""
+"""A sound environment, and for each rule of `spearrl check-env` one that breaks it.
+
+Imports no torch: some rules start fresh processes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""An environment that hangs, dies or raises where its task's id says so. Imports no torch, so that worker processes start quickly."""
+"""An environment that hangs, dies or raises where its task's id says so.
+
+Imports no torch, so that worker processes start quickly.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ from tests.support.gates import LIMIT_S, Gate
 
 
 class Rogue(Environment):
-    """Three turns, reward 1 each. A task "hang-2" misbehaves at its second step; with "once" in its id only the first time on this machine."""
+    """Three turns, reward 1 each. A task "hang-2" misbehaves at its second step.
+
+    With "once" in its id a task misbehaves only the first time on this machine.
+    """
 
     execution = "process"
     max_turns = 5
@@ -30,7 +36,7 @@ class Rogue(Environment):
         pause_s: float = Field(0.0, description="Seconds each step takes.")
         gate: str = Field(
             "",
-            description="Folder of a tests.support.gates.Gate: steps note their process in it and wait while it is shut.",
+            description="Folder of a tests.support.gates.Gate: steps note their process there, and wait while shut.",
         )
 
     options: Options

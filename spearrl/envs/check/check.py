@@ -14,26 +14,14 @@ from spearrl.envs.check.guards import TooSlow
 from spearrl.envs.check.interface import Advice, NotApplicable, tasks
 from spearrl.errors import SpearError
 
-RULES: tuple[Callable[[CheckedEnvironment], str], ...] = (
-    interface.tasks,
-    interface.unknown_split,
-    interface.max_turns,
-    interface.episode,
-    isolation.determinism,
-    isolation.processes,
-    isolation.task_data,
-    interface.after_end,
-    interface.hostile,
-    interface.parse_format,
-    isolation.spawn,
-    isolation.close,
-    isolation.global_random,
-    isolation.network,
-    interface.expert,
-    interface.anchors,
-    isolation.off_loop,
-    isolation.speed,
-)
+Rule = Callable[[CheckedEnvironment], str]
+
+# In the order in which they are tried and reported.
+RULES: tuple[Rule, ...] = (interface.tasks, interface.unknown_split, interface.max_turns, interface.episode)
+RULES += (isolation.determinism, isolation.processes, isolation.task_data)
+RULES += (interface.after_end, interface.hostile, interface.parse_format)
+RULES += (isolation.spawn, isolation.close, isolation.global_random, isolation.network)
+RULES += (interface.expert, interface.anchors, isolation.off_loop, isolation.speed)
 SPLITS = ("train", "val")
 SEED = 7
 
@@ -109,7 +97,7 @@ def failures(findings: Sequence[RuleFinding]) -> list[RuleFinding]:
     return [finding for finding in findings if finding.level == "fail"]
 
 
-def _examine(rule: Callable[[CheckedEnvironment], str], checked: CheckedEnvironment) -> RuleFinding:
+def _examine(rule: Rule, checked: CheckedEnvironment) -> RuleFinding:
     name = rule.__name__.replace("_", " ")
     try:
         return RuleFinding(name, "ok", rule(checked))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import socket
 import sys
@@ -36,6 +35,14 @@ def deadline(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+# Modules with a global generator, and the functions that read and set its state.
+GENERATORS = {
+    "random": ("getstate", "setstate"),
+    "numpy.random": ("get_state", "set_state"),
+    "torch": ("get_rng_state", "set_rng_state"),
+}
+
+
 class GlobalRandom:
     """The states of the global generators of random, numpy and torch, as far as these are loaded."""
 
@@ -49,20 +56,12 @@ class GlobalRandom:
 
     def restore(self) -> None:
         """Set every generator back."""
-        random.setstate(self._before["random"])
-        if "numpy.random" in self._before:
-            sys.modules["numpy"].random.set_state(self._before["numpy.random"])
-        if "torch" in self._before:
-            sys.modules["torch"].set_rng_state(self._before["torch"])
+        for name, state in self._before.items():
+            getattr(sys.modules[name], GENERATORS[name][1])(state)
 
     @staticmethod
     def _states() -> dict[str, Any]:
-        states: dict[str, Any] = {"random": random.getstate()}
-        if "numpy" in sys.modules:
-            states["numpy.random"] = sys.modules["numpy"].random.get_state()
-        if "torch" in sys.modules:
-            states["torch"] = sys.modules["torch"].get_rng_state()
-        return states
+        return {name: getattr(sys.modules[name], get)() for name, (get, _) in GENERATORS.items() if name in sys.modules}
 
 
 def _same(a: Any, b: Any) -> bool:

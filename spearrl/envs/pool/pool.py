@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import traceback
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +23,6 @@ from spearrl.envs.pool.workers import PoolCall, ProcessWorker, RestartBudget, Sl
 from spearrl.envs.registry import import_path
 from spearrl.errors import ConfigError
 from spearrl.types import Reply, Task
-
-BATCH = 32  # calls that go to a process in one message
 
 
 @dataclass(slots=True, eq=False)
@@ -100,16 +99,24 @@ class Pool:
 
 
 class WorkerPool(Pool):
-    """Slots stepped by workers beside the event loop.
+    """Slots stepped by workers beside the event loop; they start with the first call.
 
-    `deterministic`: the loop waits for the calls submitted so far and delivers their results in the order of
-    submission, so that what the engine receives does not depend on how fast an environment is.
+    Args:
+        workers: how many.
+        deadline_s: seconds a call may take.
+        deterministic: the loop waits for the calls submitted so far and delivers their results in the order of
+            submission, so that what the engine receives does not depend on how fast an environment is.
     """
 
-    def __init__(self, environment: Environment, *, deadline_s: float, deterministic: bool, **settings: Any):
+    batch = 1  # calls that go to a worker at a time
+
+    def __init__(
+        self, environment: Environment, *, workers: int, deadline_s: float, deterministic: bool, **settings: Any
+    ):
         super().__init__(environment, **settings)
         self.deadline_s, self.deterministic = deadline_s, deterministic
         self.workers: list[SupervisedWorker] = []
+        self._count = workers
         self._pending: list[tuple[Future[Any], asyncio.Future[Any]]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -120,6 +127,16 @@ class WorkerPool(Pool):
             worker.close()
         for worker in workers:
             worker.join()
+
+    def _started(self, build: Callable[[], Any], calls: Any = None) -> list[SupervisedWorker]:
+        """The workers, begun where there are none: made by `build`, with one queue for all (`calls`) or one each."""
+        if not self.workers:
+            settings: dict[str, Any] = {"deadline_s": self.deadline_s, "batch": self.batch}
+            self.workers = [
+                SupervisedWorker(build, calls or SimpleQueue(), self.budget, name=f"env-{i}", **settings)
+                for i in range(self._count)
+            ]
+        return self.workers
 
     @staticmethod
     def _submit_and_forget(worker: SupervisedWorker, call: PoolCall) -> None:
@@ -155,15 +172,11 @@ class WorkerPool(Pool):
 
 
 class ThreadPool(WorkerPool):
-    """Threads of this process, for environments that wait (for a server, a subprocess).
+    """Threads of this process, for environments that wait (for a server, a subprocess). Any thread takes any call."""
 
-    Any thread takes any call, from one queue.
-    """
-
-    def __init__(self, environment: Environment, *, threads: int, **settings: Any):
+    def __init__(self, environment: Environment, **settings: Any):
         super().__init__(environment, **settings)
-        self._calls: SimpleQueue[PoolCall | None] = SimpleQueue()
-        self._threads = threads
+        self._calls: SimpleQueue[PoolCall | None] = SimpleQueue()  # one queue for all
         self._names = count()
 
     def discard(self, slot: PooledSlot) -> None:
@@ -174,16 +187,9 @@ class ThreadPool(WorkerPool):
             slot.slot.close()
 
     async def _call(self, slot: PooledSlot, method: str, arguments: tuple[Any, ...], what: str) -> Any:
-        if not self.workers:
-            self.workers = [
-                SupervisedWorker(self._worker, self._calls, self.budget, deadline_s=self.deadline_s, name=f"env-{i}")
-                for i in range(self._threads)
-            ]
-        value, _ = await self._submit(self.workers[0], PoolCall(partial(getattr(slot.slot, method), *arguments), what))
-        return value
-
-    def _worker(self) -> ThreadWorker:
-        return ThreadWorker(f"env-{next(self._names)}")
+        call = PoolCall(partial(getattr(slot.slot, method), *arguments), what)
+        workers = self._started(lambda: ThreadWorker(f"env-{next(self._names)}"), self._calls)
+        return (await self._submit(workers[0], call))[0]
 
 
 class ProcessPool(WorkerPool):
@@ -193,10 +199,11 @@ class ProcessPool(WorkerPool):
         ConfigError: the environment's class cannot be imported by another process.
     """
 
-    def __init__(self, environment: Environment, *, processes: int, **settings: Any):
+    batch = 32
+
+    def __init__(self, environment: Environment, **settings: Any):
         super().__init__(environment, **settings)
         self._recipe = (import_path(type(environment)), environment.options.model_dump(), self.style)
-        self._processes = processes
         self._numbers = count()
 
     def discard(self, slot: PooledSlot) -> None:
@@ -212,18 +219,10 @@ class ProcessPool(WorkerPool):
         return value
 
     def _new(self) -> PooledSlot:
-        if not self.workers:
-            settings: dict[str, Any] = {"deadline_s": self.deadline_s, "batch": BATCH}
-            self.workers = [
-                SupervisedWorker(self._worker, SimpleQueue(), self.budget, name=f"env-{i}", **settings)
-                for i in range(self._processes)
-            ]
-        worker = min(self.workers, key=lambda candidate: candidate.slots)
+        workers = self._started(lambda: ProcessWorker(self._recipe, self.deadline_s))
+        worker = min(workers, key=lambda candidate: candidate.slots)
         worker.slots += 1
         return PooledSlot(worker=worker, number=next(self._numbers))
-
-    def _worker(self) -> ProcessWorker:
-        return ProcessWorker(self._recipe, self.deadline_s)
 
 
 def _print_error(future: Future[Any]) -> None:
@@ -258,8 +257,8 @@ def open_pool(
         return Pool(environment, **common)
     common |= {"deadline_s": deadline_s, "deterministic": deterministic}
     if kind == "thread":
-        return ThreadPool(environment, threads=workers or environment.threads, **common)
+        return ThreadPool(environment, workers=workers or environment.threads, **common)
     if kind == "process":
-        return ProcessPool(environment, processes=workers or os.cpu_count() or 1, **common)
+        return ProcessPool(environment, workers=workers or os.cpu_count() or 1, **common)
     hint = 'use "inline", "thread" or "process"'
     raise ConfigError(f"execution={kind!r} is not known", where=type(environment).__name__, hint=hint)
