@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
             where="command line",
             hint="leave --env, --algo, --model and --preset out",
         )
-    from spearrl.launch.launcher import follow
+    from spearrl.launch.launcher import serve_rank
 
-    if (code := follow()) is not None:
+    if (code := serve_rank()) is not None:
         return code
     trainer = _resumed(args, Progress().report) if args.resume else _new(args, Progress().report)
     caught = _stop_gently(trainer)

@@ -26,7 +26,7 @@ class Machine:
 
     Args:
         gpus: of this machine; every other machine of the run has the same.
-        ranks: learner processes that torchrun or the deepspeed launcher started, over all machines; 0: there is no launcher.
+        ranks: learner processes that torchrun or the deepspeed launcher started, over all machines; 0: no launcher.
         local_ranks: those of them on this machine.
         extras: optional packages that can be imported.
         present: False for a machine that is only thought of (`spearrl config show --gpus 8`).
@@ -58,7 +58,11 @@ def imagined(gpus: int) -> Machine:
 
 
 def visible(gpus: Sequence[int], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment variable that shows a process these GPUs only, numbered as this process numbers them; {} without GPUs."""
+    """The environment variable that shows a process these GPUs only; {} without GPUs.
+
+    Args:
+        gpus: as this process numbers them.
+    """
     if not gpus:
         return {}
     names = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]

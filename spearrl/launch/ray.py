@@ -28,14 +28,14 @@ POLL_S = 1.0
 
 
 class WorkerActor:
-    """The same worker as in a process, inside an actor: what it says is fetched."""
+    """The same worker as in a process, inside an actor, which hands its messages out."""
 
     def __init__(self) -> None:
-        self._said: SimpleQueue[bytes] = SimpleQueue()
+        self._messages: SimpleQueue[bytes] = SimpleQueue()
         self._worker: RolloutWorker | None = None
 
     def start(self, data: bytes, log: str) -> None:
-        """Build the worker beside this call. It logs into the run's directory where that can be reached, else into Ray's own logs."""
+        """Build the worker beside this call; it logs into the run's directory where it can, else into Ray's logs."""
         if Path(log).parent.is_dir():
             file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             os.dup2(file, 1)
@@ -48,44 +48,44 @@ class WorkerActor:
             self._worker.close()
 
     def take(self, timeout_s: float) -> list[bytes]:
-        """What the worker said since the last call; waits for the first message."""
-        said: list[bytes] = []
+        """The worker's messages since the last call; waits for the first one."""
+        messages: list[bytes] = []
         try:
-            said.append(self._said.get(timeout=timeout_s))
+            messages.append(self._messages.get(timeout=timeout_s))
             while True:
-                said.append(self._said.get_nowait())
+                messages.append(self._messages.get_nowait())
         except Empty:
-            return said
+            return messages
 
     def _serve(self, data: bytes) -> None:
-        self._worker = open_worker(data, self._said.put)
+        self._worker = open_worker(data, self._messages.put)
         if self._worker is not None:
             self._worker.serve()
             os._exit(0)  # what is closed is not waited for
 
 
 class ActorLink:
-    """One actor, as rollout.link.Link."""
+    """One actor, as a Link of rollout/workers/link.py."""
 
     def __init__(self, actor: Any, start: Start, log: Path):
         self._actor, self._log = actor, log
-        self._heard: deque[bytes] = deque()
+        self._received: deque[bytes] = deque()
         self._ending = "its actor was not scheduled, or ended"
         self._started = actor.start.remote(pickle.dumps(("start", start)), str(log))
 
     def send(self, data: bytes) -> None:
-        self._actor.deliver.remote(data)  # a dead actor is heard of by `receive`
+        self._actor.deliver.remote(data)  # that an actor is dead shows in `receive`
 
     def receive(self) -> bytes:
         import ray
 
-        while not self._heard:
+        while not self._received:
             try:
-                self._heard.extend(ray.get(self._actor.take.remote(POLL_S)))
+                self._received.extend(ray.get(self._actor.take.remote(POLL_S)))
             except ray.exceptions.RayError as error:
                 self._ending = " ".join(str(error).split())[:400]
                 raise ConnectionError(self._ending) from error
-        return self._heard.popleft()
+        return self._received.popleft()
 
     def kill(self) -> None:
         import ray
@@ -97,26 +97,21 @@ class ActorLink:
         return f"{self._ending}{log_tail(self._log)}"
 
 
-def actors(start: Start, folder: Path, *, gpus: int = 0, environment: Mapping[str, str] | None = None) -> Launcher:
+def actors(start: Start, folder: Path, *, gpus: int = 0) -> Launcher:
     """Starts workers as actors, on the cluster at RAY_ADDRESS or on a local one.
 
     Args:
         start: what each is built from, but for its index. Every machine of the cluster can read the model's directory.
         folder: where worker-<index>.log goes, on machines that have it.
         gpus: of each worker; Ray says which.
-        environment: variables of the workers.
     Raises:
         ConfigError: Ray is not installed, no cluster answers, or it does not have what the workers need.
     """
     ray, config = _connect(), start.config
-    needs = {"CPU": 1.0, **({"GPU": float(gpus)} if gpus else {})}
-    _await_resources(
-        ray, {name: count * config.rollout.workers for name, count in needs.items()}, config.rollout.workers
-    )
+    _await_resources(ray, {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}, config.rollout.workers)
     variables = {
         "PYTHONPATH": child_environment()["PYTHONPATH"],
         "OMP_NUM_THREADS": str(max(1, config.run.threads)),
-        **(environment or {}),
     }
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_concurrency=8)(WorkerActor)
     remote = remote.options(scheduling_strategy="SPREAD", runtime_env={"env_vars": variables})
@@ -147,30 +142,33 @@ def _connect() -> Any:
             logging_level="warning",
         )
     except (OSError, RuntimeError, ValueError) as error:
+        text = f"no Ray cluster answers at {address or 'local'}: {error}"
         hint = "start one with `ray start --head` and set RAY_ADDRESS, or unset it for a cluster of this machine alone"
-        raise ConfigError(
-            f"no Ray cluster answers at {address or 'local'}: {error}", where="RAY_ADDRESS", hint=hint
-        ) from error
+        raise ConfigError(text, where="RAY_ADDRESS", hint=hint) from error
     return ray
 
 
-def _await_resources(ray: Any, needs: Mapping[str, float], workers: int) -> None:
-    """Raises ConfigError naming what the cluster lacks."""
+def _await_resources(ray: Any, needs: Mapping[str, int], workers: int) -> None:
+    """Wait until the cluster has what each worker needs. Raises ConfigError naming what it lacks."""
+
+    def lacking() -> str:
+        resources = ray.cluster_resources()
+        missing = [
+            (name, need * workers, resources.get(name, 0.0))
+            for name, need in needs.items()
+            if resources.get(name, 0.0) < need * workers
+        ]
+        return ", ".join(f"{need:g} {name} (it has {has:g})" for name, need, has in missing)
+
     end = time.monotonic() + RESOURCES_S
-    told = False
-    while missing := {
-        name: (need, has) for name, need in needs.items() if (has := ray.cluster_resources().get(name, 0.0)) < need
-    }:
-        text = ", ".join(f"{need:g} {name} (it has {has:g})" for name, (need, has) in missing.items())
+    if text := lacking():
+        print(f"waiting for the Ray cluster to have {text}", file=sys.stderr)
+    while text := lacking():
         if time.monotonic() > end:
             nodes = sum(node["Alive"] for node in ray.nodes())
-            hint = "add machines with `ray start --address=…`, or lower rollout.workers"
             raise ConfigError(
                 f"rollout.workers={workers} needs {text} of a Ray cluster of {nodes} machines",
                 where="rollout.launcher",
-                hint=hint,
+                hint="add machines with `ray start --address=…`, or lower rollout.workers",
             )
-        if not told:
-            print(f"waiting for the Ray cluster to have {text}", file=sys.stderr)
-            told = True
         time.sleep(0.2)

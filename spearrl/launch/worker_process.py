@@ -1,4 +1,7 @@
-"""A rollout worker's process: `python -m spearrl.launch.worker_process`, started by `processes`; builds the worker and serves the controller over a socket."""
+"""A rollout worker's process, `python -m spearrl.launch.worker_process`: builds the worker and serves the controller.
+
+`processes` starts it; messages travel over a socket.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of engines, workers and learner processes that contradict each other are refused with the fix; following the fix helps."""
+"""Settings of engines, workers and learner processes that contradict each other are refused; the named fix helps."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from spearrl.launch import assembly, parts
 from spearrl.launch.assembly import Assembly, Players, launcher_of
 from spearrl.launch.describe import arithmetic, describe
 from spearrl.launch.devices import EXTRAS, Gpu, Machine, detect, imagined, parameters_of, visible
-from spearrl.launch.launcher import follow
+from spearrl.launch.launcher import serve_rank
 from spearrl.launch.placement import GIB, place, with_settings
 from spearrl.processes import under_launcher
 
@@ -149,7 +149,7 @@ def test_several_machines():
     assert half.learner == (0, 1, 2, 3, 8, 9, 10, 11) and half.engines == tuple(
         (gpu,) for gpu in (4, 5, 6, 7, 12, 13, 14, 15)
     )
-    assert half.config.rollout.launcher == "ray" and half.config.placement.mode == "disaggregated" and not half.sleeps
+    assert half.config.rollout.launcher == "ray" and not half.colocated and not half.sleeps
     assert half.rank_environment(5) == {"CUDA_VISIBLE_DEVICES": "1"} and half.worker_environment(4) == {
         "CUDA_VISIBLE_DEVICES": "4"
     }
@@ -347,11 +347,11 @@ def test_other_ranks_serve_and_the_trainer_does_not(monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     try:
         assert (
-            follow({}) is None
-            and follow({"RANK": "0", "WORLD_SIZE": "2"}) is None
+            serve_rank({}) is None
+            and serve_rank({"RANK": "0", "WORLD_SIZE": "2"}) is None
             and not under_launcher({"WORLD_SIZE": "2"})
         )
-        assert follow({"RANK": "1", "WORLD_SIZE": "2"}) == 7 and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert serve_rank({"RANK": "1", "WORLD_SIZE": "2"}) == 7 and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         signal.signal(signal.SIGINT, before)
         monkeypatch.setenv("RANK", "1")
         monkeypatch.setenv("WORLD_SIZE", "2")

@@ -78,7 +78,8 @@ def test_a_failing_write_leaves_nothing(tmp_path):
 def test_kill_at_any_moment_leaves_a_valid_checkpoint(tmp_path):
     """A process that saves without pause is killed; what is left always verifies."""
     code = (
-        "import sys; from pathlib import Path; from tests.run.test_checkpoint import write; from spearrl.run.checkpoint import save_checkpoint\n"
+        "import sys\nfrom pathlib import Path\nfrom tests.run.test_checkpoint import write\n"
+        "from spearrl.run.checkpoint import save_checkpoint\n"
         "folder = Path(sys.argv[1]); save_checkpoint(folder, 1, write(1), keep=2); print('ready', flush=True)\n"
         "for step in range(2, 10**6): save_checkpoint(folder, step, write(step), keep=2)\n"
     )

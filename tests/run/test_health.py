@@ -1,4 +1,4 @@
-"""Health alarms: each begins at its threshold, is given once, clears, comes again; its text names settings that exist."""
+"""Health alarms: each begins at its threshold, is given once, clears, comes again; its settings exist."""
 
 from __future__ import annotations
 
