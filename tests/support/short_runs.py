@@ -37,19 +37,16 @@ def from_model(model: Path, folder: Path, *changes: str, algo: str = "grpo", nam
     return small_config(folder, *settings, *changes, algo=algo, name=name)
 
 
-def run(config, prepare: Callable[[Trainer], None] | None = None) -> Trainer:
+Prepare = Callable[[Trainer], object]
+
+
+def run(config, prepare: Prepare | None = None) -> Trainer:
     """Train to the end; `prepare` may wrap the trainer's parts before it starts."""
     trainer = Trainer(config)
-    if prepare is not None:
-        prepare(trainer)
-    try:
-        trainer.train()
-    finally:
-        trainer.close()
-    return trainer
+    return _train(trainer, prepare)
 
 
-def stopped(config, after: int) -> Trainer:
+def stopped(config, after: int, prepare: Prepare | None = None) -> Trainer:
     """The run, stopped after a step."""
 
     def stop(kind: str, values: dict) -> None:
@@ -57,23 +54,28 @@ def stopped(config, after: int) -> Trainer:
             trainer.stop_requested = True
 
     trainer = Trainer(config, report=stop)
-    trainer.train()
-    trainer.close()
+    _train(trainer, prepare)
     assert trainer.step == after
     return trainer
 
 
-def resumed(stopped_run: Trainer) -> Trainer:
+def resumed(stopped_run: Trainer, prepare: Prepare | None = None) -> Trainer:
     """The run, continued from its directory by a new trainer."""
     trainer = Trainer.resume(stopped_run.run.path)
     assert trainer.step == stopped_run.step
-    trainer.train()
-    trainer.close()
+    return _train(trainer, prepare)
+
+
+def stopped_and_resumed(config, after: int, prepare: Prepare | None = None) -> Trainer:
+    return resumed(stopped(config, after, prepare), prepare)
+
+
+def _train(trainer: Trainer, prepare: Prepare | None) -> Trainer:
+    with trainer:
+        if prepare is not None:
+            prepare(trainer)
+        trainer.train()
     return trainer
-
-
-def stopped_and_resumed(config, after: int) -> Trainer:
-    return resumed(stopped(config, after))
 
 
 def events(trainer: Trainer, kind: str) -> list[dict]:

@@ -122,15 +122,7 @@ def test_a_resumed_run_still_holds_its_spoilt_episodes(model, tmp_path):
     config = from_model(
         model, tmp_path, "run.steps=4", "run.checkpoint_every=1", "algo.sil.capacity=3", algo="grpo+sil+tis"
     )
-    init = Trainer._begin
-
-    def spoilt(self, environment, *, resumed):
-        init(self, environment, resumed=resumed)
-        change_logprobs(self, some_nonsense)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_begin", spoilt)
-        resumed = stopped_and_resumed(config, after=1)
+    resumed = stopped_and_resumed(config, 1, lambda trainer: change_logprobs(trainer, some_nonsense))
     assert_sound(resumed)
     assert any(line["replay/rows"] > 0 for line in events(resumed, "step"))
 
