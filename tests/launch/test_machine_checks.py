@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from spearrl.config import load_config, resolve
-from spearrl.config import advice
+from spearrl.config import advice, load_config, resolve
 from spearrl.errors import ConfigError
 
 WRONG = {
