@@ -1,4 +1,4 @@
-"""ALFWorld's real games: recorded episodes of the true engine, every split, the expert, both grammars, its own files."""
+"""ALFWorld's real games: recorded episodes of the true engine, every split, the expert, both grammars, its files."""
 
 from __future__ import annotations
 

@@ -28,22 +28,22 @@ ANSWERS: dict[str, Callable[[dict[str, int]], int]] = {
 }
 TEST_SHARE = 8  # one in so many sets of numbers is for val
 LOOP = 9999  # a fifth of the longest loop that an answer takes
-PATIENCE = 1000  # draws for a set that was not asked about; small numbers run out of them, and one comes twice
+PATIENCE = 1000  # draws for a set that is new; small numbers run out of them, and one comes twice
 
 
 @lru_cache(maxsize=8)
 def generate_problems(seed: int, digits: int, split: str, count: int) -> tuple[Task, ...]:
     """`count` problems with numbers of `digits` digits, the kinds in turn. No set of numbers is in both splits."""
-    draw, kinds, tasks, seen = random.Random(derive(seed, "math", split)), tuple(KINDS), [], set()
+    draw, kinds, tasks, codes = random.Random(derive(seed, "math", split)), tuple(KINDS), [], set()
     for number in range(count):
         kind = kinds[number % len(kinds)]
         for attempt in itertools.count():
             numbers = _numbers(draw, digits)
             code = KINDS[kind]["code"].format(**numbers)
             own = (derive("math-split", code) % TEST_SHARE == 0) == (split == "val")
-            if own and (code not in seen or attempt > PATIENCE):
+            if own and (code not in codes or attempt > PATIENCE):
                 break
-        seen.add(code)
+        codes.add(code)
         words = {"x": draw.choice(THINGS), "y": draw.choice(HOLDERS)}
         text = draw.choice(KINDS[kind]["texts"]).format(**numbers, **words)
         data = {"problem": text, "answer": str(ANSWERS[kind](numbers)), "steps": (code,), "stratum": kind}

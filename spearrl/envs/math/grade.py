@@ -25,10 +25,10 @@ def boxed(text: str) -> str | None:
     if start < 0:
         return None
     depth, begin = 1, start + len(BOX)
-    for place in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    for position in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
         if depth == 0:
-            return text[begin:place]
+            return text[begin:position]
     return None
 
 

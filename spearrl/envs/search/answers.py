@@ -26,6 +26,6 @@ def f1(text: str, gold: Sequence[str]) -> float:
     return max((_f1(normalise(text).split(), normalise(answer).split()) for answer in gold), default=0.0)
 
 
-def _f1(said: list[str], wanted: list[str]) -> float:
-    common = (Counter(said) & Counter(wanted)).total()
-    return 2 * common / (len(said) + len(wanted)) if common else float(said == wanted)
+def _f1(words: list[str], gold: list[str]) -> float:
+    common = (Counter(words) & Counter(gold)).total()
+    return 2 * common / (len(words) + len(gold)) if common else float(words == gold)

@@ -72,7 +72,7 @@ def _things(size: int, draw: random.Random) -> dict[str, str]:
     pairs = draw.sample(list(itertools.product(range(len(words)), repeat=2)), size)
     names = [f"{words[a]}{first[a]} {words[b]}{last[b]}" for a, b in pairs]
     kinds = [kind for kind, share in _TABLE["kinds"].items() for _ in range(share)]
-    return {name: kinds[place % len(kinds)] for place, name in enumerate(names)}
+    return {name: kinds[i % len(kinds)] for i, name in enumerate(names)}
 
 
 def _documents(kind_of: dict[str, str], facts: dict[tuple[str, str], str]) -> list[Document]:

@@ -57,13 +57,13 @@ class Level:
 
     def reach(self, cell: int, boxes: Collection[int]) -> set[int]:
         """Where a player at `cell` can walk without a push."""
-        found, ends = {cell}, [cell]
+        reached, ends = {cell}, [cell]
         while ends:
             here = ends.pop()
-            fresh = {here + delta for delta in self.deltas.values()} - found - self.walls - set(boxes)
-            found |= fresh
+            fresh = {here + delta for delta in self.deltas.values()} - reached - self.walls - set(boxes)
+            reached |= fresh
             ends += sorted(fresh)
-        return found
+        return reached
 
     @property
     def digest(self) -> int:
@@ -92,17 +92,17 @@ def reverse_play(draw: random.Random, size: tuple[int, int], *, boxes: int, wall
     if len(room.reach(floor[0], ())) < len(floor) or len(floor) <= boxes:
         return None
     player, standing = draw.choice(sorted(set(floor) - targets)), targets
-    seen = {standing}
+    passed = {standing}
     for _ in range(pulls):
         near, ways = room.reach(player, standing), []
         for box, delta in itertools.product(sorted(standing), room.deltas.values()):
             pulled = standing - {box} | {box + delta}
-            if box + delta in near and box + 2 * delta not in room.walls | standing and pulled not in seen:
+            if box + delta in near and box + 2 * delta not in room.walls | standing and pulled not in passed:
                 ways.append((box + 2 * delta, pulled))
         if not ways:
             break
         player, standing = draw.choice(ways)
-        seen.add(standing)
+        passed.add(standing)
     if standing & targets:
         return None
     return Level(rows, columns, room.walls, targets, (draw.choice(sorted(room.reach(player, standing))), standing))

@@ -33,8 +33,8 @@ def read_records(
     """
     name = where or str(path)
 
-    def unreadable(error: Exception, place: str) -> ConfigError:
-        return ConfigError(f"cannot be read: {error}", where=place, hint=f"expected {layout}")
+    def unreadable(error: Exception, location: str) -> ConfigError:
+        return ConfigError(f"cannot be read: {error}", where=location, hint=f"expected {layout}")
 
     try:
         if path.suffix == ".parquet":

@@ -37,9 +37,9 @@ def generate(count: int, seed: int) -> tuple[list[dict[str, Any]], dict[str, Any
 
 
 def _instruction(words: list[str], noun: str, draw: random.Random) -> dict[str, Any]:
-    wanted = draw.sample(words, 2)
-    article = "an" if wanted[0][0] in "aeiou" else "a"
-    return {"instruction": f"Find me {article} {' '.join(wanted)} {noun}", "instruction_attributes": wanted}
+    attributes = draw.sample(words, 2)
+    article = "an" if attributes[0][0] in "aeiou" else "a"
+    return {"instruction": f"Find me {article} {' '.join(attributes)} {noun}", "instruction_attributes": attributes}
 
 
 def _product(asin: str, family: str, noun: str, words: list[str], draw: random.Random) -> dict[str, Any]:
