@@ -2,7 +2,7 @@
 
 ids = previous ids + sampled ids + (the template's rendering of a dummy reply and the new messages, minus its prefix)
 
-The template shows a picture as one image token, of which as many are made as stand for the picture (`spearrl.models.vision`).
+The template shows an image as one image token; it is repeated as often as `spearrl.models.vision` counts.
 """
 
 from __future__ import annotations
@@ -21,17 +21,15 @@ _OPEN, _CLOSE = "\ue000", "\ue001"
 _STAND_IN = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 _DUMMY = "\ue002reply\ue002"
 
-Content = (
-    str | tuple[str | int, ...]
-)  # of a message: its text, or its texts and the numbers of tokens that stand for its pictures
-Key = tuple[tuple[str, Content], ...]
+Content = str | tuple[str | int, ...]  # of a message: its text, or its texts and the numbers of tokens of its images
+Key = tuple[tuple[str, Content], ...]  # messages as (role, content)
 
 
 class ChatEncoder:
     """Encodes conversations with a tokenizer's chat template.
 
-    `rewrites_history` (known after `verify()`): the template changes earlier turns when new ones come (Qwen3 drops old thinking);
-    then conversations are rendered anew every turn with `start`.
+    `rewrites_history` (known after `verify()`): the template changes earlier turns when new ones come (Qwen3 drops old
+    thinking); then conversations are rendered anew every turn with `start`.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
@@ -39,34 +37,38 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: Any):
         if not getattr(tokenizer, "chat_template", None):
-            raise ConfigError(
-                "the tokenizer has no chat template",
-                where="model.path",
-                hint="use an instruct model, or set tokenizer.chat_template and save it",
-            )
-        self.tokenizer, self.vision = tokenizer, vision_of(tokenizer)
-        self.rewrites_history = False
+            hint = "use an instruct model, or set tokenizer.chat_template and save it"
+            raise ConfigError("the tokenizer has no chat template", where="model.path", hint=hint)
+        self.tokenizer, self.vision, self.rewrites_history = tokenizer, vision_of(tokenizer), False
         # The opening stand-in is itself replaced, so that no text can be mistaken for a stand-in.
         self._specials = [*(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), _OPEN]
         self._special = re.compile("|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))))
-        self._whole = lru_cache(maxsize=256)(self._render_whole)
-        self._delta = lru_cache(maxsize=8192)(self._render_delta)
+        self._whole = lru_cache(maxsize=256)(self._encode_whole)
+        self._delta = lru_cache(maxsize=8192)(self._encode_delta)
         special = set(tokenizer.all_special_ids)
         after = self._ids(self._render((("user", "x"), ("assistant", _DUMMY)), False).rpartition(_DUMMY)[2])
         self.end_id: int | None = next((i for i in after if i in special), tokenizer.eos_token_id)
-        self.stop_ids: tuple[int, ...] = tuple(
-            sorted({i for i in (self.end_id, tokenizer.eos_token_id) if i is not None})
-        )
+        self.stop_ids = tuple(sorted({i for i in (self.end_id, tokenizer.eos_token_id) if i is not None}))
 
     def start(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
-        """Ids of a whole conversation, ready for a reply. Raises ConfigError: pictures that model or template do not take; ContractError: no pictures."""
+        """Ids of a whole conversation, ready for a reply.
+
+        Args:
+            tools: function schemas for the template.
+        Raises:
+            ConfigError: images that the model or the template does not take. ContractError: bytes that are no image.
+        """
         key = self._key(messages)
-        return tuple(self._shown(self._ids(self._render(key, True, tools)), key)) if tools else self._whole(key)
+        return self._encode_whole(key, tools) if tools else self._whole(key)
 
     def extend(
         self, prompt_ids: Sequence[int], sampled_ids: Sequence[int], new_messages: Sequence[Message]
     ) -> tuple[int, ...]:
-        """Ids after a reply and what was said since, ready for the next reply. `sampled_ids` may end with the end-of-turn token or not."""
+        """Ids after a reply and the messages since, ready for the next reply.
+
+        Args:
+            sampled_ids: the reply as sampled; it may end with the end-of-turn token or not.
+        """
         delta = self._delta(self._key(new_messages))
         if sampled_ids and sampled_ids[-1] == self.end_id and self.end_id in delta:
             delta = delta[delta.index(self.end_id) + 1 :]
@@ -76,6 +78,11 @@ class ChatEncoder:
         """A reply as the policy would have said it: plain text and the end-of-turn token."""
         ids = self._plain(text)
         return (*ids, self.end_id) if self.end_id is not None else tuple(ids)
+
+    @staticmethod
+    def reply_message(text: str) -> Message:
+        """A reply as a message of the conversation."""
+        return Message("assistant", text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without control tokens."""
@@ -87,100 +94,71 @@ class ChatEncoder:
         Raises:
             ConfigError: the template fails on a plain conversation, or renders control tokens of a message as such.
         """
+        decode = self.tokenizer.decode
         first, second = Message("user", "one"), Message("user", "two")
         self.rewrites_history = False
         for reply in ("so", "<think>\nwhy\n</think>\n\nso"):
             grown = self.extend(self.start([first]), self.reply_ids(reply), [second])
             whole = self.start([first, self.reply_message(reply), second])
-            self.rewrites_history |= self._show(grown) != self._show(whole)
+            texts = [decode(list(ids), clean_up_tokenization_spaces=False) for ids in (grown, whole)]
+            self.rewrites_history |= texts[0] != texts[1]
         hostile = self.start([Message("user", "one" + "".join(self._specials[:-1]))])
         controls = set(self.tokenizer.all_special_ids)
         if sum(i in controls for i in hostile) != sum(i in controls for i in self.start([first])):
-            raise ConfigError(
-                "control tokens in a message do not stay plain text",
-                where="chat template",
-                hint="use a tokenizer with a tokenizer.json",
-            )
+            text, hint = "control tokens in a message do not stay plain text", "use a tokenizer with a tokenizer.json"
+            raise ConfigError(text, where="chat template", hint=hint)
 
-    @staticmethod
-    def reply_message(text: str) -> Message:
-        return Message("assistant", text)
+    def _encode_whole(self, key: Key, tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
+        return self._with_images(self._ids(self._render(key, True, tools)), key)
 
-    def _show(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    def _render_whole(self, key: Key) -> tuple[int, ...]:
-        return tuple(self._shown(self._ids(self._render(key, True)), key))
-
-    def _render_delta(self, key: Key) -> tuple[int, ...]:
+    def _encode_delta(self, key: Key) -> tuple[int, ...]:
         text = self._render((("user", "x"), ("assistant", _DUMMY), *key), True)
-        return tuple(self._shown(self._ids(text.partition(_DUMMY)[2]), key))
+        return self._with_images(self._ids(text.partition(_DUMMY)[2]), key)
 
     def _render(self, key: Key, prompt: bool, tools: Sequence[dict[str, Any]] = ()) -> str:
         chat = [{"role": role, "content": self._safe(content)} for role, content in key]
+        options = {"tokenize": False, "add_generation_prompt": prompt, "tools": list(tools) or None}
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    chat, tokenize=False, add_generation_prompt=prompt, tools=list(tools) or None
-                )
-            )
+            return str(self.tokenizer.apply_chat_template(chat, **options))
         except Exception as error:  # jinja2's and whatever the template raises itself
-            roles = ", ".join(role for role, _ in key)
+            text = f"the chat template failed on messages of roles {', '.join(role for role, _ in key)}: {error}"
             hint = "use roles the template knows in Environment.messages, or another chat template"
-            raise ConfigError(
-                f"the chat template failed on messages of roles {roles}: {error}", where="model.path", hint=hint
-            ) from error
+            raise ConfigError(text, where="model.path", hint=hint) from error
 
-    def _safe(self, content: Content) -> str | list[dict[str, str]]:
-        """What the template is given, without control tokens."""
+    def _safe(self, content: Content) -> str | list[dict[str, Any]]:
+        """A message's content as the template takes it, with stand-ins for control tokens."""
         if isinstance(content, str):
-            return self._special.sub(self._stand_in, content)
-        return [
-            {"type": "image"}
-            if isinstance(part, int)
-            else {"type": "text", "text": self._special.sub(self._stand_in, part)}
-            for part in content
-        ]
+            return self._special.sub(lambda match: f"{_OPEN}{self._specials.index(match.group())}{_CLOSE}", content)
+        image = {"type": "image"}
+        return [image if isinstance(part, int) else {"type": "text", "text": self._safe(part)} for part in content]
 
-    def _shown(self, ids: list[int], key: Key) -> list[int]:
-        """Each picture's one image token repeated. Raises ConfigError where the template shows another number of pictures."""
-        counts = [
-            part for _, content in key if not isinstance(content, str) for part in content if isinstance(part, int)
-        ]
+    def _with_images(self, ids: list[int], key: Key) -> tuple[int, ...]:
+        """Repeat each image's one token. Raises ConfigError where the template shows another number of images."""
+        counts = [part for _, content in key if isinstance(content, tuple) for part in content if isinstance(part, int)]
         if not counts or self.vision is None:
-            return ids
-        if ids.count(self.vision.image_id) != len(counts):
-            text = f"the chat template shows {ids.count(self.vision.image_id)} of {len(counts)} pictures"
-            raise ConfigError(
-                text,
-                where="model.path",
-                hint="set the template that the model's processor comes with as the tokenizer's, and save it",
-            )
-        left = iter(counts)
-        return [i for token in ids for i in ([token] * next(left) if token == self.vision.image_id else [token])]
+            return tuple(ids)
+        image_id, tokens = self.vision.image_id, iter(counts)
+        if ids.count(image_id) != len(counts):
+            text = f"the chat template shows {ids.count(image_id)} of {len(counts)} pictures"
+            hint = "set the template that the model's processor comes with as the tokenizer's, and save it"
+            raise ConfigError(text, where="model.path", hint=hint)
+        return tuple(i for token in ids for i in ([token] * next(tokens) if token == image_id else [token]))
 
     def _key(self, messages: Sequence[Message]) -> Key:
-        return tuple(
-            (m.role, m.text if not m.images else tuple(self._part(part) for part in m.content)) for m in messages
-        )
+        return tuple((m.role, tuple(map(self._part, m.content)) if m.images else m.text) for m in messages)
 
     def _part(self, part: Any) -> str | int:
         if isinstance(part, Text):
             return part.text
         if self.vision is None:
-            hint = "give a model of the Qwen2-VL family (model.tiny.vision=true for the tiny one), or have the environment show text"
-            raise ConfigError(
-                "the environment shows pictures, which this model does not take", where="model.path", hint=hint
-            )
+            text = "the environment shows pictures, which this model does not take"
+            family = "give a model of the Qwen2-VL family (model.tiny.vision=true for the tiny one)"
+            hint = f"{family}, or have the environment show text"
+            raise ConfigError(text, where="model.path", hint=hint)
         return self.vision.count(part)
-
-    def _stand_in(self, match: re.Match[str]) -> str:
-        return f"{_OPEN}{self._specials.index(match.group())}{_CLOSE}"
 
     def _ids(self, rendered: str) -> list[int]:
         """Control tokens of the template become control ids; those of message text (stand-ins) become plain text."""
-        if _OPEN not in rendered:
-            return list(self.tokenizer.encode(rendered, add_special_tokens=False))
         ids: list[int] = []
         for number, piece in enumerate(_STAND_IN.split(rendered)):
             if number % 2:

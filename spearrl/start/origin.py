@@ -15,9 +15,8 @@ from spearrl.config import RunConfig
 from spearrl.envs import Environment, tasks_of
 from spearrl.errors import ConfigError
 from spearrl.models import build_tiny, load_model, load_tokenizer, save_model
-from spearrl.rollout import ChatEncoder
 from spearrl.seeds import derive
-from spearrl.start.sft import encode, fit
+from spearrl.start.sft import cold_start
 from spearrl.start.transcripts import Transcript, play_expert, read_conversations, texts
 
 Report = Callable[[str, dict[str, Any]], None]
@@ -28,13 +27,14 @@ CORPUS_EPISODES = 500  # episodes whose text the tiny tokenizer is trained on, w
 
 
 def silent(kind: str, values: dict[str, Any]) -> None:
-    """Progress nobody asked for."""
+    """A `Report` that says nothing."""
 
 
 class Origin:
     """A model in memory, in a directory, or both; the other form is made when it is first asked for.
 
-    Learners and engines in other processes load it from the directory, so a large one need never be whole in this process.
+    Learners and engines in other processes load it from the directory, so a large one need never be whole in this
+    process.
 
     Args:
         scratch: where a model that exists in memory only is written for others to load; stays for the whole run.
@@ -79,7 +79,10 @@ class Origin:
         return self._folder  # type: ignore[return-value]
 
     def settle(self, scratch: Path) -> None:
-        """Have the directory lie in `scratch` of a run directory for good, where it is a checkpoint of that run, which may be removed."""
+        """Have the directory lie in the run directory's `scratch` for good.
+
+        A checkpoint of that run is linked there: it may be removed later.
+        """
         if self._folder is None:
             self._scratch = scratch
         if self._folder is None or scratch.resolve().parent not in self._folder.resolve().parents:
@@ -101,7 +104,11 @@ class Origin:
 def starting_model(
     config: RunConfig, environment: Environment, device: str, scratch: Path | None, report: Report
 ) -> Origin:
-    """The model a run begins with: loaded or built, then cold-started where the config asks for it."""
+    """The model a run begins with: loaded or built, then cold-started where the config asks for it.
+
+    Raises:
+        ConfigError: there is no such model, no expert, or no data to imitate.
+    """
     if not config.sft.enabled and config.model.path != "tiny":
         return Origin.of(config.model.path)
     transcripts = _transcripts(config, environment)
@@ -126,7 +133,8 @@ def models_of_run(
     """The model a run begins or goes on with, and the directory of the frozen one where algorithm or adapters need it.
 
     Args:
-        checkpoint: what a resumed run goes on from (its adapters are loaded later, on the frozen model); None: it is new.
+        checkpoint: what a resumed run goes on from (its adapters are loaded later, on the frozen model); None: it is
+            new.
     Raises:
         ConfigError: a resumed run needs the frozen model now, and did not keep it when it began.
     """
@@ -138,49 +146,14 @@ def models_of_run(
             origin.keep(reference)
         return origin, reference
     if reference is not None and not reference.is_dir():
-        raise ConfigError(
-            "the run began without a KL divergence or adapters and kept no reference model",
-            where=str(reference),
-            hint="start a new run, or leave algo.kl.loss_coef, algo.kl.reward_coef and learner.lora.rank at 0",
-        )
+        text = "the run began without a KL divergence or adapters and kept no reference model"
+        hint = "start a new run, or leave algo.kl.loss_coef, algo.kl.reward_coef and learner.lora.rank at 0"
+        raise ConfigError(text, where=str(reference), hint=hint)
     return Origin.of(reference if reference is not None and adapters else checkpoint), reference
 
 
-def cold_start(
-    config: RunConfig, model: torch.nn.Module, tokenizer: Any, transcripts: list[Transcript], *, report: Report
-) -> None:
-    """Clone the expert's episodes, or a file's conversations, into `model`, in place, on the device it is on."""
-    seed, settings, style = config.run.seed, config.sft, config.env.style
-    if settings.data:
-        settings, style = settings.model_copy(update={"observation_weight": 0.0}), "chat"
-    encoder = ChatEncoder(tokenizer)
-    encoder.verify()
-    lessons = encode(
-        transcripts,
-        encoder,
-        style=style,
-        context_tokens=config.rollout.context_tokens,
-        settings=settings,
-        seed=derive(seed, "sft"),
-    )
-    told = {"episodes": len(transcripts), "tokens": len(lessons.rows.token_ids), "dropped": lessons.dropped}
-    report(
-        "conversations" if settings.data else "expert",
-        told | {"success": sum(t.success for t in transcripts) / len(transcripts)},
-    )
-    device = str(next(model.parameters()).device)
-    fit(
-        model,
-        lessons,
-        settings,
-        config.learner,
-        seed=derive(seed, "sft"),
-        device=device,
-        report=lambda values: report("sft", values),
-    )
-
-
 def _transcripts(config: RunConfig, environment: Environment) -> list[Transcript]:
+    """What the cold start imitates, or what the tiny tokenizer is trained on where there is none."""
     sft = config.sft
     if sft.enabled and sft.data:
         return read_conversations(sft.data)

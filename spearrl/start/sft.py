@@ -1,4 +1,7 @@
-"""Cold start: behaviour cloning of action tokens on episodes of a scripted expert or conversations of a file (arXiv 2509.22601 starts from such a policy)."""
+"""The cold start: supervised fine-tuning on episodes of a scripted expert, or on conversations of a file.
+
+SPEAR (arXiv 2509.22601) starts from such a policy.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,63 @@ from typing import Any
 import torch
 
 from spearrl.batching import Batch, Rows, rows_from_groups
-from spearrl.config import LearnerSection, LoraSection, SftSection
+from spearrl.config import LearnerSection, LoraSection, RunConfig, SftSection
 from spearrl.errors import ConfigError
 from spearrl.learner import LocalLearner
 from spearrl.losses import Objective
 from spearrl.models.chat import ChatEncoder
 from spearrl.seeds import derive
 from spearrl.start.transcripts import Transcript
-from spearrl.types import Action, Group, Trajectory, Turn
+from spearrl.types import Action, Group, Message, Trajectory, Turn
+
+REPORT_UPDATES = 50  # optimiser steps between two reports
 
 
 @dataclass
-class Lessons:
-    """Encoded episodes: rows, and the loss weight of each of their S tokens."""
+class Examples:
+    """Encoded transcripts.
+
+    Args:
+        rows: of S tokens in all.
+        weights: float32 [S], the loss weight of each token.
+        too_long: transcripts that were left out because they do not fit the context.
+    """
 
     rows: Rows
     weights: torch.Tensor
-    dropped: int  # episodes that did not fit the context
+    too_long: int
+
+
+def cold_start(
+    config: RunConfig,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    transcripts: list[Transcript],
+    *,
+    report: Callable[[str, dict[str, Any]], None],
+) -> None:
+    """Train `model` to imitate transcripts, in place, on the device it is on.
+
+    Args:
+        report: takes ("expert" or "conversations", what is imitated), then ("sft", progress).
+    """
+    seed, settings, style = derive(config.run.seed, "sft"), config.sft, config.env.style
+    if settings.data:
+        settings, style = settings.model_copy(update={"observation_weight": 0.0}), "chat"
+    encoder = ChatEncoder(tokenizer)
+    encoder.verify()
+    examples = encode(
+        transcripts,
+        encoder,
+        style=style,
+        context_tokens=config.rollout.context_tokens,
+        settings=settings,
+        seed=seed,
+    )
+    figures = {"episodes": len(transcripts), "tokens": len(examples.rows.token_ids), "dropped": examples.too_long}
+    figures["success"] = sum(t.success for t in transcripts) / len(transcripts)
+    report("conversations" if settings.data else "expert", figures)
+    fit(model, examples, settings, config.learner, seed=seed, report=lambda values: report("sft", values))
 
 
 def encode(
@@ -39,21 +82,25 @@ def encode(
     context_tokens: int,
     settings: SftSection,
     seed: int,
-) -> Lessons:
-    """Token ids by the same encoder and prefix rule as rollouts; action tokens weigh 1, observation tokens `observation_weight`."""
-    groups, dropped = [], 0
+) -> Examples:
+    """Token ids by the same encoder and prefix rule as rollouts; action tokens weigh 1, others `observation_weight`.
+
+    Args:
+        style: "chat" or "windowed", as the environment's.
+        seed: of the observation tokens that are kept, where `observation_fraction` is below 1.
+    Raises:
+        ConfigError: no transcript fits the context.
+    """
+    groups = []
     for number, transcript in enumerate(transcripts):
         turns = _turns(transcript, encoder, style)
-        if any(len(turn.prompt_ids) + len(turn.token_ids) > context_tokens for turn in turns):
-            dropped += 1
-            continue
-        groups.append(Group(number, transcript.task, [Trajectory(transcript.task, number, 0, number, turns)]))
+        if all(len(turn.prompt_ids) + len(turn.token_ids) <= context_tokens for turn in turns):
+            groups.append(Group(number, transcript.task, [Trajectory(transcript.task, number, 0, number, turns)]))
     if not groups:
-        raise ConfigError(
-            f"no episode fits rollout.context_tokens={context_tokens}", where="sft", hint="raise rollout.context_tokens"
-        )
+        text = f"no episode fits rollout.context_tokens={context_tokens}"
+        raise ConfigError(text, where="sft", hint="raise rollout.context_tokens")
     rows = rows_from_groups(groups)
-    imitated = torch.tensor([turn.action.valid for g in groups for turn in g.trajectories[0].turns])
+    imitated = torch.tensor([turn.action.valid for group in groups for turn in group.trajectories[0].turns])
     weights = torch.full((len(rows.token_ids),), settings.observation_weight)
     if settings.observation_fraction < 1:
         draws = torch.rand(len(weights), generator=torch.Generator().manual_seed(derive(seed, "observation-tokens")))
@@ -61,88 +108,61 @@ def encode(
     weights[rows.action_mask] = imitated[rows.turn_index[rows.action_mask]].float()
     weights[rows.offsets[:-1]] = 0.0  # the first token of a row has no prediction
     if encoder.vision is not None:
-        weights[rows.token_ids == encoder.vision.image_id] = 0.0  # nobody says a picture
-    return Lessons(rows, weights, dropped)
+        weights[rows.token_ids == encoder.vision.image_id] = 0.0  # no reply holds an image
+    return Examples(rows, weights, len(transcripts) - len(groups))
 
 
 def fit(
     model: torch.nn.Module,
-    lessons: Lessons,
+    examples: Examples,
     settings: SftSection,
     learner_settings: LearnerSection,
     *,
     seed: int,
-    device: str,
     report: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Train `model` in place: AdamW, warm-up then decay, batches of episodes of similar length."""
-    batches = [
-        b
-        for epoch in range(settings.epochs)
-        for b in _batches(lessons.rows, settings.batch_episodes, derive(seed, "sft-epoch", epoch))
-    ]
-    changes = {
-        "lr": settings.lr,
-        "warmup_steps": settings.warmup_steps,
-        "weight_decay": settings.weight_decay,
-        "beta2": settings.beta2,
-        "mini_batches": 1,
-        "mini_batch_rows": 0,
-        "lora": LoraSection(),  # a cold start trains every weight: adapters are for what comes after
-    }
+    """Train `model` in place: AdamW, warm-up then decay, batches of rows of similar length."""
+    own = settings.model_dump(include={"lr", "warmup_steps", "weight_decay", "beta2"})
+    # A cold start trains every weight: adapters are for what comes after.
+    changes = own | {"mini_batches": 1, "mini_batch_rows": 0, "lora": LoraSection()}
+    epochs = (derive(seed, "sft-epoch", epoch) for epoch in range(settings.epochs))
+    batches = [batch for epoch in epochs for batch in _batches(examples.rows, settings.batch_episodes, epoch)]
     learner = LocalLearner(
         model,
         learner_settings.model_copy(update=changes),
-        device=device,
+        device=next(model.parameters()).device,
         total_steps=len(batches),
         decay=settings.decay,
     )
-    objective, start, tokens = [Objective("sft")], time.monotonic(), 0
-    for number, chosen in enumerate(batches, 1):
-        batch = _batch(lessons, chosen)
+    objectives, start, tokens = [Objective("sft")], time.monotonic(), 0
+    for number, indices in enumerate(batches, 1):
+        batch = _batch(examples, indices)
         if not bool(batch.action_mask.any()):  # nothing here to imitate
             continue
         tokens += len(batch.rows.token_ids)
-        result = learner.update(batch, None, gamma=0.0, objectives=objective, seed=derive(seed, "sft", number))
-        if number % 50 == 0 or number == len(batches):
-            seconds = time.monotonic() - start
-            report(
-                {
-                    "update": number,
-                    "updates": len(batches),
-                    "loss": result.metrics.get("sft/loss", math.nan),
-                    "tokens_per_s": tokens / seconds,
-                    "seconds": seconds,
-                }
-            )
+        result = learner.update(batch, None, gamma=0.0, objectives=objectives, seed=derive(seed, "sft", number))
+        if number % REPORT_UPDATES == 0 or number == len(batches):
+            seconds, loss = time.monotonic() - start, result.metrics.get("sft/loss", math.nan)
+            progress = {"update": number, "updates": len(batches), "loss": loss}
+            report(progress | {"tokens_per_s": tokens / seconds, "seconds": seconds})
 
 
 def _turns(transcript: Transcript, encoder: ChatEncoder, style: str) -> list[Turn]:
     """Turns as the collector would have made them; `action.valid` marks those to imitate."""
     turns: list[Turn] = []
-    conversation: list[Any] = []
+    conversation: list[Message] = []
     for step in transcript.steps:
-        if style == "windowed" or not turns:
-            prompt = encoder.start(step.messages, transcript.tools)
-        elif encoder.rewrites_history:
-            prompt = encoder.start([*conversation, *step.messages], transcript.tools)
-        else:
+        conversation = [*conversation, *step.messages] if style == "chat" else step.messages
+        images = tuple(image for message in conversation for image in message.images)
+        if turns and style == "chat" and not encoder.rewrites_history:
             prompt = encoder.extend(turns[-1].prompt_ids, turns[-1].token_ids, step.messages)
-        reply = encoder.reply_ids(step.reply)
-        conversation += [*step.messages, encoder.reply_message(step.reply)]
-        shown, images = step.messages[-1].text, tuple(image for message in step.messages for image in message.images)
-        turn = Turn(
-            tuple(prompt),
-            tuple(reply),
-            (0.0,) * len(reply),
-            "stop",
-            step.reply,
-            shown,
-            None,
-            Action(step.reply, step.imitate),
-        )
-        turn.images = images if style == "windowed" or not turns else turns[-1].images + images
-        turns.append(turn)
+        else:
+            prompt = encoder.start(conversation, transcript.tools)
+        conversation = [*conversation, encoder.reply_message(step.reply)]
+        ids, observation = encoder.reply_ids(step.reply), step.messages[-1].text
+        action, logprobs = Action(step.reply, step.imitate), (0.0,) * len(ids)
+        turns.append(Turn(prompt, ids, logprobs, "stop", step.reply, observation, None, action))
+        turns[-1].images = images
     return turns
 
 
@@ -156,12 +176,11 @@ def _batches(rows: Rows, size: int, seed: int) -> list[torch.Tensor]:
     return batches
 
 
-def _batch(lessons: Lessons, chosen: torch.Tensor) -> Batch:
+def _batch(examples: Examples, indices: torch.Tensor) -> Batch:
     """A batch whose advantages are loss weights, scaled so that the token mean is the weighted mean."""
-    starts, ends = lessons.rows.offsets[chosen].tolist(), lessons.rows.offsets[chosen + 1].tolist()
-    weights = torch.cat([lessons.weights[a:b] for a, b in zip(starts, ends, strict=True)])
-    rows = lessons.rows.select(chosen)
-    rows = rows.with_action_mask(weights > 0)
+    starts, ends = examples.rows.offsets[indices].tolist(), examples.rows.offsets[indices + 1].tolist()
+    weights = torch.cat([examples.weights[a:b] for a, b in zip(starts, ends, strict=True)])
+    rows = examples.rows.select(indices).with_action_mask(weights > 0)
     scale = float((weights > 0).sum() / weights.sum().clamp(min=1e-9))
     padded = rows.pad(weights * scale)
     return Batch(rows, padded, torch.zeros_like(padded))

@@ -1,4 +1,7 @@
-"""Episodes of the scripted expert, or conversations of a file, as text: what the cold start imitates and the tiny tokenizer is trained on."""
+"""Demonstrations as text: what the cold start imitates, and what the tiny tokenizer is trained on.
+
+They are episodes of an environment's scripted expert, or conversations of a file.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +21,34 @@ from spearrl.seeds import derive
 from spearrl.types import Message, Reply, Task
 
 LISTED = 5  # bad lines of a file that are named
-LAYOUT = 'a .jsonl or .parquet file with {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "tools": […]} a line; an assistant\'s message comes last'
+ROLES = ("system", "user", "assistant", "tool")
+LAYOUT = (
+    'a .jsonl or .parquet file with {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": '
+    '"…"}], "tools": […]} a line; an assistant\'s message comes last'
+)
 
 
 @dataclass
 class Step:
-    """One turn: the messages shown (all of them in windowed style, the new ones in chat style), the reply, and whether to imitate it."""
+    """One turn.
+
+    Args:
+        messages: those before the reply: all of them (windowed style), or those since the last one (chat style).
+        imitate: whether the reply is trained on.
+    """
 
     messages: list[Message]
     reply: str
-    imitate: bool
+    imitate: bool = True
 
 
 @dataclass
 class Transcript:
-    """One episode of the scripted expert, or one conversation of a file."""
+    """One episode of the scripted expert, or one conversation of a file. `tools`: schemas for the chat template."""
 
     task: Task
-    tools: list[dict[str, Any]] = field(default_factory=list)  # function schemas for the chat template
+    tools: list[dict[str, Any]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
-    reward: float = 0.0
     success: bool = False
 
 
@@ -49,6 +60,7 @@ def play_expert(
     Args:
         noise: how imperfect the expert is (Environment.expert_noise).
         recovery: chance per turn of a random admissible action, played but marked not to be imitated.
+        style: "chat" or "windowed".
     Raises:
         ConfigError: the environment has no expert.
     """
@@ -64,32 +76,30 @@ def play_expert(
 
 
 def read_conversations(path: str) -> list[Transcript]:
-    """Conversations of a JSONL or parquet file, as ReTool's cold start (arXiv 2504.11536) has them: "messages", and "tools" where there are some.
+    """Conversations of a JSONL or parquet file: "messages", and "tools" where there are any.
 
-    Roles are system, user, assistant and tool; tool calls are OpenAI's, and become text in the format that environments read (Hermes', which
-    Qwen2.5's and Qwen3's chat templates write).
+    ReTool's cold start (arXiv 2504.11536) has this layout. Tool calls are OpenAI's, and become text in the format that
+    environments read (Hermes', which Qwen2.5's and Qwen3's chat templates write).
 
     Raises:
         ConfigError: no such file, nothing in it, or lines that are no conversations; the first ones are named.
     """
-    file, found, problems = Path(path).expanduser(), [], []
-    for number, row in read_records(file, layout=LAYOUT, where=f"sft.data={path}", on_broken_line=problems.append):
+    file, where = Path(path).expanduser(), f"sft.data={path}"
+    transcripts, problems = [], []
+    for number, record in read_records(file, layout=LAYOUT, where=where, on_broken_line=problems.append):
         try:
-            found.append(_conversation(row, f"{file.name}:{number}"))
+            transcripts.append(_conversation(record, f"{file.name}:{number}"))
         except (ValueError, TypeError, RecursionError) as error:
             problems.append(f"{file}:{number}: {error}")
-    if problems or not found:
+    if problems or not transcripts:
         more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        raise ConfigError(
-            "; ".join(problems[:LISTED]) + more or "no conversations in it",
-            where=f"sft.data={path}",
-            hint=f"expected {LAYOUT}",
-        )
-    return found
+        text = "; ".join(problems[:LISTED]) + more or "no conversations in it"
+        raise ConfigError(text, where=where, hint=f"expected {LAYOUT}")
+    return transcripts
 
 
 def texts(transcripts: Sequence[Transcript]) -> Iterator[str]:
-    """Every text that was shown or said, for training a tokenizer."""
+    """Every text of messages and replies, for training a tokenizer."""
     for transcript in transcripts:
         for step in transcript.steps:
             yield from (message.text for message in step.messages)
@@ -97,66 +107,61 @@ def texts(transcripts: Sequence[Transcript]) -> Iterator[str]:
 
 
 def _episode(slot: Slot, task: Task, recovery: float, seed: int) -> Transcript:
-    environment, transcript, draw = slot.environment, Transcript(task), random.Random(derive(seed, "recovery"))
-    shown = slot.start(task, seed)
-    transcript.tools, messages, observation = shown.tools, shown.messages, shown.observation
+    environment, draw = slot.environment, random.Random(derive(seed, "recovery"))
+    start = slot.start(task, seed)
+    transcript, messages, admissible = Transcript(task, start.tools), start.messages, start.observation.admissible
     for turn in range(1, environment.max_turns + 1):
-        wanted = environment.expert()
-        if wanted is None:
-            raise ConfigError(
-                f"{type(environment).__name__} has no scripted expert",
-                where="sft",
-                hint="set sft.enabled=false and give --model a trained model",
-            )
-        blunder = bool(observation.admissible) and draw.random() < recovery
-        reply = environment.format(
-            draw.choice(observation.admissible) if blunder and observation.admissible else wanted
-        )
+        action = environment.expert()
+        if action is None:
+            text = f"{type(environment).__name__} has no scripted expert"
+            hint = "set sft.enabled=false and give --model a trained model"
+            raise ConfigError(text, where="sft", hint=hint)
+        if blunder := bool(admissible) and draw.random() < recovery:
+            action = draw.choice(admissible)
+        reply = environment.format(action)
         transcript.steps.append(Step(messages, reply, imitate=not blunder))
-        played = slot.act(Reply(reply, (), "stop"), turn == environment.max_turns)
-        outcome, messages, observation = played.outcome, played.messages, played.outcome.observation
-        transcript.reward += outcome.reward
-        if outcome.terminated or outcome.truncated:
-            transcript.success = bool(outcome.info.get("success", False))
+        result = slot.act(Reply(reply, (), "stop"), turn == environment.max_turns)
+        messages, admissible = result.messages, result.outcome.observation.admissible
+        if result.outcome.terminated or result.outcome.truncated:
+            transcript.success = bool(result.outcome.info.get("success", False))
             break
     return transcript
 
 
-def _conversation(row: Any, name: str) -> Transcript:
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list):
+def _conversation(record: Any, name: str) -> Transcript:
+    """Raises ValueError or TypeError where the record is none."""
+    items = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(items, list):
         raise ValueError('there is no list under "messages"')
-    tools = row.get("tools") or []
+    tools = record.get("tools") or []
     tools = json.loads(tools) if isinstance(tools, str) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError('"tools" is not a list of function schemas')
-    transcript, shown = Transcript(Task(name, "train"), tools), []
-    for place, item in enumerate(messages):
+    transcript, messages = Transcript(Task(name, "train"), tools), []
+    for index, item in enumerate(items):
         role, text = (item.get("role"), item.get("content") or "") if isinstance(item, dict) else (None, "")
-        if role not in ("system", "user", "assistant", "tool") or not isinstance(text, str):
-            raise ValueError(
-                f"messages[{place}] is not of the roles system, user, assistant, tool with text as its content"
-            )
+        if role not in ROLES or not isinstance(text, str):
+            raise ValueError(f"messages[{index}] is not of the roles {', '.join(ROLES)} with text as its content")
         if role != "assistant":
-            shown.append(Message(role, text))
+            messages.append(Message(role, text))
             continue
-        said = "\n".join([*([text] if text else []), *(_call(call, place) for call in item.get("tool_calls") or ())])
-        if not shown or not said:
-            raise ValueError(
-                f"messages[{place}], an assistant's, " + ("says nothing" if shown else "answers no message")
-            )
-        transcript.steps.append(Step(shown, said, imitate=True))
-        shown = []
-    if shown or not transcript.steps:
+        calls = [_call(call, index) for call in item.get("tool_calls") or ()]
+        reply = "\n".join([text, *calls] if text else calls)
+        if not messages or not reply:
+            problem = "says nothing" if messages else "answers no message"
+            raise ValueError(f"messages[{index}], an assistant's, {problem}")
+        transcript.steps.append(Step(messages, reply))
+        messages = []
+    if messages or not transcript.steps:
         raise ValueError("the last message is not an assistant's")
     return transcript
 
 
-def _call(call: Any, place: int) -> str:
+def _call(call: Any, index: int) -> str:
     """A tool call as a model writes it."""
     function = call.get("function") if isinstance(call, dict) else None
     name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, dict) else (None, None)
     arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise ValueError(f'messages[{place}]: a tool call is {{"function": {{"name": "…", "arguments": {{…}}}}}}')
+        raise ValueError(f'messages[{index}]: a tool call is {{"function": {{"name": "…", "arguments": {{…}}}}}}')
     return f"{OPEN}\n{json.dumps({'name': name, 'arguments': arguments}, ensure_ascii=False)}\n{CLOSE}"

@@ -90,7 +90,7 @@ class _Runner(ToolEnvironment):
 def test_only_what_the_assistant_said_is_learnt(tmp_path, family):
     encoder = encoder_of(family)
     encoder.verify()
-    lessons = encode(
+    examples = encode(
         read_conversations(str(write(tmp_path, ONE, TWO))),
         encoder,
         style="chat",
@@ -98,10 +98,10 @@ def test_only_what_the_assistant_said_is_learnt(tmp_path, family):
         settings=SftSection(observation_weight=0.0),
         seed=0,
     )
-    assert lessons.dropped == 0 and set(lessons.weights.tolist()) == {0.0, 1.0}
-    rows, said = lessons.rows, []
+    assert examples.too_long == 0 and set(examples.weights.tolist()) == {0.0, 1.0}
+    rows, said = examples.rows, []
     for start, end in zip(rows.offsets[:-1].tolist(), rows.offsets[1:].tolist(), strict=True):
-        learnt = rows.token_ids[start:end][lessons.weights[start:end] > 0].tolist()
+        learnt = rows.token_ids[start:end][examples.weights[start:end] > 0].tolist()
         text = encoder.tokenizer.decode(learnt, skip_special_tokens=False)
         said += [part for part in text.split("<|im_end|>") if part]
     assert sorted(said) == sorted([SAID, "three", "buy now", "no"])
