@@ -28,23 +28,14 @@ class BaseLearner(Learner):
     Args:
         total_steps: optimiser steps over which the rate falls to 0, by the schedule `decay`; None: it stays.
         joint: on-policy and replayed rows share optimiser steps.
-        reference, critic: whether there are such models.
     """
 
     model: Any  # transformers' model, with its config
+    has_reference: bool
+    has_critic: bool
 
-    def __init__(
-        self,
-        settings: LearnerSection,
-        *,
-        total_steps: int | None,
-        decay: str,
-        joint: bool,
-        reference: bool,
-        critic: bool,
-    ):
+    def __init__(self, settings: LearnerSection, *, total_steps: int | None, decay: str, joint: bool):
         self.settings, self.total_steps, self.decay, self.joint, self.steps = settings, total_steps, decay, joint, 0
-        self.has_reference, self.has_critic = reference or bool(settings.lora.rank), critic
 
     def logprobs(self, rows: Rows, *, reference: bool = False) -> torch.Tensor:
         if reference and not self.has_reference:

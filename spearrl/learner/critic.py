@@ -37,6 +37,10 @@ class ValueHead(torch.nn.Module):
         normed = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:])
         return self.outer(torch.nn.functional.gelu(self.inner(normed))).squeeze(-1)
 
+    def names(self) -> dict[torch.Tensor, str]:
+        """Names of the parameters in a checkpoint."""
+        return {parameter: name for name, parameter in self.named_parameters(prefix="value_head")}
+
     def save(self, folder: Path) -> None:
         """Write the weights into a checkpoint."""
         write_file(folder / f"{STEM}.safetensors", self.state_dict())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,11 @@ from spearrl.batching import Rows
 from spearrl.config import LearnerSection
 from spearrl.learner.base import BaseLearner
 from spearrl.learner.critic import ValueHead
-from spearrl.learner.lora import adapter_weights, add_adapters, load_adapters, model_weights, without_adapters
+from spearrl.learner.lora import adapter_weights, add_adapters, load_adapters, model_weights
 from spearrl.learner.minibatch import LossInputs, Share, Tally
 from spearrl.learner.optimizer import load_optimizer, make_optimizer, save_optimizer, set_rate
-from spearrl.learner.packed import check_packing
-from spearrl.learner.partition import micro_batches
 from spearrl.learner.passes import Outputs, Passes
-from spearrl.learner.policy import Policy, check_head, use_bf16
+from spearrl.learner.policy import Policy, use_bf16
 from spearrl.models import save_weights
 from spearrl.models.weights import load_weights
 
@@ -56,23 +53,17 @@ class LocalLearner(BaseLearner):
         critic: ValueHead | None = None,
         seed: int = 0,
     ):
-        models = {"reference": reference is not None, "critic": critic is not None}
-        super().__init__(settings, total_steps=total_steps, decay=decay, joint=joint, **models)
+        super().__init__(settings, total_steps=total_steps, decay=decay, joint=joint)
         self.device, self.model = torch.device(device), model.to(device)
         if settings.lora.rank:
             add_adapters(self.model, settings.lora, seed)
         options: dict[str, Any] = {"temperature": temperature, "bf16": use_bf16(settings.precision, self.device)}
         self.policy = Policy(self.model, settings, **options)
-        self.reference = None
         if reference is not None:
-            self.reference = Policy(reference.to(device).eval().requires_grad_(False), settings, **options)
+            reference = Policy(reference.to(device).eval().requires_grad_(False), settings, **options)
         self.critic = None if critic is None else critic.to(device)
-        self.passes = Passes(
-            self.policy, self.device, critic=self.critic, packed=settings.packing, vision=self.policy.vision
-        )
-        check_head(self.policy, type(model).__name__, self.device)
-        if settings.packing:
-            check_packing(self.policy, type(model).__name__, self.device)
+        self.has_reference, self.has_critic = reference is not None or settings.lora.rank > 0, critic is not None
+        self.passes = Passes(self.policy, self.model, settings, self.device, reference=reference, critic=self.critic)
         self.optimizer = make_optimizer(self.model.named_parameters(), settings, critic=self.critic)
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
@@ -100,17 +91,11 @@ class LocalLearner(BaseLearner):
         save_optimizer(folder, self.optimizer, self._names(), self.steps)
 
     def _predict(self, rows: Rows, *, reference: bool, values: bool) -> torch.Tensor:
-        adapters = reference and self.settings.lora.rank
-        with without_adapters(self.model) if adapters else nullcontext():
-            policy = self.reference if reference and not adapters else None
-            return self.passes.predict(rows, self._pieces(rows), values=values, policy=policy)
+        return self.passes.predict(rows, self.passes.pieces(rows.lengths), reference=reference, values=values)
 
     def _weights(self, *, adapters: bool) -> Iterator[tuple[str, torch.Tensor]]:
         for weight in (adapter_weights if adapters else model_weights)(self.model):
             yield weight.name, weight.tensor()
-
-    def _pieces(self, rows: Rows) -> list[torch.Tensor]:
-        return micro_batches(rows.lengths, self.settings.micro_batch_tokens, packed=self.settings.packing)
 
     def _step(self, shares: list[Share], tally: Tally) -> bool:
         self.optimizer.zero_grad(set_to_none=True)
@@ -132,7 +117,7 @@ class LocalLearner(BaseLearner):
 
     def _backward(self, share: Share, tally: Tally) -> float:
         """Add a share's gradient; returns its loss."""
-        pieces, covariance = self._pieces(share.batch.rows), {}
+        pieces, covariance = self.passes.pieces(share.batch.rows.lengths), {}
         computed: list[Outputs] = []
         if len(pieces) > 1 and share.has_mini_batch_rule:
             inputs = LossInputs.of(share.batch, self.device)
@@ -168,5 +153,5 @@ class LocalLearner(BaseLearner):
         return logprobs
 
     def _names(self) -> dict[torch.Tensor, str]:
-        critic = () if self.critic is None else self.critic.named_parameters(prefix="value_head")
-        return {parameter: name for name, parameter in (*self.model.named_parameters(), *critic)}
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return names if self.critic is None else names | self.critic.names()

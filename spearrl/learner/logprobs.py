@@ -93,12 +93,15 @@ class _TokenLogprobs(torch.autograd.Function):
         if stored is None:
             chunks = (chunk[:2] for chunk in _chunks(hidden, weight, bias, ctx.settings))
         for part, p in chunks:
-            upstream = None if grad_entropies is None else grad_entropies[part]
-            out = p if stored is None else torch.empty_like(p)
-            grad_logits = _grad_logits(
-                p, targets[part], grad_logprobs[part], entropies=entropies[part], grad_entropies=upstream, out=out
-            )
-            grad_logits.div_(ctx.settings.temperature)
+            grad_logits = p if stored is None else torch.empty_like(p)
+            upstream = grad_logprobs[part].unsqueeze(1).to(dtype)
+            if grad_entropies is None:
+                torch.mul(p, -upstream, out=grad_logits)
+            else:
+                weights = grad_entropies[part].unsqueeze(1).to(dtype)
+                surprise = torch.special.entr(p).mul_(weights)  # -p log p, and 0 at p = 0
+                torch.mul(p, -(weights * entropies[part].unsqueeze(1) + upstream), out=grad_logits).add_(surprise)
+            grad_logits.scatter_add_(1, targets[part].unsqueeze(1), upstream).div_(ctx.settings.temperature)
             with torch.autocast(hidden.device.type, enabled=False):
                 if grad_hidden is not None:
                     grad_hidden[part] = torch.mm(grad_logits, wide).to(hidden.dtype)
@@ -151,23 +154,3 @@ def _forbidden(allowed: tuple[torch.Tensor, ...], part: slice, vocabulary: int) 
     table = (used >= 0).unsqueeze(1).repeat(1, vocabulary)
     table[index_in_used[present], ids[present]] = False
     return table[row]
-
-
-def _grad_logits(
-    p: torch.Tensor,
-    targets: torch.Tensor,
-    grad_logprobs: torch.Tensor,
-    *,
-    entropies: torch.Tensor,
-    grad_entropies: torch.Tensor | None,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """[m, V], before the division by the temperature; `out` may be p."""
-    upstream = grad_logprobs.unsqueeze(1).to(p.dtype)
-    if grad_entropies is None:
-        torch.mul(p, -upstream, out=out)
-    else:
-        weights = grad_entropies.unsqueeze(1).to(p.dtype)
-        surprise = torch.special.entr(p).mul_(weights)  # -p log p, and 0 at p = 0
-        torch.mul(p, -(weights * entropies.unsqueeze(1) + upstream), out=out).add_(surprise)
-    return out.scatter_add_(1, targets.unsqueeze(1), upstream)

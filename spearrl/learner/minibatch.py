@@ -82,9 +82,11 @@ class Share:
 
     def total(self, losses: Sequence[float], tally: Tally) -> float:
         """The weighted sum of the objectives' losses, which are reported too."""
-        for (objective, _), value in zip(self.objectives, losses, strict=True):
-            tally.add(objective.prefix, {"loss": value}, 1.0)
-        return sum(factor * value for (_, factor), value in zip(self.objectives, losses, strict=True))
+        total = 0.0
+        for (objective, factor), loss in zip(self.objectives, losses, strict=True):
+            tally.add(objective.prefix, {"loss": loss}, 1.0)
+            total += factor * loss
+        return total
 
 
 def split_objectives(objectives: Sequence[Objective], gamma: float) -> tuple[Weighted, Weighted]:

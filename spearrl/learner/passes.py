@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from spearrl.batching import Rows, forward_inputs
+from spearrl.config import LearnerSection
 from spearrl.errors import ContractError
 from spearrl.learner.critic import ValueHead
+from spearrl.learner.lora import without_adapters
 from spearrl.learner.minibatch import LossInputs, Share, Tally, covariance_tokens
-from spearrl.models.vision import Vision
+from spearrl.learner.packed import check_packing
+from spearrl.learner.partition import micro_batches
+from spearrl.learner.policy import check_head
+from spearrl.models.vision import vision_of
 
 EPISODE_PREFIXES = ("policy", "sil", "sft")  # of metrics, under which the policy's entropy is reported
 
@@ -28,25 +34,34 @@ class Passes:
     """Passes of one device.
 
     Args:
-        policy: a `Policy`, or what wraps one.
+        policy: a `Policy` of `model`, or what wraps one.
+        reference: another one, whose predictions can be asked for; with adapters it is `model` without them.
         critic: reads the policy's hidden states.
-        packed: rows lie end to end in a pass.
-        vision: of the model, where it takes images.
         backward: adds the gradient of a loss.
+    Raises:
+        ConfigError: a model whose head is not a plain linear map, or whose rows cannot be packed.
     """
 
     def __init__(
         self,
         policy: Any,
+        model: Any,
+        settings: LearnerSection,
         device: torch.device,
         *,
+        reference: Any,
         critic: ValueHead | None,
-        packed: bool,
-        vision: Vision | None,
         backward: Callable[[torch.Tensor], Any] = torch.Tensor.backward,
     ):
-        self.policy, self.device, self.critic, self.packed = policy, device, critic, packed
-        self.vision, self._backward = vision, backward
+        self.policy, self.model, self.settings, self.device = policy, model, settings, device
+        self.reference, self.critic, self.vision, self._backward = reference, critic, vision_of(model), backward
+        check_head(policy, type(model).__name__, device)
+        if settings.packing:
+            check_packing(policy, type(model).__name__, device)
+
+    def pieces(self, lengths: torch.Tensor) -> list[torch.Tensor]:
+        """Row indices of each pass, of rows of these lengths."""
+        return micro_batches(lengths, self.settings.micro_batch_tokens, packed=self.settings.packing)
 
     def forward(self, rows: Rows, policy: Any = None) -> Outputs:
         """One pass over all rows at once.
@@ -59,7 +74,7 @@ class Passes:
         if self.vision is None and rows.pictures:
             hint = "train a vision model of the Qwen2-VL family"
             raise ContractError("rows with pictures", where="learner", hint=hint)
-        inputs = forward_inputs(rows, packed=self.packed)
+        inputs = forward_inputs(rows, packed=self.settings.packing)
         # Without rows the pass is still made: all processes take part in gathering sharded weights.
         token_ids = inputs.token_ids if len(rows) else torch.zeros(1, 1, dtype=torch.int64)
         tensors = (tensor.to(self.device) for tensor in (token_ids, inputs.source, inputs.target))
@@ -74,19 +89,18 @@ class Passes:
         flat = (output.new_zeros(len(rows) * rows.width).index_copy(0, index, output) for output in outputs)
         return Outputs(*(tensor.view(shape) for tensor in flat))
 
-    def predict(
-        self, rows: Rows, pieces: Sequence[torch.Tensor], *, values: bool = False, policy: Any = None
-    ) -> torch.Tensor:
+    def predict(self, rows: Rows, pieces: Sequence[torch.Tensor], *, reference: bool, values: bool) -> torch.Tensor:
         """Log-probabilities (or values) of action tokens, [B, T] on the CPU, 0 elsewhere; no gradient.
 
         Args:
             pieces: row indices of each pass.
-            policy: used instead of the trained one.
+            reference: of the reference model.
         """
-        policy = self.policy if policy is None else policy
+        adapters = reference and self.settings.lora.rank > 0
+        policy = self.reference if reference and not adapters else self.policy
         policy.eval()
         predictions = torch.zeros(len(rows), rows.width, dtype=policy.dtype)
-        with torch.no_grad():
+        with torch.no_grad(), without_adapters(self.model) if adapters else nullcontext():
             for index in pieces:
                 part = rows.select(index)
                 outputs = self.forward(part, policy)

@@ -254,7 +254,7 @@ def test_reference_and_critic_are_there_when_built_with_and_refused_otherwise():
         other.logprobs(rows), expected
     )
     assert not other.values(rows).any()  # 0 everywhere at the start
-    before = [p.clone() for p in other.reference.parameters()]
+    before = [p.clone() for p in other.passes.reference.parameters()]
     batch = full_batch(rows, other)
     batch.returns = torch.where(rows.padded_mask, 3.0, 0.0).double()
     for _ in range(100):
@@ -262,7 +262,7 @@ def test_reference_and_critic_are_there_when_built_with_and_refused_otherwise():
         metrics = other.update(batch, None, gamma=0.0, objectives=[Objective("value")], seed=0).metrics
     assert metrics["value/error"] < 0.3  # the head has learnt the constant
     other.update(batch, None, gamma=0.0, objectives=[Objective("kl")], seed=0)
-    assert all(torch.equal(a, b) for a, b in zip(before, other.reference.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, other.passes.reference.parameters(), strict=True))
 
 
 def test_values_are_those_of_the_state_before_each_token():

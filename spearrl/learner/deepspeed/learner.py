@@ -24,7 +24,7 @@ from spearrl.learner.deepspeed.shard import CommandRunner, Shard
 from spearrl.learner.deepspeed.zero import numel, require
 from spearrl.learner.minibatch import LossInputs, Share, Tally
 from spearrl.learner.optimizer import MASTER, STATE, named_state, save_counters
-from spearrl.learner.partition import deal, micro_batches
+from spearrl.learner.partition import deal
 from spearrl.models.vision import vision_of
 from spearrl.models.weights import write_tensors
 
@@ -63,8 +63,8 @@ class DeepSpeedLearner(BaseLearner):
         _ranks: Ranks | None = None,
     ):
         require()
-        models = {"reference": reference is not None, "critic": critic is not None}
-        super().__init__(settings, total_steps=total_steps, decay="linear", joint=joint, **models)
+        super().__init__(settings, total_steps=total_steps, decay="linear", joint=joint)
+        self.has_reference, self.has_critic = reference is not None or settings.lora.rank > 0, critic is not None
         self.ranks = _ranks or Ranks(
             CommandRunner(), settings.processes, device=device, timeout_s=settings.timeout_s, environments=environments
         )
@@ -132,8 +132,8 @@ class DeepSpeedLearner(BaseLearner):
 
     def _moments(self) -> Iterator[tuple[str, torch.Tensor]]:
         shard = self.shard
-        if shard.critic_optimizer is not None:
-            yield from named_state(shard.critic_optimizer, shard.critic_names())
+        if shard.critic is not None and shard.critic_optimizer is not None:
+            yield from named_state(shard.critic_optimizer, shard.critic.names())
         if shard.moments.begun:
             yield from ((f"{name}/step", torch.tensor(float(self.steps))) for name, _ in shard.trained())
             for key in ("exp_avg", "exp_avg_sq"):
@@ -204,9 +204,8 @@ class DeepSpeedLearner(BaseLearner):
 
     def _deal(self, rows: Rows) -> tuple[list[torch.Tensor], int]:
         """Rows of each rank, and the passes that every rank makes: as many as the one that needs most."""
-        dealt, settings = deal(rows.lengths, self.ranks.size), self.settings
-        passes = (micro_batches(rows.lengths[i], settings.micro_batch_tokens, packed=settings.packing) for i in dealt)
-        return dealt, max(map(len, passes))
+        dealt = deal(rows.lengths, self.ranks.size)
+        return dealt, max(len(self.shard.passes.pieces(rows.lengths[index])) for index in dealt)
 
 
 def _buckets(sizes: Sequence[int]) -> Iterator[list[int]]:

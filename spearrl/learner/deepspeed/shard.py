@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,11 @@ from spearrl.learner.lora import (
     check_base,
     merged_ends,
     model_weights,
-    without_adapters,
 )
 from spearrl.learner.minibatch import Share, Tally
 from spearrl.learner.optimizer import STATE, load_counters, load_optimizer, make_optimizer, set_rate
-from spearrl.learner.packed import check_packing
-from spearrl.learner.partition import micro_batches
 from spearrl.learner.passes import Passes
-from spearrl.learner.policy import Policy, check_head, use_bf16
+from spearrl.learner.policy import Policy, use_bf16
 from spearrl.losses import Objective
 from spearrl.models import ask_for_determinism
 from spearrl.models.weights import TensorFiles
@@ -82,30 +78,18 @@ class Shard:
             model=policy, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.moments = Moments(self.engine)
-        self.reference = self._reference(deepspeed, build["reference"], config, options) if build["reference"] else None
+        reference = self._reference(deepspeed, build["reference"], config, options) if build["reference"] else None
         if part["critic"]:
             self.critic = _critic(part["critic"], device)
             self.critic_optimizer = make_optimizer((), settings, critic=self.critic, kind=kind)
-        self.passes = Passes(
-            self.engine,
-            device,
-            critic=self.critic,
-            packed=settings.packing,
-            vision=policy.vision,
-            backward=self._backward,
-        )
+        options = {"reference": reference, "critic": self.critic, "backward": self._backward}
+        self.passes = Passes(self.engine, self.model, settings, device, **options)
         self.passes_left, self.finite = 0, True
-        check_head(self.engine, type(self.model).__name__, device)
-        if settings.packing:
-            check_packing(self.engine, type(self.model).__name__, device)
 
     def predict(self, common: dict[str, Any], part: dict[str, Any]) -> torch.Tensor:
         """Log-probabilities (or values) of this rank's rows."""
         rows, pieces = self._rows(part["rows"], common["passes"])
-        adapters = common["reference"] and self.settings.lora.rank
-        with without_adapters(self.model) if adapters else nullcontext():
-            policy = self.reference if common["reference"] and not adapters else None
-            return self.passes.predict(rows, pieces, values=common["values"], policy=policy)
+        return self.passes.predict(rows, pieces, reference=common["reference"], values=common["values"])
 
     def step(self, common: dict[str, Any], part: list[dict[str, Any]]) -> dict[str, Any]:
         """One optimiser step: this rank's losses and metrics, and the gradient's norm (None: the step was left out)."""
@@ -164,7 +148,7 @@ class Shard:
         if self.critic is not None and self.critic_optimizer is not None:
             self.critic.load(folder)
             known = [name for name, _ in self.trained()]
-            load_optimizer(folder, self.critic_optimizer, self.critic_names(), known=known)
+            load_optimizer(folder, self.critic_optimizer, self.critic.names(), known=known)
         return steps
 
     def exported(self, adapters: bool) -> list[ExportedWeight]:
@@ -175,15 +159,10 @@ class Shard:
         """(name, parameter) of those that are trained."""
         return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
-    def critic_names(self) -> dict[torch.Tensor, str]:
-        """Names of the critic's parameters in a checkpoint."""
-        named = () if self.critic is None else self.critic.named_parameters(prefix="value_head")
-        return {parameter: name for name, parameter in named}
-
     def _rows(self, state: dict[str, Any], passes: int) -> tuple[Rows, list[torch.Tensor]]:
         """A rank's rows and those of each pass; ranks with less to do add passes without a row."""
         rows = Rows.from_state(state)
-        pieces = micro_batches(rows.lengths, self.settings.micro_batch_tokens, packed=self.settings.packing)
+        pieces = self.passes.pieces(rows.lengths)
         return rows, pieces + [torch.zeros(0, dtype=torch.int64)] * (passes - len(pieces))
 
     def _backward(self, loss: torch.Tensor) -> None:
