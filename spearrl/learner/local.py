@@ -11,7 +11,7 @@ import torch
 
 from spearrl.batching import Rows
 from spearrl.config import LearnerSection
-from spearrl.learner.base import BaseLearner
+from spearrl.learner.updates import BaseLearner
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.lora import adapter_weights, add_adapters, load_adapters, model_weights
 from spearrl.learner.minibatch import LossInputs, Share, Tally

@@ -17,7 +17,7 @@ import torch
 from spearrl.batching import Rows
 from spearrl.config import LearnerSection
 from spearrl.errors import CheckpointError
-from spearrl.learner.base import BaseLearner
+from spearrl.learner.updates import BaseLearner
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.deepspeed.ranks import Ranks
 from spearrl.learner.deepspeed.shard import CommandRunner, Shard

@@ -1,4 +1,4 @@
-"""What every learner does alike: an update as a sequence of optimiser steps, and the forms its weights are given in."""
+"""An update as a sequence of optimiser steps, and whatever else every learner does alike."""
 
 from __future__ import annotations
 
