@@ -11,13 +11,13 @@ import torch
 
 from spearrl.batching import Rows
 from spearrl.config import LearnerSection
-from spearrl.learner.updates import BaseLearner
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.lora import adapter_weights, add_adapters, load_adapters, model_weights
 from spearrl.learner.minibatch import LossInputs, Share, Tally
 from spearrl.learner.optimizer import load_optimizer, make_optimizer, save_optimizer, set_rate
 from spearrl.learner.passes import Outputs, Passes
 from spearrl.learner.policy import Policy, use_bf16
+from spearrl.learner.updates import BaseLearner
 from spearrl.models import save_weights
 from spearrl.models.weights import load_weights
 

@@ -17,7 +17,6 @@ import torch
 from spearrl.batching import Rows
 from spearrl.config import LearnerSection
 from spearrl.errors import CheckpointError
-from spearrl.learner.updates import BaseLearner
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.deepspeed.ranks import Ranks
 from spearrl.learner.deepspeed.shard import CommandRunner, Shard
@@ -25,6 +24,7 @@ from spearrl.learner.deepspeed.zero import numel, require
 from spearrl.learner.minibatch import LossInputs, Share, Tally
 from spearrl.learner.optimizer import MASTER, STATE, named_state, save_counters
 from spearrl.learner.partition import deal
+from spearrl.learner.updates import BaseLearner
 from spearrl.models.vision import vision_of
 from spearrl.models.weights import write_tensors
 
