@@ -32,10 +32,6 @@ class Status(StrEnum):
         """Position in the enum: how Rows stores a status in a tensor."""
         return list(Status).index(self)
 
-    @classmethod
-    def from_code(cls, code: int) -> Status:
-        return list(cls)[code]
-
 
 @dataclass(slots=True, frozen=True)
 class Text:

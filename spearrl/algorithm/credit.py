@@ -7,17 +7,8 @@ from typing import Any
 
 import torch
 
-from spearrl.advantages import (
-    gae,
-    grpo_advantages,
-    reinforce_plus_plus,
-    reinforce_plus_plus_baseline,
-    rloo_advantages,
-    state_advantages,
-    sums_by_id,
-    sums_by_index,
-    whiten,
-)
+from spearrl import advantages as estimators
+from spearrl.advantages import sums_by_id, sums_by_index
 from spearrl.algorithm.rewards import Shaped
 from spearrl.batching import Rows
 from spearrl.config import AlgoSection
@@ -102,15 +93,16 @@ def _turn_advantages(
         "singleton": settings.singleton,
     }
     if algo.advantage == "rloo":
-        return rloo_advantages(rewards, turns.group_ids, **options), None
+        return estimators.rloo_advantages(rewards, turns.group_ids, **options), None
     if algo.advantage == "reinforce++_baseline":
-        return reinforce_plus_plus_baseline(rewards, turns.group_ids, _token_counts(shaped.rows), **options), None
+        weights = _token_counts(shaped.rows)
+        return estimators.reinforce_plus_plus_baseline(rewards, turns.group_ids, weights, **options), None
     if ":" in algo.advantage:
         return _users_advantages(shaped, rewards, algo), None
-    episode = grpo_advantages(rewards, turns.group_ids, normalize_std=settings.normalize_std, **options)
+    episode = estimators.grpo_advantages(rewards, turns.group_ids, normalize_std=settings.normalize_std, **options)
     if algo.advantage == "grpo":
         return episode, None
-    step = algo.gigpo.step_weight * state_advantages(
+    step = algo.gigpo.step_weight * estimators.state_advantages(
         shaped.step_returns, turns.group_ids, turns.anchor_ids, normalize_std=settings.normalize_std
     )
     return episode + step, step
@@ -143,7 +135,7 @@ def _token_credit(shaped: Shaped, algo: AlgoSection, kl: torch.Tensor, values: t
     rewards = layout.gather(_token_rewards(shaped, algo) - kl)
     returns = None
     if algo.advantage == "reinforce++":
-        tokens = layout.scatter(reinforce_plus_plus(rewards, layout.mask, gamma=algo.critic.discount))
+        tokens = layout.scatter(estimators.reinforce_plus_plus(rewards, layout.mask, gamma=algo.critic.discount))
         tokens = torch.where(mask, tokens, 0.0)
     else:
         if values is None:
@@ -157,10 +149,11 @@ def _token_credit(shaped: Shaped, algo: AlgoSection, kl: torch.Tensor, values: t
         # not fit.
         bootstrap = algo.critic.discount * cut[:, None] * state_values.gather(1, last)
         rewards = rewards.scatter_add(1, last, bootstrap)
-        raw, targets = gae(rewards, state_values, layout.mask, gamma=algo.critic.discount, lam=algo.critic.lam)
+        discounts = {"gamma": algo.critic.discount, "lam": algo.critic.lam}
+        raw, targets = estimators.gae(rewards, state_values, layout.mask, **discounts)
         tokens, returns = torch.where(mask, layout.scatter(raw), 0.0), layout.scatter(targets).float()
         if algo.critic.whiten and int(mask.sum()) > 1:
-            tokens = whiten(tokens, mask)
+            tokens = estimators.whiten(tokens, mask)
     tokens = torch.where(rows.scatter(shaped.muted.double()) > 0, 0.0, tokens)
     return Credit(tokens.float(), _turn_means(rows, tokens), returns=returns)
 

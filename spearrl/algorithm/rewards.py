@@ -7,18 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from spearrl import shaping
 from spearrl.advantages import discounted_returns, numbered_by_appearance, sums_by_id
 from spearrl.batching import Rows
 from spearrl.config import AlgoSection
-from spearrl.shaping import (
-    filter_groups_by_std,
-    overlong,
-    penalise_invalid,
-    repetitive,
-    tool_bonus,
-    unreadable,
-    void_turn,
-)
+from spearrl.shaping import penalise_invalid
 from spearrl.types import Group, Status, Turn
 
 CUT = (Status.CONTEXT_LIMIT, Status.OVERLONG)
@@ -79,7 +72,7 @@ def shape(
     shaped = Shaped(rows, rewards, bonuses, muted, blocks, returns, metrics)
     if algo.filters.group_keep >= 1:
         return shaped
-    kept_groups = filter_groups_by_std(episode, blocks, turns.trajectory_ids, keep=algo.filters.group_keep)
+    kept_groups = shaping.filter_groups_by_std(episode, blocks, turns.trajectory_ids, keep=algo.filters.group_keep)
     metrics["filter/groups_dropped"] = float(len(torch.unique(blocks)) - len(kept_groups))
     trajectories = turns.trajectory_ids[torch.isin(blocks, kept_groups)]
     shaped = select(shaped, torch.isin(rows.trajectory, trajectories))
@@ -100,7 +93,7 @@ def episode_bonuses(groups: Sequence[Group], algo: AlgoSection) -> torch.Tensor:
     for trajectory in (t for g in groups for t in g.trajectories):
         count = trajectory.tool_calls if settings.count == "tool_calls" else len(trajectory.turns)
         paid = settings.enabled and (settings.condition == "always" or trajectory.status is Status.SUCCESS)
-        bonus = tool_bonus(count, per_call=settings.per_call, cap=settings.cap) if paid else 0.0
+        bonus = shaping.tool_bonus(count, per_call=settings.per_call, cap=settings.cap) if paid else 0.0
         if paid and count and settings.flat_when_right and trajectory.status is Status.SUCCESS:
             bonus = settings.cap
         values += [bonus] * len(trajectory.turns)
@@ -125,12 +118,10 @@ def _power_of_two(shaped: Shaped, seed: int) -> Shaped:
 
 def _is_void(turn: Turn) -> bool:
     """No action in the reply: by the tag rule where the reply has the tag, else by what the environment could parse."""
-    return void_turn(turn.reply) if "<action>" in turn.reply else not turn.action.valid
+    return shaping.void_turn(turn.reply) if "<action>" in turn.reply else not turn.action.valid
 
 
-def _quality_flags(
-    groups: Sequence[Group], algo: AlgoSection, max_reply_tokens: int
-) -> tuple[torch.Tensor, dict[str, float]]:
+def _quality_flags(groups: Sequence[Group], algo: AlgoSection, limit: int) -> tuple[torch.Tensor, dict[str, float]]:
     """[N] turns that a filter masks, and how many each filter caught.
 
     An episode that was cut off counts as overlong in all its turns.
@@ -139,10 +130,10 @@ def _quality_flags(
     turns = [(turn, t.status in CUT) for g in groups for t in g.trajectories for turn in t.turns]
     fires = filters.void_rule != "never"
     flags = {
-        "overlong": [filters.overlong and (cut or overlong(len(t.token_ids), max_reply_tokens)) for t, cut in turns],
+        "overlong": [filters.overlong and (cut or shaping.overlong(len(t.token_ids), limit)) for t, cut in turns],
         "void_turn": [filters.void_turn and fires and _is_void(t) for t, _ in turns],
-        "repetitive": [filters.repetitive and repetitive(t.token_ids) for t, _ in turns],
-        "unreadable": [filters.unreadable and unreadable(t.reply) for t, _ in turns],
+        "repetitive": [filters.repetitive and shaping.repetitive(t.token_ids) for t, _ in turns],
+        "unreadable": [filters.unreadable and shaping.unreadable(t.reply) for t, _ in turns],
     }
     flagged = torch.zeros(len(turns), dtype=torch.bool)
     for values in flags.values():

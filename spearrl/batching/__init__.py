@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spearrl.batching.allowed import AllowedIds
-from spearrl.batching.anchors import anchor_id, canonical
+from spearrl.batching.anchors import anchor_id
 from spearrl.batching.batch import Batch
 from spearrl.batching.build import rows_from_groups
 from spearrl.batching.forward_inputs import ForwardInputs, forward_inputs
@@ -18,7 +18,6 @@ __all__ = [
     "Rows",
     "TurnTable",
     "anchor_id",
-    "canonical",
     "denominator",
     "forward_inputs",
     "rows_from_groups",

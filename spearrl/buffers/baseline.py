@@ -38,11 +38,6 @@ class BaselineBuffer:
     def __len__(self) -> int:
         return sum(len(entry.means) for entry in self._entries)
 
-    @property
-    def steps(self) -> list[int]:
-        """Steps with stored values, oldest first."""
-        return [entry.step for entry in self._entries]
-
     def add(self, step: int, means: Sequence[float], stds: Sequence[float] | None = None) -> None:
         """Store one value per group of this step.
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from spearrl.batching import Rows, TurnTable, anchor_id, canonical
+from spearrl.batching import Rows, TurnTable, anchor_id
+from spearrl.batching.anchors import canonical
 from spearrl.errors import ContractError
 from tests.support.shared_data import golden
 
