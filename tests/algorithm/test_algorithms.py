@@ -1,4 +1,4 @@
-"""Every algorithm through the real trainer: it trains, it differs from the others, and a resumed run of it equals an uninterrupted one."""
+"""Every algorithm in the real trainer: it trains, it differs from others, a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_settings_without_a_name(played, name):
 
 
 def test_the_divergence_is_from_the_model_the_run_began_with(played):
-    """0 in the first update's first mini-batch, and more the further training goes; with a large weight the model stays near."""
+    """0 in the first update's first mini-batch, then it grows; with a large weight the model stays near."""
     free, held = (
         played("grpo", f"algo.kl.loss_coef={weight}", "run.steps=8", "learner.mini_batches=1")
         for weight in (1e-9, 30.0)
@@ -248,7 +248,7 @@ def test_ppo_gets_values_of_its_own_critic_and_the_critic_learns(played):
             and (batch.returns[~mask] == 0).all()
             and (batch.advantages[~mask] == 0).all()
         )
-        # With discount and λ of 1 a token's return is what its episode earned from its turn on, whatever the critic says.
+        # With discount and λ of 1 a token's return is what its episode earned from its turn on, whatever the critic is.
         turns = batch.rows.turns
         earned = (turns.rewards - 0.1 * turns.penalties).tolist()
         ids = turns.trajectory_ids.tolist()

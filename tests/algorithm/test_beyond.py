@@ -1,4 +1,4 @@
-"""What goes beyond the paper, in real runs: credit under unreliable tools, token weights, curricula that follow what a run shows."""
+"""Beyond the paper, in real runs: credit under unreliable tools, token weights, curricula that follow the run."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_what_a_fault_touched_trains_but_is_not_remembered(model, tmp_path):
 
 
 def test_a_task_must_be_won_twice_before_its_wins_are_imitated(model, tmp_path):
-    """Counted over the whole run, through a restart. A group is one task's: its second win admits the first of the same step too."""
+    """Wins count over the whole run, through a restart; a task's second win admits the first of the same step too."""
     settings = (
         "run.steps=6",
         "run.checkpoint_every=1",
@@ -157,7 +157,7 @@ WEIGHTS = {
 
 @pytest.mark.parametrize(("kind", "power"), WEIGHTS)
 def test_token_weights_by_hand_and_without_a_gradient_of_their_own(kind, power):
-    """At ratio 1 the loss is −mean(w A) and its gradient −w A / 2: w is a constant, though it is made of the probability itself."""
+    """At ratio 1 the loss is −mean(w A), its gradient −w A / 2: w is a constant, though made of the probability."""
     weights = WEIGHTS[kind, power]
     objective = Objective("sil", token_weight=kind, token_power=power)
     loss, metrics = objective.loss(Tokens, Tokens.logprobs, denominator=None)
@@ -217,7 +217,7 @@ def adaptive_settings(gamma: str, mu: str) -> list[str]:
 
 
 def assert_follows_its_log(lines: list[dict], gamma: str, mu: str) -> None:
-    """γ and μ of a step are functions of what the same line logs; before there is anything to follow, 0 and the peak."""
+    """γ and μ of a step are functions of what the same line logs; before there is anything, 0 and the peak."""
     assert (lines[0]["gamma"], lines[0]["mu"]) == (0, 2) and not [k for k in lines[0] if k.startswith("curriculum/")]
     for line in lines[1:]:
         done = {
@@ -246,7 +246,7 @@ def test_gamma_and_mu_follow_what_their_line_logs(model, tmp_path, gamma, mu):
 
 
 def test_the_estimates_are_averages_of_what_the_steps_showed(model, tmp_path):
-    """Success and entropy as logged in the steps before, half old and half new; the first is taken as it is, entropy relative to the first."""
+    """Success and entropy of the steps before, half old and half new; entropy is relative to the first."""
     lines = events(
         run(from_model(model, tmp_path, *adaptive_settings("success", "entropy"), algo="grpo+spear")), "step"
     )

@@ -1,4 +1,4 @@
-"""What tokens are worth, by hand: every estimator on chats and on windowed prompts, bonus, penalties, masks, bootstrap, KL."""
+"""What tokens are worth, by hand: every estimator on chats and windows, bonus, penalties, masks, bootstrap, KL."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_gigpo_by_the_released_numbers(style, normalize_std):
 
 
 def test_gigpo_by_default_counts_each_episode_once():
-    """Rewards 10, 10, 10 | 10, 9.9 | 0, 0: episode means 10, 9.95 and 0, their mean 6.65. ω = 0.5 halves the step part."""
+    """Rewards 10, 10, 10 | 10, 9.9 | 0, 0: episode means 10, 9.95, 0, their mean 6.65. ω = 0.5 halves the step part."""
     settings = algo("gigpo", groups={"normalize_std": False}, gigpo={"step_weight": 0.5})
     credit = credit_of(shaped(three_episodes("chat"), settings, group_size=3), settings)
     steps = (2.85, -0.2, 0.0, 3.325, 0.2, -6.175, 0.0)
@@ -167,7 +167,7 @@ def test_whitened_advantages_but_not_returns():
 
 @pytest.mark.parametrize("style", ["chat", "windowed"])
 def test_bonus_and_penalty_lie_on_last_tokens(style):
-    """λ = 1, no values: a token's advantage is what comes after it. The bonus of two calls, μ · 0.2, ends the episode; the invalid turn costs 0.1."""
+    """λ = 1, no values: what comes after a token. Two calls' bonus, μ · 0.2, is last; an invalid turn costs 0.1."""
     settings = algo("gae", critic={"whiten": False}, intrinsic={"enabled": True})
     step = shaped(one_of_two_turns(style, valid=False), settings, mu=0.5)
     assert sampled(step, credit_of(step, settings, values=[0.0] * 4).tokens) == near(3.0, 3.0, 2.0, 0.05)
@@ -185,7 +185,7 @@ def test_bonus_and_penalty_lie_on_last_tokens(style):
 @pytest.mark.parametrize("mask", ["action", "attention"])
 @pytest.mark.parametrize("advantage", ["gae", "reinforce++"])
 def test_a_masked_turn_passes_credit_on(style, mask, advantage):
-    """The last turn holds no action. Out of the loss, or in it at advantage 0, what it earned still reaches the turn before."""
+    """The last turn has no action. Out of the loss, or in it at advantage 0, what it earned reaches the turn before."""
     settings = algo(advantage, critic=GAE, filters={"void_turn": True}, policy={"mask": mask})
     step = shaped(one_of_two_turns(style, text=VOID), settings)
     assert step.metrics["filter/void_turn"] == 1
@@ -278,7 +278,7 @@ def test_attention_keeps_filtered_turns_in_the_mask_at_nothing():
 
 
 def test_consecutive_blocks_mix_groups_after_a_loss():
-    """Group 0 lost a sibling: blocks of three are then 0, 0, 1 and 1, 1. Filter and baselines go by them; advantages do not."""
+    """Group 0 lost a sibling: blocks of three are 0, 0, 1 and 1, 1. Filter and baselines go by them, advantages not."""
     played = [ten_or_nothing(i, g, r) for i, (g, r) in enumerate(((0, 10.0), (0, 10.0), (1, 0.0), (1, 0.0), (1, 0.0)))]
     for blocks, means, stds in (
         ("group", (10.0, 0.0), (0.0, 0.0)),

@@ -1,4 +1,4 @@
-"""γ and μ over a run: by steps, or by what the run showed; estimates by hand, and a reloaded curriculum goes on exactly."""
+"""γ and μ over a run, by steps or by what the run showed: estimates by hand; a reloaded curriculum goes on exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's own loss and advantage by import path: used in training, refused before anything starts where they cannot be."""
+"""A user's own loss and advantage by import path: used in training, or refused before anything starts."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_both_in_one_run(model, tmp_path):
 
 REFUSED = {
     "algo.loss=tests.support.user_functions:no_keywords": "aggregation, horizon, denominator, drop",
-    "algo.loss=tests.support.user_functions:other_order": "def other_order(logprobs, old_logprobs, advantages, action_mask",
+    "algo.loss=tests.support.user_functions:other_order": "def other_order(logprobs, old_logprobs, advantages",
     "algo.loss=tests.support.user_functions:wants_more": "moon_phase",
     "algo.loss=tests.support.user_functions:nothing_here": "nothing_here",
     "algo.loss=tests.support.user_functions:NUMBER": "not a function",

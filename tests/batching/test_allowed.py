@@ -1,4 +1,4 @@
-"""Replies restricted to allowed ids: engine, rows and learner renormalise over the same tokens, from the observation to the gradient."""
+"""Replies restricted to allowed ids: engine, rows and learner renormalise over the same tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GiGPO on real anchors: two siblings that meet in one state of WebShop or ALFWorld are compared there, strangers and other states are not."""
+"""GiGPO on real anchors: siblings that meet in one state of WebShop or ALFWorld are compared, others are not."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def f64(values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-# --- worked values -------------------------------------------------------------------------------------------------------------------------------------
+# --- worked values ---
 
 
 def test_grpo_by_hand():
@@ -125,7 +125,7 @@ def test_recalibrated_by_hand():
     close(recalibrated_advantages(f64([10.0]), 2.0, 2.0, eps=0.0), [4.0])
 
 
-# --- golden files --------------------------------------------------------------------------------------------------------------------------------------
+# --- golden files ---
 
 
 def inputs(case, dtype):
@@ -228,7 +228,7 @@ def test_golden_masked_statistics(tree, precision):
         close((whiten(values, mask) + mean)[mask], f64(case["masked_whiten_noshift"][precision])[mask], **tolerance)
 
 
-# --- brute force and properties ------------------------------------------------------------------------------------------------------------------------
+# --- brute force and properties ---
 
 
 def test_discounted_returns_of_interleaved_trajectories():
@@ -350,7 +350,7 @@ def test_a_hundred_thousand_turns_take_milliseconds():
 
 
 def test_a_penalty_in_an_equal_group_stays_small():
-    """Two failing siblings, each with one invalid turn: counted by first turns the deviation would be 0 and the penalty -0.1 / 1e-6."""
+    """Two failing siblings, one invalid turn each: by first turns the deviation would be 0, the penalty -0.1 / 1e-6."""
     rewards = torch.tensor([0.0, -0.1, 0.0, -0.1], dtype=torch.float64)
     found = balanced(rewards, torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 1, 1]))
     assert found.tolist() == pytest.approx(

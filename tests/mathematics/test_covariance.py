@@ -123,7 +123,7 @@ def test_counter_keys_do_not_repeat_and_are_even():
     assert abs(float((keys > 0).double().mean()) - 0.5) < 0.01
 
 
-# --- golden files --------------------------------------------------------------------------------------------------------------------------------------
+# --- golden files ---
 
 
 def tensors(case, dtype):

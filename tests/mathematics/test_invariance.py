@@ -1,6 +1,7 @@
-"""The gradient of a mini-batch is the sum over any way to cut it: ranks, micro-batches, order of rows, width of the padding. float64, 1e-9.
+"""A mini-batch's gradient is the sum over any cut: ranks, micro-batches, order of rows, padding. float64, 1e-9.
 
-The cut is all that changes: tokens are selected once over the whole mini-batch, divisors are `spearrl.batching.denominator` of the whole.
+The cut is all that changes: covariance rules choose tokens once over the whole mini-batch, denominators are
+`spearrl.batching.denominator` of the whole.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ EXACT = {"rtol": 1e-9, "atol": 1e-30}
 
 @dataclass
 class Part:
-    """Rows of a mini-batch with `padding` more columns of garbage on the right; `chosen` is the selection made over the whole."""
+    """Rows of a mini-batch, `padding` more columns of garbage on the right; with the covariance tokens of the whole."""
 
     table: Tokens
     rows: list[int]
     padding: int = 0
-    chosen: torch.Tensor | None = None
+    covariance_tokens: torch.Tensor | None = None
 
     def __getattr__(self, name: str) -> torch.Tensor:
         if name not in COLUMNS:
@@ -42,7 +43,7 @@ class Part:
 
     @property
     def drop(self) -> torch.Tensor:
-        return torch.nn.functional.pad(self.chosen[self.rows], (0, self.padding))
+        return torch.nn.functional.pad(self.covariance_tokens[self.rows], (0, self.padding))
 
     @property
     def keys(self) -> torch.Tensor:
@@ -138,14 +139,14 @@ def gradient_of(name: str, part: Part, mode: str, of_whole: float) -> tuple[floa
 def test_any_cut_of_a_mini_batch_has_the_same_gradient(name, cut, mode):
     table, plan = cut
     whole = Part(table, list(range(table.shape[0])))
-    whole.chosen = select(whole, name) if name in ("clip_cov", "kl_cov") else None
+    whole.covariance_tokens = select(whole, name) if name in ("clip_cov", "kl_cov") else None
     of_whole = denominator(whole.mask, mode, HORIZON)
     total, slope = gradient_of(name, whole, mode, of_whole)
     summed, pieces = torch.zeros_like(slope), []
     for micro in plan:
         own = torch.zeros_like(slope)
         for rows, padding in micro:
-            loss, found = gradient_of(name, Part(table, rows, padding, whole.chosen), mode, of_whole)
+            loss, found = gradient_of(name, Part(table, rows, padding, whole.covariance_tokens), mode, of_whole)
             assert not found[:, table.shape[1] :].any()
             own[rows] += found[:, : table.shape[1]]
             pieces.append(loss)
@@ -158,12 +159,12 @@ def test_any_cut_of_a_mini_batch_has_the_same_gradient(name, cut, mode):
 @checked
 @given(cuts(), st.integers(0, 3))
 def test_the_selection_follows_its_rows(rule, cut, padding):
-    """In another order and a wider table the same tokens are chosen."""
+    """In another order and a wider table the same tokens are found."""
     table, plan = cut
     rows = [row for micro in plan for part, _ in micro for row in part]
-    chosen = select(Part(table, list(range(table.shape[0]))), rule)
+    tokens = select(Part(table, list(range(table.shape[0]))), rule)
     moved = select(Part(table, rows, padding), rule)
-    assert torch.equal(moved[:, : table.shape[1]], chosen[rows])
+    assert torch.equal(moved[:, : table.shape[1]], tokens[rows])
     assert not moved[:, table.shape[1] :].any()
 
 

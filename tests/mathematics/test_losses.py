@@ -160,7 +160,7 @@ def by_loops(tokens, mask, mode):
     return sum(map(sum, rows)) / HORIZON
 
 
-# --- 1. equals the equation, token by token ------------------------------------------------------------------------------------------------------------
+# --- 1. equals the equation, token by token ---
 
 
 @pytest.mark.parametrize("mode", AGGREGATIONS)
@@ -209,7 +209,7 @@ def test_stale_tokens_stay_finite(loss, distance):
     assert value.isfinite() and new.grad.isfinite().all()
 
 
-# --- 2. garbage outside the mask -----------------------------------------------------------------------------------------------------------------------
+# --- 2. garbage outside the mask ---
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
@@ -227,7 +227,7 @@ def test_garbage_outside_the_mask_changes_nothing(name, mode, garbage):
     assert not new.grad[~mask].any()
 
 
-# --- 3. the on-policy gradient -------------------------------------------------------------------------------------------------------------------------
+# --- 3. the on-policy gradient ---
 
 
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
@@ -252,7 +252,7 @@ def test_on_policy_gradient_of_gspo():
     torch.testing.assert_close(new.grad, expected, rtol=1e-9, atol=1e-12)
 
 
-# --- 4. an empty mask ----------------------------------------------------------------------------------------------------------------------------------
+# --- 4. an empty mask ---
 
 
 @pytest.mark.parametrize("denominator", [None, 0.0, 7.0])
@@ -267,7 +267,7 @@ def test_an_empty_mask_gives_zero_and_back_propagates(name, mode, denominator):
     assert loss.item() == 0 and not new.grad.any() and not any(metrics.values())
 
 
-# --- common arguments ----------------------------------------------------------------------------------------------------------------------------------
+# --- common arguments ---
 
 
 @pytest.mark.parametrize("mode", AGGREGATIONS)
@@ -360,7 +360,7 @@ def test_padding_does_not_matter(rows, extra, mode):
     assert abs(result) <= 100 * (1 if mode.endswith("mean") else 6 * len(rows)) + 1e-6
 
 
-# --- KL ------------------------------------------------------------------------------------------------------------------------------------------------
+# --- KL ---
 
 
 @pytest.mark.parametrize(
@@ -402,7 +402,7 @@ def test_kl_on_policy_gradient():
         torch.testing.assert_close(new.grad, torch.full((2, 2), slope / 4))
 
 
-# --- objectives ----------------------------------------------------------------------------------------------------------------------------------------
+# --- objectives ---
 
 
 EVERYTHING = Objective(
@@ -459,7 +459,8 @@ def test_selection_of_an_objective_is_that_of_clip_cov_loss():
     objective = Objective("policy", clip_cov=ClipCov(0.2, 0.1, 5.0))
     batch = batch_of(old, advantages, mask)
     drop = objective.covariance_tokens(batch, new, keys=keys)
-    assert drop.any() and not (drop & (~mask | clipped_tokens(new, old, advantages, mask, clip_low=0.2, clip_high=0.2))).any()
+    clipped = clipped_tokens(new, old, advantages, mask, clip_low=0.2, clip_high=0.2)
+    assert drop.any() and not (drop & (~mask | clipped)).any()
     loss, metrics = objective.loss(batch, new, denominator=None, covariance_tokens=drop)
     expected, same = clip_cov_loss(new, old, advantages, mask, ratio=0.2, lower=0.1, upper=5.0, keys=keys)
     assert torch.equal(loss, expected) and metrics == same

@@ -57,10 +57,10 @@ def test_golden_policy_loss(tree, precision):
         assert loss.isfinite() and new.grad.isfinite().all()
         if math.isnan(expected["pg_loss"]):  # a fully masked row: NaN there, the mean over rows with a 0 here
             live = mask.any(-1)
-            alone, _ = clipped_policy_loss(
-                new[live], old[live], advantages[live], mask[live], dual_clip=case["clip_c"], aggregation="seq-mean-token-mean", denominator=len(mask),
-                clip_low=case["clip_low"], clip_high=case["clip_high"],
-            )  # fmt: skip
+            clips = {"clip_low": case["clip_low"], "clip_high": case["clip_high"], "dual_clip": case["clip_c"]}
+            scale = {"aggregation": "seq-mean-token-mean", "denominator": len(mask)}
+            rows = (new[live], old[live], advantages[live], mask[live])
+            alone, _ = clipped_policy_loss(*rows, **clips, **scale)
             assert loss.item() == pytest.approx(alone.item(), rel=rel)
             continue
         assert loss.item() == pytest.approx(expected["pg_loss"], rel=rel, abs=tiny)

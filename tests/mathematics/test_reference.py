@@ -1,4 +1,4 @@
-"""Losses and token selections against tests/support/reference.py on random inputs, in float64 at 1e-9: values, gradients, metrics."""
+"""Losses and covariance rules against tests/support/reference.py on random inputs: values, gradients, metrics; 1e-9."""
 
 from __future__ import annotations
 

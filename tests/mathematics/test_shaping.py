@@ -122,7 +122,7 @@ def test_overlong():
     assert overlong(512, 512) and not overlong(511, 512)
 
 
-# --- group filter --------------------------------------------------------------------------------------------------------------------------------------
+# --- group filter ---
 
 
 def kept(rewards, groups, trajectories, keep):

@@ -1,6 +1,7 @@
-"""Self-imitation through the trainer: what a run really did, call by call, against numbers made by hand from its trajectories alone.
+"""Self-imitation through the trainer: what a run really did, call by call, against numbers made by hand.
 
-`python -m benchmarks.mutants` shows which bugs these tests notice (docs/mutants.md).
+They are made from the run's trajectories alone. `python -m benchmarks.mutants` shows which bugs these tests notice
+(docs/mutants.md).
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def run(request, followed) -> Followed:
 
 
 def assert_batch(run: Followed, batch: Batch, played: Iterable[Played], worth: Turns) -> None:
-    """The batch holds exactly these trajectories' rows, each with its own tokens, mask, group, advantages and log-probabilities."""
+    """The batch holds these trajectories' rows, with their own tokens, mask, group, advantages, log-probabilities."""
     waiting: dict[tuple, list[Row]] = defaultdict(list)
     for row in run.rows(played):
         waiting[row.played.trajectory.id, row.ids].append(row)
@@ -166,7 +167,7 @@ def assert_batch(run: Followed, batch: Batch, played: Iterable[Played], worth: T
 
 
 def test_what_the_policy_trains_on(run):
-    """Every group's sampled tokens and no others, advantages of each group by itself, log-probabilities before the update."""
+    """Every group's sampled tokens alone, advantages of each group by itself, log-probabilities before the update."""
     assert len(run.steps) == 6
     for expected in run.steps:
         worth = {id(turn): turn.advantage for p in expected.members for turn in p.turns}
@@ -174,7 +175,7 @@ def test_what_the_policy_trains_on(run):
 
 
 def test_what_is_replayed(run):
-    """Due or not; who is drawn; their mask and old log-probabilities (of the step that played them) and recalibrated advantages."""
+    """Due or not; who is drawn; their mask, log-probabilities of the step that played them, recalibrated advantages."""
     used: Counter[int] = Counter()
     for expected in run.steps:
         replay = expected.step.replay
@@ -221,7 +222,7 @@ def test_optimiser_steps(run):
 
 
 def test_gradients(run):
-    """Each optimiser step's gradient: the policy's loss with factor 1, self-imitation's with γ of this step, each a mean over its own rows."""
+    """A step's gradient: the policy's loss with factor 1, self-imitation's with γ, each a mean over its own rows."""
     model = copy.deepcopy(run.recording.model)
     for expected in (e for e in run.steps if e.due):
         on_policy = {
@@ -252,7 +253,7 @@ def test_gradients(run):
 
 
 def test_the_step_part_matters(followed):
-    """What keep_step_part does to replayed advantages is not nothing, and some of them are negative: they count as 0."""
+    """keep_step_part changes replayed advantages, and some of them are negative: they count as 0."""
     kept = [e for e in followed("gigpo").steps if e.due]
     assert max(abs(turn.step_part) for e in kept for p in e.drawn for turn in p.turns) > 0.1
     assert any(e.replay_worth[id(turn)] < 0 for e in kept for p in e.drawn for turn in p.turns if turn.trained)
