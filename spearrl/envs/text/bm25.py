@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,9 @@ class LuceneIndex:
 
     Args:
         documents: term counts of each document.
-        ids: their names. Equal scores are ordered by name, as Pyserini does; without names by document number.
     """
 
-    def __init__(self, documents: Iterable[Mapping[str, int]], ids: Sequence[str] | None = None):
+    def __init__(self, documents: Iterable[Mapping[str, int]]):
         vocabulary: dict[str, int] = {}
         terms, counts, sizes = array("i"), array("i"), array("i")
         for document in documents:
@@ -46,15 +45,11 @@ class LuceneIndex:
         filled = int((lengths > 0).sum())
         odds = (filled - in_documents + 0.5) / (in_documents + 0.5)
         self.idf: NDArray[np.float32] = np.log1p(odds).astype(np.float32)
-        self.rank: NDArray[np.int32] | None = None
-        if ids is not None:
-            self.rank = np.empty(self.size, np.int32)
-            self.rank[sorted(range(self.size), key=ids.__getitem__)] = np.arange(self.size, dtype=np.int32)
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str], ids: Sequence[str] | None = None) -> LuceneIndex:
+    def from_texts(cls, texts: Iterable[str]) -> LuceneIndex:
         """An index over plain texts."""
-        return cls((Counter(analyze(text)) for text in texts), ids)
+        return cls(Counter(analyze(text)) for text in texts)
 
     def search(self, query: str | Iterable[str], k: int = 50) -> list[tuple[int, float]]:
         """The best k documents that hold a term of the query, as (document number, score), best first.
@@ -72,21 +67,20 @@ class LuceneIndex:
             part = slice(self.offsets[number], self.offsets[number + 1])
             # as in Lucene, shares are rounded to single precision and their sum is kept in double: ties depend on it
             scores[self.documents[part]] += self.impacts[part] * (np.float32(count) * self.idf[number])
-        return top_scores(scores.astype(np.float32), k, self.rank)
+        return top_scores(scores.astype(np.float32), k)
 
 
-def top_scores(scores: NDArray[Any], k: int, rank: NDArray[np.int32] | None = None) -> list[tuple[int, float]]:
-    """The best k documents with a score, as (document number, score), best first.
+def top_scores(scores: NDArray[Any], k: int) -> list[tuple[int, float]]:
+    """The best k documents with a score, as (document number, score), best first; equal ones by number.
 
     Args:
         scores: [documents]; 0: not found.
         k: at most so many.
-        rank: [documents], the order of equal scores; default: by document number.
     """
     hits = np.flatnonzero(scores)
     if len(hits) > k > 0:
         hits = hits[scores[hits] >= np.partition(scores[hits], -k)[-k]]
-    best = hits[np.lexsort((hits if rank is None else rank[hits], -scores[hits]))][:k]
+    best = hits[np.argsort(-scores[hits], kind="stable")][:k]
     return list(zip(best.tolist(), scores[best].tolist(), strict=True))
 
 

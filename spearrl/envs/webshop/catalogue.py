@@ -28,11 +28,10 @@ class Catalogue:
 
     def __init__(self, products: Iterable[Product]):
         self.products = tuple(products)
-        self.by_asin = {product["asin"]: product for product in self.products}
 
     @cached_property
     def index(self) -> LuceneIndex:
-        """Equal scores keep the products' order (Pyserini's index goes by asin: pass the asins as ids to have that)."""
+        """Equal scores keep the products' order (the original's Pyserini goes by asin)."""
         return LuceneIndex.from_texts(map(indexed_text, self.products))
 
     def search(self, keywords: list[str], limit: int = 50) -> list[Product]:
