@@ -85,7 +85,8 @@ def read_conversations(path: str) -> list[Transcript]:
         ConfigError: no such file, nothing in it, or lines that are no conversations; the first ones are named.
     """
     file, where = Path(path).expanduser(), f"sft.data={path}"
-    transcripts, problems = [], []
+    transcripts: list[Transcript] = []
+    problems: list[str] = []
     for number, record in read_records(file, layout=LAYOUT, where=where, on_broken_line=problems.append):
         try:
             transcripts.append(_conversation(record, f"{file.name}:{number}"))
