@@ -41,8 +41,7 @@ class TurnTable:
 
     def select(self, keep: torch.Tensor, row: torch.Tensor) -> TurnTable:
         """The turns where `keep` [N] is True; `row`: their new row numbers."""
-        kept = {name: tensor[keep] for name, tensor in self.tensors().items()}
-        return TurnTable(**{**kept, "row": row})
+        return TurnTable(**{**{name: tensor[keep] for name, tensor in self.tensors().items()}, "row": row})
 
     @staticmethod
     def concat(tables: Sequence[TurnTable], first_rows: Sequence[int]) -> TurnTable:
