@@ -29,55 +29,55 @@ HOSTILE = {
 }
 
 
-def random_calls(schemas: Sequence[Mapping[str, Any]], shown: str, draw: random.Random) -> list[str]:
-    """One call of every tool, as action texts. Half of the numbers and words come from `shown`, the observation."""
+def random_calls(schemas: Sequence[Mapping[str, Any]], text: str, draw: random.Random) -> list[str]:
+    """One call of every tool, as action texts. Half of the numbers and words come from `text`, the observation's."""
     calls = []
     for schema in schemas:
         function = schema["function"]
         parameters = {**function["parameters"], "type": "object"}
-        calls.append(call(function["name"], _value(parameters, parameters.get("$defs", {}), shown, draw, 0)))
+        sampler = _Sampler(parameters.get("$defs", {}), text, draw)
+        calls.append(call(function["name"], sampler.value(parameters)))
     return calls
 
 
-def _value(schema: Mapping[str, Any], types: Mapping[str, Any], shown: str, draw: random.Random, depth: int) -> Any:
-    """A value that a JSON schema takes. Bounds, choices and types are kept to; patterns and formats are not."""
-    if "$ref" in schema:
-        return _value(types.get(schema["$ref"].rpartition("/")[2], {}), types, shown, draw, depth + 1)
-    if "const" in schema or "enum" in schema:
-        return draw.choice(schema.get("enum") or [schema.get("const")])
-    for key in ("anyOf", "oneOf", "allOf"):
-        if schema.get(key):
-            return _value(draw.choice(schema[key]), types, shown, draw, depth + 1)
-    kind = schema.get("type", "string")
-    if kind in ("integer", "number"):
-        return _number(schema, shown, draw)
-    if kind == "boolean":
-        return draw.random() < 0.5
-    if kind == "array":
-        least, items = schema.get("minItems", 0), schema.get("items", {})
-        most = max(least, min(schema.get("maxItems", 2), 2 if depth < DEEPEST else 0))
-        return [_value(items, types, shown, draw, depth + 1) for _ in range(draw.randint(least, most))]
-    if kind == "object":
-        required = schema.get("required", ())
-        parts = [
-            (name, part)
-            for name, part in schema.get("properties", {}).items()
-            if name in required or (depth < DEEPEST and draw.random() < 0.5)
-        ]
-        return {name: _value(part, types, shown, draw, depth + 1) for name, part in parts}
-    if kind == "null":
-        return None
-    words = re.findall(r"\w+", shown)
-    text = draw.choice(words) if words and draw.random() < 0.5 else draw.choice(("a", "1", "go on", ""))
-    return text.ljust(schema.get("minLength", 0), "a")[: schema.get("maxLength")]
+class _Sampler:
+    """Draws values that a JSON schema takes. Bounds, choices and types are kept to; patterns and formats are not."""
 
+    def __init__(self, definitions: Mapping[str, Any], text: str, draw: random.Random):
+        self.definitions, self.text, self.draw = definitions, text, draw
 
-def _number(schema: Mapping[str, Any], shown: str, draw: random.Random) -> int | float:
-    """Within the bounds that the schema gives."""
-    low = schema.get("minimum", schema.get("exclusiveMinimum", -1) + 1)
-    high = max(low, schema.get("maximum", schema.get("exclusiveMaximum", low + 11) - 1))
-    numbers = [int(digits) for digits in re.findall(r"-?\d{1,9}", shown)]
-    fitting = [number for number in numbers if low <= number <= high or not schema.keys() & BOUNDS]
-    if fitting and draw.random() < 0.5:
-        return draw.choice(fitting)
-    return draw.randint(int(low), int(high)) if schema["type"] == "integer" else draw.uniform(low, high)
+    def value(self, schema: Mapping[str, Any], depth: int = 0) -> Any:
+        draw, kind = self.draw, schema.get("type", "string")
+        if "$ref" in schema:
+            return self.value(self.definitions.get(schema["$ref"].rpartition("/")[2], {}), depth + 1)
+        if "const" in schema or "enum" in schema:
+            return draw.choice(schema.get("enum") or [schema.get("const")])
+        for key in ("anyOf", "oneOf", "allOf"):
+            if schema.get(key):
+                return self.value(draw.choice(schema[key]), depth + 1)
+        if kind in ("integer", "number"):
+            return self.number(schema)
+        if kind == "boolean":
+            return draw.random() < 0.5
+        if kind == "array":
+            least, items = schema.get("minItems", 0), schema.get("items", {})
+            most = max(least, min(schema.get("maxItems", 2), 2 if depth < DEEPEST else 0))
+            return [self.value(items, depth + 1) for _ in range(draw.randint(least, most))]
+        if kind == "object":
+            required, properties = schema.get("required", ()), schema.get("properties", {})
+            names = [name for name in properties if name in required or (depth < DEEPEST and draw.random() < 0.5)]
+            return {name: self.value(properties[name], depth + 1) for name in names}
+        if kind == "null":
+            return None
+        words = re.findall(r"\w+", self.text)
+        word = draw.choice(words) if words and draw.random() < 0.5 else draw.choice(("a", "1", "go on", ""))
+        return word.ljust(schema.get("minLength", 0), "a")[: schema.get("maxLength")]
+
+    def number(self, schema: Mapping[str, Any]) -> int | float:
+        low = schema.get("minimum", schema.get("exclusiveMinimum", -1) + 1)
+        high = max(low, schema.get("maximum", schema.get("exclusiveMaximum", low + 11) - 1))
+        numbers = [int(digits) for digits in re.findall(r"-?\d{1,9}", self.text)]
+        fitting = [number for number in numbers if low <= number <= high or not schema.keys() & BOUNDS]
+        if fitting and self.draw.random() < 0.5:
+            return self.draw.choice(fitting)
+        return self.draw.randint(int(low), int(high)) if schema["type"] == "integer" else self.draw.uniform(low, high)
