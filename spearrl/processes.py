@@ -1,4 +1,4 @@
-"""Processes of this machine that run a module of ours and speak over a socket: how they begin, and how they end with everything they started."""
+"""Processes of this machine that run a module of ours and speak over a socket: how they begin, and how they end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ PARENT_CHECK_S = 1.0
 
 
 class Child:
-    """`python -m <module>` in a session of its own, at the other end of `connection`. Its first call is `connection_to_parent`.
+    """`python -m <module>` in a session of its own, at the other end of `connection`.
+
+    The module's first call is `connection_to_parent`.
 
     Args:
         environment: variables besides those of this process.
@@ -44,7 +46,8 @@ class Child:
 
     def kill(self) -> None:
         """End it and everything it started. May be called again, and from any thread."""
-        # The group outlives its leader (an engine's core); while the leader is not waited for, the group's number belongs to nobody else.
+        # The group outlives its leader (an engine's core). While nobody has waited for the leader, the group's number
+        # belongs to nobody else.
         with self._killing:
             if self.process.returncode is None:
                 with suppress(ProcessLookupError):
@@ -72,7 +75,10 @@ def under_launcher(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def connection_to_parent(end: Callable[[], Any] = lambda: os._exit(1)) -> Connection:
-    """For a Child's process: the socket. Ctrl-C is left to the parent; `end` is called once that is gone, whatever this process is doing then."""
+    """For the process of a Child: its socket. Ctrl-C is left to the parent.
+
+    Once the parent has gone, `end` is called, whatever this process is doing then.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
 
