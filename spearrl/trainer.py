@@ -23,7 +23,7 @@ from spearrl.rollout.episodes import Episodes
 from spearrl.run import Run
 from spearrl.run.checkpoint import clean, load_state, newest_checkpoint, save_checkpoint, save_state
 from spearrl.run.health import Health
-from spearrl.run.metrics import Clock, bonus_of, first_fault, sampler_gap, staleness, states_met
+from spearrl.run.metrics import Clock, bonus_of, first_fault, rollout_metrics, sampler_gap, staleness, states_met
 from spearrl.seeds import derive
 from spearrl.start.origin import Report, models_of_run, silent
 from spearrl.types import Group
@@ -136,9 +136,10 @@ class Trainer:
 
     def play(self, step: int) -> tuple[list[Group], dict[str, float]]:
         """The step's groups, and metrics of their episodes."""
-        groups, metrics = self.episodes.play(step, self.policy_version)
-        self.states_met = states_met(groups) if self.curriculum.needs_anchors else []
-        return groups, metrics
+        episodes = self.episodes.play(step, self.policy_version)
+        self.states_met = states_met(episodes.groups) if self.curriculum.needs_anchors else []
+        trained = algorithm.trainable(episodes.played, self.config.rollout.group_size)
+        return episodes.groups, {**rollout_metrics(episodes.played, trained), **episodes.measures}
 
     def learn(self, step: int, groups: list[Group], clock: Clock) -> dict[str, float]:
         """Rows, shaping, advantages, update, buffers, publish; returns the step's metrics."""

@@ -189,3 +189,8 @@ class Group:
     def valid(self) -> list[Trajectory]:
         """Siblings that may be trained on."""
         return [t for t in self.trajectories if not t.status.is_error]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the siblings that may be trained on differ in reward."""
+        return len({t.reward for t in self.valid}) > 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from spearrl.algorithm.credit import Credit, assign_credit, check_advantage, needs_critic, needs_reference
-from spearrl.algorithm.dynamic import mixed, play_rounds
 from spearrl.algorithm.memory import Memory
 from spearrl.algorithm.objectives import objectives
 from spearrl.algorithm.rewards import Shaped, episode_bonuses, shape, trainable
@@ -15,11 +14,9 @@ __all__ = [
     "assign_credit",
     "check_advantage",
     "episode_bonuses",
-    "mixed",
     "needs_critic",
     "needs_reference",
     "objectives",
-    "play_rounds",
     "shape",
     "trainable",
 ]

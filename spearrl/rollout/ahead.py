@@ -38,7 +38,7 @@ class Ahead:
         submit: begins an episode.
         tasks_of: tasks of a (1-based) step, `count` of them; group number n belongs to step n // count + 1, whose seeds it has.
         last_step: no group is begun for a later step.
-        tend: called while episodes are waited for; brings workers that were replaced to the current weights, raises where they cannot be.
+        poll: called while episodes are waited for; brings workers that were replaced to the current weights, raises where they cannot be.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class Ahead:
         group_size: int,
         max_staleness: int,
         last_step: int,
-        tend: Callable[[], None] = lambda: None,
+        poll: Callable[[], None] = lambda: None,
     ):
-        self._submit, self._tasks_of, self._tend = submit, tasks_of, tend
+        self._submit, self._tasks_of, self._poll = submit, tasks_of, poll
         self._count, self._size, self._staleness, self._last_step = count, group_size, max_staleness, last_step
         self._begun: dict[int, _Begun] = {}
         self._waiting: list[int] = []  # of a resumed run: begun before, not taken
@@ -87,7 +87,7 @@ class Ahead:
                 timeout=TICK_S,
                 return_when=FIRST_COMPLETED,
             )
-            self._tend()
+            self._poll()
         taken = {number: self._begun.pop(number) for number in chosen}
         for begun in taken.values():
             begun.group.trajectories = [future.result() for future in begun.episodes]

@@ -46,7 +46,7 @@ class Player(Protocol):
 
     def submit(self, task: Task, group: int, sibling: int, *, seed: tuple[int | str, ...]) -> Future[Trajectory]: ...
 
-    def tend(self) -> None:
+    def poll(self) -> None:
         """To be called now and then by whoever waits for submitted episodes, from the thread that owns the learner."""
         ...
 
@@ -169,7 +169,7 @@ class Collector:
             hint="set rollout.workers=1 or more",
         )
 
-    def tend(self) -> None:
+    def poll(self) -> None:
         """Nothing needs tending in one process."""
 
     def measure(self) -> None:

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from spearrl.algorithm import episode_bonuses, mixed
+from spearrl.algorithm import episode_bonuses
 from spearrl.batching import Batch, Rows, anchor_id
 from spearrl.config import AlgoSection
 from spearrl.types import Group, Trajectory
@@ -60,7 +60,7 @@ def rollout_metrics(groups: list[Group], trained: list[Group]) -> dict[str, floa
             "rollout/reward": mean([t.reward for t in sound]),
         }
     if any(len(g.trajectories) > 1 for g in trained):
-        metrics["rollout/mixed_groups"] = mean([mixed(g) for g in trained])
+        metrics["rollout/mixed_groups"] = mean([g.mixed for g in trained])
     metrics |= {f"status/{name}": float(count) for name, count in sorted(statuses.items())}
     return metrics | {f"env/{name}": value for name, value in numeric_means(sound).items()}
 

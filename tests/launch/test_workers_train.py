@@ -36,7 +36,7 @@ def test_a_run_ahead_goes_on_with_other_groups_per_step(tmp_path):
     """Groups that were begun are numbered by the old step size: the first resumed step begins its own."""
 
     class Nobody:
-        submit = tend = None
+        submit = poll = None
 
     def episodes(*changes):
         return Episodes(small_config(tmp_path, *WORKERS, "rollout.max_staleness=2", *changes), Nobody(), [])

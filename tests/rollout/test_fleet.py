@@ -116,7 +116,7 @@ def test_a_worker_killed_in_mid_episode_costs_nothing(
         on_start=lambda receiver: send_weights(receiver, model, fleet.version, tmp_path),
     )
     fleet.announce(1)
-    fleet.tend()
+    fleet.poll()
     names = ["fine-0", "fine-1", "fine-2"]
     wanted = episodes(play(in_process(model, tmp_path, *ROGUE[:1]), names))
     monkeypatch.setattr(
@@ -136,7 +136,7 @@ def test_a_worker_killed_in_mid_episode_costs_nothing(
     assert {turn.min_version for g in groups for t in g.trajectories for turn in t.turns} == {1}
     assert "signal SIGKILL" in capfd.readouterr().err
     until(lambda: len(list(fleet)) == 2, "the replacement is up")
-    fleet.tend()
+    fleet.poll()
     pids = [member.pid for member in fleet]
     assert victim.pid not in pids
     with killed_in_mid_episode(

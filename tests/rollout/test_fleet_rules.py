@@ -414,7 +414,7 @@ def test_a_replacement_gets_no_episode_before_it_has_the_current_weights(open_fl
         "rollout/stale"
     ] == 0
     wait_for(lambda: len(list(fleet)) == 2)
-    fleet.tend()
+    fleet.poll()
     assert {name for name, _ in caught} == {"worker 0 (fake)", "worker 1 (fake)"}
     assert {thread for _, thread in caught} == {threading.current_thread().name}, (
         "the learner is driven by its own thread only"

@@ -33,7 +33,7 @@ class Fleet:
 
     Args:
         launch: starts the worker of an index.
-        on_start: called with a replacement that does not have the current weights, from the thread that calls `tend`: has to bring them
+        on_start: called with a replacement that does not have the current weights, from the thread that calls `poll`: has to bring them
             (the bridge's catch_up). Until then the worker gets no episodes.
         report: told of what is noteworthy, from that thread too; default: standard error.
     Raises:
@@ -103,13 +103,13 @@ class Fleet:
         self._deal()
         return [pending.future for pending in batch]
 
-    def tend(self) -> None:
+    def poll(self) -> None:
         """Bring replacements to the current weights. To be called by whoever waits for episodes, from the thread that owns the learner.
 
         Raises:
             WorkerError: the fleet came to its end.
         """
-        self.tell()
+        self.report_notes()
         self._check()
         behind = [member for member in self if member.version != self.version]
         for member in behind:
@@ -123,7 +123,7 @@ class Fleet:
             except WorkerLost as error:
                 self._notes.append(f"{error}, while it was given its first weights")
 
-    def tell(self) -> None:
+    def report_notes(self) -> None:
         """Report what happened since the last time."""
         while self._notes:
             self._report(self._notes.popleft())
@@ -352,12 +352,12 @@ class FleetCollector:
         try:
             waiting: set[Future[Trajectory]] = set(futures)
             while waiting:
-                self.fleet.tend()
+                self.fleet.poll()
                 done, waiting = wait(waiting, timeout=TICK_S, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
         finally:
-            self.fleet.tell()
+            self.fleet.report_notes()
             for future in futures:
                 future.cancel()
         for place, group in enumerate(groups):
@@ -366,7 +366,7 @@ class FleetCollector:
         return groups
 
     def submit(self, task: Task, group: int, sibling: int, *, seed: tuple[int | str, ...]) -> Future[Trajectory]:
-        """Have one episode played while other things are done; see Fleet.submit. Whoever waits for it calls `tend` now and then."""
+        """Have one episode played while other things are done; see Fleet.submit. Whoever waits for it calls `poll` now and then."""
         return self.fleet.submit([self._assignment(task, group, sibling, seed)])[0]
 
     def measure(self) -> None:
@@ -377,9 +377,9 @@ class FleetCollector:
         }
         self._before, self._since = totals, now
 
-    def tend(self) -> None:
-        """See Fleet.tend."""
-        self.fleet.tend()
+    def poll(self) -> None:
+        """See Fleet.poll."""
+        self.fleet.poll()
 
     def close(self) -> None:
         """End the fleet, which other collectors may share."""
