@@ -20,7 +20,7 @@ from spearrl.launch.worker_process import open_worker
 from spearrl.processes import child_environment
 from spearrl.rollout.workers.link import Launcher, Link, log_tail
 from spearrl.rollout.workers.messages import Start
-from spearrl.rollout.workers.worker import RolloutWorker
+from spearrl.rollout.workers.rollout_worker import RolloutWorker
 
 RESOURCES_S = 30.0  # in which a cluster that is just being started may bring what is asked of it
 CONNECT_S = 10.0

@@ -23,7 +23,7 @@ from spearrl.models.chat import ChatEncoder
 from spearrl.processes import connection_to_parent
 from spearrl.rollout.workers.link import Launcher, Link, ProcessLink
 from spearrl.rollout.workers.messages import Start
-from spearrl.rollout.workers.worker import RolloutWorker, portable
+from spearrl.rollout.workers.rollout_worker import RolloutWorker, portable
 
 GOODBYE_S = 3.0
 
@@ -62,7 +62,7 @@ def build_worker(start: Start, send: Callable[[bytes], None]) -> RolloutWorker:
         engine,
         receiver_of(engine),
         pool,
-        collector=lambda sampling: make_collector(config, engine, encoder, pool, sampling=sampling),
+        make_collector=lambda sampling: make_collector(config, engine, encoder, pool, sampling=sampling),
         send=send,
     )
 

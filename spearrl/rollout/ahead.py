@@ -30,15 +30,17 @@ class _Begun:
 class Ahead:
     """Plays the groups of coming steps while the learner works on earlier ones.
 
-    At step t those of the steps up to t + max_staleness are under way. A step takes the oldest that have finished and waits only for those that later steps
-    could not take in time; the others carry over. What is taken was therefore begun with weights at most `max_staleness` versions old, and its tokens are
-    no older.
+    At step t those of the steps up to t + max_staleness are under way. A step takes the oldest that have finished and
+    waits only for those that later steps could not take in time; the others carry over. What is taken was therefore
+    begun with weights at most `max_staleness` versions old, and its tokens are no older.
 
     Args:
         submit: begins an episode.
-        tasks_of: tasks of a (1-based) step, `count` of them; group number n belongs to step n // count + 1, whose seeds it has.
+        tasks_of: tasks of a (1-based) step, `count` of them; group number n belongs to step n // count + 1, whose seeds
+            it has.
         last_step: no group is begun for a later step.
-        poll: called while episodes are waited for; brings workers that were replaced to the current weights, raises where they cannot be.
+        poll: called while episodes are waited for; brings workers that were replaced to the current weights, raises
+            where they cannot be.
     """
 
     def __init__(
@@ -118,7 +120,9 @@ class Ahead:
         self._begun.clear()
 
     def _chosen(self, version: int) -> list[int] | None:
-        """The oldest finished groups, as many as a step takes; None while they leave more old ones behind than the steps before their limit can take."""
+        """The oldest finished groups, as many as a step takes; None while they leave more old ones behind than the
+        steps before their limit can take.
+        """
         wanted = min(self._count, len(self._begun))
         chosen = [number for number, begun in self._begun.items() if begun.done][:wanted]
         for limit in {begun.version for begun in self._begun.values()}:

@@ -19,19 +19,21 @@ from spearrl.seeds import derive
 from spearrl.types import Group, Image, Message, Observation, Reply, Status, Task, Trajectory, Turn
 
 MAX_SIBLINGS = 4096  # trajectory id = group id * this + sibling
-CUT = (Status.CONTEXT_LIMIT, Status.OVERLONG)
+CUT_SHORT = (Status.CONTEXT_LIMIT, Status.OVERLONG)
 ATTEMPTS = 2  # a faulty episode is played once more with the same seeds
 ALL_FAILED = 8  # episodes that all end in engine errors, twice in a row: nothing better is to be expected of it
-MEASURED = ("env_seconds", "sampled_tokens", "prefilled_tokens", "cached_tokens")
+MEASURES = ("env_seconds", "sampled_tokens", "prefilled_tokens", "cached_tokens")
+Seed = tuple[int | str, ...]  # what the random draws of an episode derive from
 T = TypeVar("T")
 
 
 class Player(Protocol):
-    """Plays episodes: a Collector in this process, or a fleet of workers."""
+    """Plays episodes: a Collector in this process, or a fleet of workers.
 
-    measures: dict[
-        str, float
-    ]  # of the last collect(): seconds, engine_seconds, env_seconds, tokens, env/…; of a fleet also rollout/…
+    measures: of the last `collect`: seconds, engine_seconds, MEASURES, env/…; of a fleet also rollout/….
+    """
+
+    measures: dict[str, float]
 
     def collect(
         self,
@@ -44,14 +46,14 @@ class Player(Protocol):
         purpose: str = "rollout",
     ) -> list[Group]: ...
 
-    def submit(self, task: Task, group: int, sibling: int, *, seed: tuple[int | str, ...]) -> Future[Trajectory]: ...
+    def submit(self, task: Task, group: int, sibling: int, *, seed: Seed) -> Future[Trajectory]: ...
 
     def poll(self) -> None:
         """To be called now and then by whoever waits for submitted episodes, from the thread that owns the learner."""
         ...
 
     def measure(self) -> None:
-        """`measures` of what was submitted: since the last `measure` or `collect`."""
+        """Set `measures` to those of what was submitted: since the last `measure` or `collect`."""
         ...
 
     def close(self) -> None: ...
@@ -63,26 +65,42 @@ class _Episode:
 
     trajectory: Trajectory
     slot: PooledSlot
-    sampling_seed: tuple[int | str, ...]
+    sampling_seed: Seed
     observation: Observation
     messages: list[Message]  # of the next prompt, as the environment gives them
     tools: list[dict[str, Any]]
     conversation: list[Message] = field(default_factory=list)
-    said: int = 0  # reply tokens so far
+    reply_tokens: int = 0
 
 
 class Collector:
     """Plays tasks with an engine.
 
+    How an episode goes. A slot of the pool resets its environment with a seed that all siblings share. Then, turn by
+    turn: the environment's messages become prompt ids; the engine samples a reply, with a seed of this sibling and
+    turn; the reply is parsed and stepped, which gives reward, next observation and next messages. What the engine
+    sampled is kept as token ids and never tokenised again. The episode ends with
+
+    - SUCCESS or FAILURE, where the environment terminates it;
+    - TURN_LIMIT, where the environment truncates it, or after `max_turns` turns;
+    - CONTEXT_LIMIT, where the prompt leaves no room for a reply, or OVERLONG, where `max_response_tokens` are used up:
+      before the turn is played.
+
+    An episode that runs into one of the Collector's own limits (`max_turns`, context, response tokens) gets the
+    environment's `cut_reward` on its last turn. One whose environment or engine fails is played once more from the
+    start, with the same seeds, and is ENV_ERROR or ENGINE_ERROR where it fails again. One whose slot is lost through
+    another's fault is played again, as often as the pool's budget allows.
+
     Args:
         style: "chat" (one growing conversation) or "windowed" (a fresh prompt every turn).
+        max_reply_tokens: reply tokens of a turn.
         max_response_tokens: reply tokens of an episode; 0: no limit.
         context_tokens: prompt plus reply tokens of one request.
         reply_deadline_s: seconds the engine may take over one reply; none: any.
         pool: where the environment steps (two collectors may share one); none: a pool of its own with default limits.
     Raises:
-        ConfigError: the environment's `execution` is not known; style "windowed" with an environment that offers no windowed prompts, or
-            function schemas with a chat template that does not show them (at the first episode).
+        ConfigError: the environment's `execution` is not known; style "windowed" with an environment that offers no
+            windowed prompts, or function schemas with a chat template that does not show them (at the first episode).
     """
 
     def __init__(
@@ -102,20 +120,16 @@ class Collector:
         pool: Pool | None = None,
     ):
         self.engine, self.encoder, self.environment = engine, encoder, environment
-        self.style, self.max_turns = style, max_turns
-        self.max_reply_tokens, self.max_response_tokens, self.context_tokens = (
-            max_reply_tokens,
-            max_response_tokens,
-            context_tokens,
-        )
+        self.style, self.max_turns, self.max_reply_tokens = style, max_turns, max_reply_tokens
+        self.max_response_tokens, self.context_tokens = max_response_tokens, context_tokens
         self.temperature, self.top_p, self.reply_deadline_s = temperature, top_p, reply_deadline_s
-        self._in_vain = 0
-        self.measures: dict[str, float] = dict.fromkeys(MEASURED, 0.0)
-        self.held: dict[
-            tuple[int | str, ...], int
-        ] = {}  # tokens (prompt and reply) of each episode under way, by sampling seed: ids may meet an evaluation's
         self.pool = pool or open_pool(environment, style=style)
-        self._shown_tools = False  # whether the template was seen to show function schemas
+        self.measures: dict[str, float] = dict.fromkeys(MEASURES, 0.0)
+        # Tokens (prompt and reply) of each episode under way, by sampling seed: ids of a step may be an evaluation's
+        # too.
+        self.tokens_held: dict[Seed, int] = {}
+        self._failures = 0  # calls of `collect` in a row in which all failed
+        self._tools_checked = False  # whether the template was seen to show function schemas
 
     def collect(
         self,
@@ -138,39 +152,26 @@ class Collector:
         """
         budget = self.pool.budget
         budget.refill()
-        before = (budget.restarts, budget.deadlines)
+        restarts, deadlines = budget.restarts, budget.deadlines
         start, busy = time.monotonic(), self.engine.counters.get("seconds", 0.0)
-        self.measures = dict.fromkeys(MEASURED, 0.0)
+        self.measures = dict.fromkeys(MEASURES, 0.0)
         groups = _run(self._collect(tasks, group_size, (purpose, run_seed, step), first_group_id))
         self._check_engine([trajectory for group in groups for trajectory in group.trajectories])
-        self.measures["seconds"] = time.monotonic() - start
-        self.measures["engine_seconds"] = self.engine.counters.get("seconds", 0.0) - busy
         self.measures |= {
-            "env/restarts": float(budget.restarts - before[0]),
-            "env/deadline": float(budget.deadlines - before[1]),
+            "seconds": time.monotonic() - start,
+            "engine_seconds": self.engine.counters.get("seconds", 0.0) - busy,
+            "env/restarts": float(budget.restarts - restarts),
+            "env/deadline": float(budget.deadlines - deadlines),
         }
         return groups
 
-    def _check_engine(self, played: Sequence[Trajectory]) -> None:
-        failed = [trajectory for trajectory in played if trajectory.status is Status.ENGINE_ERROR]
-        self._in_vain = self._in_vain + 1 if len(failed) == len(played) >= ALL_FAILED else 0
-        if failed and (not self.engine.health() or self._in_vain > 1):
-            fault = (failed[0].error or "").strip().rpartition("\n")[2]
-            hint = "its own output says why; resume the run from its last checkpoint (with rollout.workers=1 an engine that dies is replaced)"
-            raise EngineError(
-                f"{len(failed)} of {len(played)} episodes ended in engine errors: {fault}", where="engine", hint=hint
-            )
-
-    def submit(self, task: Task, group: int, sibling: int, *, seed: tuple[int | str, ...]) -> Future[Trajectory]:
+    def submit(self, task: Task, group: int, sibling: int, *, seed: Seed) -> Future[Trajectory]:
         """Not offered: generation ahead of the learner needs workers."""
-        raise ConfigError(
-            "episodes cannot be played ahead in the trainer's own process",
-            where="rollout.max_staleness",
-            hint="set rollout.workers=1 or more",
-        )
+        text, hint = "episodes cannot be played ahead in the trainer's own process", "set rollout.workers=1 or more"
+        raise ConfigError(text, where="rollout.max_staleness", hint=hint)
 
     def poll(self) -> None:
-        """Nothing needs tending in one process."""
+        """Nothing runs beside this process."""
 
     def measure(self) -> None:
         """Nothing is submitted in one process."""
@@ -179,48 +180,59 @@ class Collector:
         """Close every environment slot, and end what steps them."""
         self.pool.close()
 
-    async def _collect(
-        self, tasks: Sequence[Task], group_size: int, seed: tuple[int | str, ...], first_group_id: int
-    ) -> list[Group]:
-        groups = [Group(first_group_id + place, task) for place, task in enumerate(tasks)]
-        members = [(g, place, sibling) for place, g in enumerate(groups) for sibling in range(group_size)]
-        coroutines = [
-            self.play(Trajectory(g.task, g.id, s, g.id * MAX_SIBLINGS + s), (*seed, place)) for g, place, s in members
+    def _check_engine(self, trajectories: Sequence[Trajectory]) -> None:
+        failed = [trajectory for trajectory in trajectories if trajectory.status is Status.ENGINE_ERROR]
+        self._failures = self._failures + 1 if len(failed) == len(trajectories) >= ALL_FAILED else 0
+        if failed and (not self.engine.health() or self._failures > 1):
+            fault = (failed[0].error or "").strip().rpartition("\n")[2]
+            text = f"{len(failed)} of {len(trajectories)} episodes ended in engine errors: {fault}"
+            hint = (
+                "its own output says why; resume the run from its last checkpoint "
+                "(with rollout.workers=1 an engine that dies is replaced)"
+            )
+            raise EngineError(text, where="engine", hint=hint)
+
+    async def _collect(self, tasks: Sequence[Task], group_size: int, seed: Seed, first_group_id: int) -> list[Group]:
+        groups = [Group(first_group_id + position, task) for position, task in enumerate(tasks)]
+        episodes = [
+            self.play(group.task, group.id, sibling, seed=(*seed, position))
+            for position, group in enumerate(groups)
+            for sibling in range(group_size)
         ]
-        played = await asyncio.gather(*coroutines)
-        for (group, _, _), trajectory in zip(members, played, strict=True):
-            group.trajectories.append(trajectory)
+        trajectories = await asyncio.gather(*episodes)
+        for index, group in enumerate(groups):
+            group.trajectories = trajectories[index * group_size : (index + 1) * group_size]
         return groups
 
-    async def play(self, trajectory: Trajectory, seed: tuple[int | str, ...]) -> Trajectory:
-        """Play one episode, twice where it is faulty. `trajectory` says which; `seed`: (purpose, run seed, step, place of the task in its step)."""
+    async def play(self, task: Task, group: int, sibling: int, *, seed: Seed) -> Trajectory:
+        """Play one episode, twice where it is faulty.
+
+        `seed`: (purpose, run seed, step, position of the task in its step).
+        """
         try:
-            return await self._play(trajectory, seed)
+            faults = 0
+            while True:
+                trajectory = Trajectory(task, group, sibling, group * MAX_SIBLINGS + sibling)
+                try:
+                    await self._attempt(trajectory, seed)
+                except SlotLost:  # its worker fell to another episode; the pool's budget bounds how often
+                    continue
+                except EngineError:
+                    trajectory.status, trajectory.error = Status.ENGINE_ERROR, traceback.format_exc()
+                except EnvironmentFault:
+                    trajectory.status, trajectory.error = Status.ENV_ERROR, traceback.format_exc()
+                except (ContractError, ConfigError, WorkerError):
+                    raise
+                except Exception:  # whatever an environment raises costs its own episode only
+                    trajectory.status, trajectory.error = Status.ENV_ERROR, traceback.format_exc()
+                faults += trajectory.status.is_error
+                if not trajectory.status.is_error or faults == ATTEMPTS:
+                    return trajectory
         finally:
-            self.held.pop((*seed, trajectory.sibling), None)
+            self.tokens_held.pop((*seed, sibling), None)
 
-    async def _play(self, trajectory: Trajectory, seed: tuple[int | str, ...]) -> Trajectory:
-        faults = 0
-        while True:
-            trajectory = Trajectory(trajectory.task, trajectory.group, trajectory.sibling, trajectory.id)
-            try:
-                await self._attempt(trajectory, seed)
-            except SlotLost:  # its worker fell to another episode; the pool's budget bounds how often
-                continue
-            except EngineError:
-                trajectory.status, trajectory.error = Status.ENGINE_ERROR, traceback.format_exc()
-            except EnvironmentFault:
-                trajectory.status, trajectory.error = Status.ENV_ERROR, traceback.format_exc()
-            except (ContractError, ConfigError, WorkerError):
-                raise
-            except Exception:  # whatever an environment raises costs its own episode only
-                trajectory.status, trajectory.error = Status.ENV_ERROR, traceback.format_exc()
-            faults += trajectory.status.is_error
-            if not trajectory.status.is_error or faults == ATTEMPTS:
-                return trajectory
-
-    async def _attempt(self, trajectory: Trajectory, seed: tuple[int | str, ...]) -> None:
-        """Play the episode in a slot of the pool; a slot whose environment failed, or that was left in the middle of a call, is not used again."""
+    async def _attempt(self, trajectory: Trajectory, seed: Seed) -> None:
+        """Play the episode in a slot, which is used again unless its environment failed or was left in the middle of a call."""
         slot = self.pool.acquire()
         sound = False
         try:
@@ -235,17 +247,16 @@ class Collector:
             else:
                 self._discard(slot)
 
-    async def _episode(self, trajectory: Trajectory, slot: PooledSlot, seed: tuple[int | str, ...]) -> None:
+    async def _episode(self, trajectory: Trajectory, slot: PooledSlot, seed: Seed) -> None:
         start = await self._timed(self.pool.start(slot, trajectory.task, derive("env", *seed)))
-        episode = _Episode(
-            trajectory, slot, (*seed, trajectory.sibling), start.observation, start.messages, start.tools
-        )
+        sampling_seed = (*seed, trajectory.sibling)
+        episode = _Episode(trajectory, slot, sampling_seed, start.observation, start.messages, start.tools)
         trajectory.status = Status.TURN_LIMIT
         for number in range(self.max_turns):
             ended = await self._turn(episode, number)
             if ended is not None:
                 trajectory.status = ended
-                if ended not in CUT:
+                if ended not in CUT_SHORT:
                     return
                 break
         if trajectory.turns:
@@ -256,60 +267,63 @@ class Collector:
         trajectory, observation = episode.trajectory, episode.observation
         prompt = self._prompt(episode)
         room = self.context_tokens - len(prompt)
-        left = self.max_response_tokens - episode.said if self.max_response_tokens else room
+        left = self.max_response_tokens - episode.reply_tokens if self.max_response_tokens else room
         if room < 1:
             return Status.CONTEXT_LIMIT
         if left < 1:
             return Status.OVERLONG
-        allowed = (
-            None
-            if observation.allowed_ids is None
-            else tuple(sorted({*observation.allowed_ids, *self.encoder.stop_ids}))
-        )
-        sampling = Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            max_tokens=min(self.max_reply_tokens, room, left),
-            stop_ids=self.encoder.stop_ids,
-            allowed_ids=allowed,
-            seed=derive(*episode.sampling_seed, number),
-        )
-        request_id = (trajectory.group, trajectory.sibling, number)
-        self.held[episode.sampling_seed] = len(prompt)
-        images = self._images(episode)
-        completion = await self.engine.generate(
-            Request(request_id, prompt, images, sampling, deadline_s=self.reply_deadline_s)
-        )
-        self.held[episode.sampling_seed] += len(completion.token_ids)
-        self.measures["sampled_tokens"] += len(completion.token_ids)
+        request = self._request(episode, number, prompt, min(self.max_reply_tokens, room, left))
+        self.tokens_held[episode.sampling_seed] = len(prompt)
+        completion = await self.engine.generate(request)
+        tokens = completion.token_ids
+        self.tokens_held[episode.sampling_seed] += len(tokens)
+        self.measures["sampled_tokens"] += len(tokens)
         self.measures["cached_tokens"] += completion.cached_tokens
         self.measures["prefilled_tokens"] += len(prompt) - completion.cached_tokens
-        text = self.encoder.decode(completion.token_ids)
-        reply = Reply(text, completion.token_ids, completion.finish_reason)
+        text = self.encoder.decode(tokens)
+        reply = Reply(text, tokens, completion.finish_reason)
         played = await self._timed(self.pool.act(episode.slot, reply, number + 1 == self.max_turns))
         outcome = played.outcome
-        episode.said += len(completion.token_ids)
-        turn = Turn(
-            prompt,
-            completion.token_ids,
-            completion.logprobs,
-            completion.finish_reason,
-            text,
-            observation.text,
-            observation.anchor,
-            played.action,
+        trajectory.turns.append(
+            Turn(
+                prompt_ids=prompt,
+                token_ids=tokens,
+                logprobs=completion.logprobs,
+                finish_reason=completion.finish_reason,
+                reply=text,
+                observation=observation.text,
+                anchor=observation.anchor,
+                action=played.action,
+                reward=float(outcome.reward),
+                min_version=completion.min_version,
+                max_version=completion.max_version,
+                images=request.images,
+                allowed_ids=request.sampling.allowed_ids,
+            )
         )
-        turn.min_version, turn.max_version, turn.images = completion.min_version, completion.max_version, images
-        turn.allowed_ids = allowed
-        trajectory.turns.append(turn)
-        turn.reward = float(outcome.reward)
         trajectory.info = dict(outcome.info)
         trajectory.faults += bool(outcome.info.get("fault"))
+        episode.reply_tokens += len(tokens)
         episode.conversation.append(self.encoder.reply_message(text))
         episode.observation, episode.messages = outcome.observation, played.messages
         if outcome.terminated:
             return Status.SUCCESS if outcome.info.get("success") else Status.FAILURE
         return Status.TURN_LIMIT if outcome.truncated else None
+
+    def _request(self, episode: _Episode, number: int, prompt: tuple[int, ...], max_tokens: int) -> Request:
+        trajectory, allowed = episode.trajectory, episode.observation.allowed_ids
+        sampling = Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_tokens=max_tokens,
+            stop_ids=self.encoder.stop_ids,
+            allowed_ids=None if allowed is None else tuple(sorted({*allowed, *self.encoder.stop_ids})),
+            seed=derive(*episode.sampling_seed, number),
+        )
+        messages = episode.messages if self.style == "windowed" else episode.conversation
+        images: tuple[Image, ...] = tuple(image for message in messages for image in message.images)
+        request_id = (trajectory.group, trajectory.sibling, number)
+        return Request(request_id, prompt, images, sampling, deadline_s=self.reply_deadline_s)
 
     def _prompt(self, episode: _Episode) -> tuple[int, ...]:
         turns, new = episode.trajectory.turns, episode.messages
@@ -325,24 +339,21 @@ class Collector:
             return prompt
         return self.encoder.extend(turns[-1].prompt_ids, turns[-1].token_ids, new)
 
-    def _images(self, episode: _Episode) -> tuple[Image, ...]:
-        """All pictures of the prompt, in order."""
-        return tuple(
-            image
-            for m in (episode.messages if self.style == "windowed" else episode.conversation)
-            for image in m.images
-        )
-
     def _start(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> tuple[int, ...]:
-        """A whole conversation's ids. A template that leaves the function schemas out would have the policy guess them."""
+        """A whole conversation's ids.
+
+        Under a template that leaves the function schemas out the policy would guess them.
+        """
         prompt = self.encoder.start(messages, tools)
-        if tools and not self._shown_tools:
+        if tools and not self._tools_checked:
             if prompt == self.encoder.start(messages):
-                hint = 'use env.options.describe="prompt" (a ToolEnvironment then says itself what its tools are), or a model whose template shows tools'
-                raise ConfigError(
-                    "the chat template does not show the environment's tools", where="model.path", hint=hint
+                text = "the chat template does not show the environment's tools"
+                hint = (
+                    'use env.options.describe="prompt" (a ToolEnvironment then says itself what its tools are), '
+                    "or a model whose template shows tools"
                 )
-            self._shown_tools = True
+                raise ConfigError(text, where="model.path", hint=hint)
+            self._tools_checked = True
         return prompt
 
     async def _timed(self, call: Awaitable[T]) -> T:

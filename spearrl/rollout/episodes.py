@@ -45,8 +45,9 @@ class Episodes:
     def play(self, step: int, version: int) -> StepEpisodes:
         """The step's groups. `version`: of the learner's weights.
 
-        With dynamic sampling (DAPO, arXiv 2503.14476 eq. 11) groups whose episodes all earn the same, which teach nothing, are left out and
-        further tasks played, until there are rollout.groups_per_step others; the last permitted round is taken whole.
+        With dynamic sampling (DAPO, arXiv 2503.14476 eq. 11) groups whose episodes all earn the same, which teach
+        nothing, are left out and further tasks played, until there are rollout.groups_per_step others; the last
+        permitted round is taken whole.
         """
         dynamic = self.config.algo.dynamic
         rounds = dynamic.rounds if dynamic.enabled else 1
@@ -71,7 +72,11 @@ class Episodes:
         return {"groups_played": self.groups_played, "ahead": self.ahead.state_dict() if self.ahead else None}
 
     def load_state_dict(self, state: dict[str, Any], *, step: int) -> None:
-        """Go on after `step`. A run may change rollout.max_staleness when it is resumed; with other groups_per_step, groups under way are given up."""
+        """Go on after `step`.
+
+        A run may change rollout.max_staleness when it is resumed; with other groups_per_step, groups under way are
+        given up.
+        """
         self.groups_played = state["groups_played"]
         if self.ahead and state["ahead"] and state["ahead"]["count"] == self.config.rollout.groups_per_step:
             self.ahead.load_state_dict(state["ahead"])
@@ -120,7 +125,9 @@ class Episodes:
 
 
 def tasks_of_step(tasks: Sequence[Task], step: int, count: int, seed: int) -> list[Task]:
-    """The `count` tasks of a (1-based) step: shuffled epochs, a function of (seed, step) alone, so that resuming needs no cursor."""
+    """The `count` tasks of a (1-based) step: shuffled epochs, a function of (seed, step) alone, so that resuming needs
+    no cursor.
+    """
     epochs = (divmod(number, len(tasks)) for number in range((step - 1) * count, step * count))
     return [tasks[_shuffled(len(tasks), seed, epoch)[index]] for epoch, index in epochs]
 

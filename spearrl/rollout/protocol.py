@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
-
-import torch
 
 from spearrl.types import Image
 
 
 @dataclass(slots=True, frozen=True)
 class Sampling:
-    """How a reply is drawn. Log-probabilities are of logits / temperature, renormalised over what top_p and allowed_ids leave."""
+    """How a reply is drawn.
+
+    Log-probabilities are of logits / temperature, renormalised over what top_p and allowed_ids leave.
+    """
 
     temperature: float = 1.0  # 0: greedy, with log-probabilities at temperature 1
     top_p: float = 1.0
@@ -26,13 +25,12 @@ class Sampling:
 
 @dataclass(slots=True, frozen=True)
 class Request:
-    """One reply to sample. `id` orders admission: (group, sibling, turn)."""
+    """One reply to sample. `id` orders admission: (…, group, sibling, turn)."""
 
     id: tuple[int, ...]
     token_ids: tuple[int, ...]
     images: tuple[Image, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
-    adapter: str | None = None
     deadline_s: float | None = None  # seconds after which the engine gives the request up
 
 
@@ -56,7 +54,8 @@ def request_problem(request: Request, *, vocabulary: int, context_tokens: int) -
         or sampling.max_tokens < 1
         or len(request.token_ids) + sampling.max_tokens > context_tokens
     ):
-        return f"{len(request.token_ids)} prompt + {sampling.max_tokens} reply tokens; the context holds {context_tokens} and each must be >= 1"
+        lengths = f"{len(request.token_ids)} prompt + {sampling.max_tokens} reply tokens"
+        return f"{lengths}; the context holds {context_tokens} and each must be >= 1"
     if not 0 <= min(request.token_ids) <= max(request.token_ids) < vocabulary:
         return f"token ids must lie in 0..{vocabulary - 1}"
     if sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
@@ -83,10 +82,8 @@ class Engine(Protocol):
     def resume(self) -> None: ...
 
     def publish(self, version: int) -> None:
-        """The parameters the engine shares with the learner changed in place; nothing cached before may be used again."""
+        """The parameters shared with the learner changed in place; nothing cached before may be used again."""
         ...
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | Path, version: int) -> None: ...
 
     def health(self) -> bool: ...
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-
-import torch
+from collections.abc import Callable, Sequence
 
 from spearrl.errors import EngineError
 from spearrl.rollout.protocol import Completion, Request
 
 
 class ScriptedEngine:
-    """Answers every request with `reply(request)`, log-probability −1 a token; an exception of the function becomes an EngineError."""
+    """Answers with `reply(request)`, log-probability −1 a token; what the function raises becomes an EngineError."""
 
     def __init__(self, reply: Callable[[Request], Sequence[int]]):
         self.version = 0
@@ -42,9 +39,6 @@ class ScriptedEngine:
 
     def publish(self, version: int) -> None:
         self.version = version
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | Path, version: int) -> None:
-        self.publish(version)
 
     def health(self) -> bool:
         return True

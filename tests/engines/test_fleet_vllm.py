@@ -43,7 +43,7 @@ def fleet(model: str, gate: Gate, tmp_path_factory: pytest.TempPathFactory):
         model, tmp_path_factory.mktemp("run"), *changes, on_start=lambda receiver: bridges[0].catch_up(receiver)
     )
     yield opened
-    pids = [pid for member in opened for pid in processes_of(member.pid)]
+    pids = [pid for worker in opened for pid in processes_of(worker.pid)]
     assert len(pids) >= 4, "a worker and an engine's core each"
     opened.close()
     wait_gone(pids)
@@ -83,9 +83,9 @@ def publish(fleet: Fleet, bridge: Bridge, version: int) -> dict[str, float]:
     return bridge.publish(version)
 
 
-def core_of(member) -> int:
+def core_of(worker) -> int:
     """The process of a worker's engine."""
-    own = processes_of(member.pid)[1:]
+    own = processes_of(worker.pid)[1:]
     return next(
         pid
         for pid in own
@@ -101,7 +101,7 @@ def test_the_fleet_plays_what_the_local_engine_plays_when_greedy(fleet: Fleet, m
 
 def test_workers_and_engines_that_die_come_back_with_the_synced_weights(fleet: Fleet, bridge: Bridge, gate: Gate):
     collector = fleet.collector(1.0, 1.0)
-    assert publish(fleet, bridge, 1)["sync/probe_gap"] <= 1e-3 and [member.version for member in fleet] == [1, 1]
+    assert publish(fleet, bridge, 1)["sync/probe_gap"] <= 1e-3 and [worker.version for worker in fleet] == [1, 1]
     before = play(collector, TASKS)
     next(bridge.learner.model.parameters()).data.mul_(-1.0)
     publish(fleet, bridge, 2)

@@ -53,7 +53,7 @@ def test_an_address_without_a_cluster_is_an_error_at_once(model: str, tmp_path: 
 
 def raylets(fleet: Fleet) -> set[str]:
     """The node processes whose children the workers are."""
-    return {Path(f"/proc/{member.pid}/stat").read_text().rpartition(")")[2].split()[1] for member in fleet}
+    return {Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[1] for worker in fleet}
 
 
 def test_what_the_cluster_lacks_is_named(cluster, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -95,7 +95,7 @@ def test_workers_land_on_different_nodes_and_a_dead_nodes_episodes_are_played_ag
         assert {turn.min_version for g in groups for t in g.trajectories for turn in t.turns} == {1}
         until(lambda: len(list(fleet)) == 2, "the replacement is up, on the node that is left")
         assert len(raylets(fleet)) == 1
-        pids = [member.pid for member in fleet]
+        pids = [worker.pid for worker in fleet]
     finally:
         fleet.close()
     wait_gone(pids)

@@ -21,7 +21,7 @@ from spearrl.learner import LocalLearner
 from spearrl.rollout import Completion, LocalEngine, Request, Sampling
 from spearrl.rollout.vllm import VLLMEngine
 from spearrl.types import Action, Group, Image, Status, Task, Trajectory, Turn
-from tests.support.engine_requests import VOCABULARY, all_begun, prompt, requests, serve
+from tests.support.engine_requests import VOCABULARY, all_begun, prompt, requests, send_weights, serve
 from tests.support.gates import LIMIT_S
 
 CONTEXT, BLOCK = 512, 128
@@ -259,7 +259,6 @@ def test_cancel_and_a_cancelled_caller(engine):
         ({"sampling": Sampling(temperature=0.001, max_tokens=4)}, "at least 0.01"),
         ({"sampling": Sampling(allowed_ids=(), max_tokens=4)}, "allowed_ids"),
         ({"images": (Image(b"no picture"),)}, "takes no images"),
-        ({"adapter": "folder"}, "without adapters"),
     ],
 )
 def test_requests_that_cannot_be_served(engine, changes, text):
@@ -276,7 +275,7 @@ def test_new_weights_label_the_tokens_drawn_from_them(engine, folder, tmp_path):
     async def play():
         running = [asyncio.create_task(engine.generate(endless(i))) for i in range(4)]
         await all_begun(engine, 4)
-        await asyncio.to_thread(engine.load_weights, tmp_path, 7)
+        await asyncio.to_thread(send_weights, engine.receiver, tmp_path, 7)
         return await asyncio.gather(*running)
 
     for completion in asyncio.run(play()):
@@ -284,7 +283,7 @@ def test_new_weights_label_the_tokens_drawn_from_them(engine, folder, tmp_path):
     after = serve(engine, request)[0]
     assert (after.min_version, after.max_version, engine.version, after.cached_tokens) == (7, 7, 7, 0)
     assert_matches(other, request, after)
-    engine.load_weights(folder, 8)
+    send_weights(engine.receiver, folder, 8)
     again = serve(engine, request)[0]
     assert again.token_ids == before.token_ids and (again.min_version, again.max_version) == (8, 8)
 
@@ -313,8 +312,11 @@ def test_adapters_then_a_killed_core(folder, model, adapter):
     engine = VLLMEngine(folder, VllmSection(), ROLLOUT, threads=1, lora_rank=4, name="worker 3")
     try:
         plain = requests(6, temperature=0.7)
-        adapted = [Request((*r.id, 1), r.token_ids, sampling=r.sampling, adapter=str(adapter)) for r in plain]
-        found = serve(engine, *plain, *adapted)
+        found = serve(engine, *plain)
+        engine.receiver.begin({"version": 1, "transport": "adapter"}, 60)
+        assert engine.receiver.take({"adapter": str(adapter)}, 60)
+        engine.receiver.finish(1, 60)
+        found += serve(engine, *plain)
         merged = peft.PeftModel.from_pretrained(tiny(), adapter).merge_and_unload().eval()
         for i, request in enumerate(plain):
             assert_matches(model, request, found[i])

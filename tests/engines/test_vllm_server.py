@@ -22,7 +22,7 @@ from spearrl.rollout import LocalEngine, Request, Sampling
 from spearrl.rollout.vllm.extension import EXTENSION
 from spearrl.rollout.vllm.server import RemoteEngine
 from tests.engines.test_vllm_engine import CONTEXT, assert_matches, endless, tiny
-from tests.support.engine_requests import prompt, requests, serve
+from tests.support.engine_requests import prompt, requests, send_weights, serve
 
 SWITCHES = (
     "--skip-tokenizer-init --enable-scale-out --enable-prompt-tokens-details --logprobs-mode processed_logprobs --dtype float32 --enforce-eager "
@@ -131,7 +131,7 @@ def test_a_server(server, monkeypatch, tmp_path):
 
     other = tiny(seed=4)
     other.save_pretrained(tmp_path)
-    engine.load_weights(tmp_path, 5)
+    send_weights(engine.receiver, tmp_path, 5)
     after = serve(engine, wanted[0])[0]
     assert (after.min_version, after.max_version, engine.version) == (5, 5, 5)
     assert_matches(other, wanted[0], after)

@@ -252,16 +252,6 @@ def test_a_file_that_is_gone_names_the_engine(engine, bridge, monkeypatch):
     assert bridge.publish(20)["sync/resent"] == 0, "nothing of the half sync is left in the engine"
 
 
-def test_a_whole_model_directory_can_be_loaded(model, engine, tmp_path):
-    nudge(model, 21)
-    save_weights(model, tmp_path)
-    engine.load_weights(tmp_path, 21)
-    assert engine.version == 21 and float(gaps(model, request(0), sample(engine, request(0))[0]).max()) <= 1e-4
-    nudge(model, 22)
-    engine.load_weights(iter(model.named_parameters()), 22)
-    assert float(gaps(model, request(0), sample(engine, request(0))[0]).max()) <= 1e-4
-
-
 def test_replicas_report_a_digest_of_what_they_hold(learner, engine, tmp_path):
     receiver = engine.receiver
     write_bucket(dict(learner.full_parameters()), tmp_path / "all.safetensors")

@@ -17,7 +17,7 @@ from spearrl.errors import ConfigError, ContractError, EngineError
 from spearrl.models import build_tiny
 from spearrl.rollout import ChatEncoder, Collector, LocalEngine, ScriptedEngine
 from spearrl.seeds import derive
-from spearrl.types import Action, Message, Observation, Outcome, Reply, Status, Task, Text, Trajectory
+from spearrl.types import Action, Message, Observation, Outcome, Reply, Status, Task, Text
 
 WORDS = "show turn step win lose long say one two three four"
 
@@ -335,12 +335,12 @@ def test_an_evaluation_beside_a_rollout_may_use_the_same_numbers():
 
     async def both():
         return await asyncio.gather(
-            *(collector.play(Trajectory(tasks()[0], 0, 0, 0), (purpose, 0, 1, 0)) for purpose in ("rollout", "eval"))
+            *(collector.play(tasks()[0], 0, 0, seed=(purpose, 0, 1, 0)) for purpose in ("rollout", "eval"))
         )
 
     for trajectory in asyncio.run(both()):
         assert trajectory.status is Status.TURN_LIMIT, trajectory.error
-    assert len(engine.requests) == 2 and not collector.held
+    assert len(engine.requests) == 2 and not collector.tokens_held
 
 
 def test_sampling_settings_reach_the_engine():

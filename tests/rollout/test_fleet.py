@@ -137,7 +137,7 @@ def test_a_worker_killed_in_mid_episode_costs_nothing(
     assert "signal SIGKILL" in capfd.readouterr().err
     until(lambda: len(list(fleet)) == 2, "the replacement is up")
     fleet.poll()
-    pids = [member.pid for member in fleet]
+    pids = [worker.pid for worker in fleet]
     assert victim.pid not in pids
     with killed_in_mid_episode(
         fleet, gate, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids], deaths=2

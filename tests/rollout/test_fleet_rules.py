@@ -16,10 +16,10 @@ import pytest
 from spearrl.errors import ConfigError, ContractError, EngineError, WorkerError, WorkerLost
 from spearrl.launch.ray import actors
 from spearrl.rollout.workers import fleet as fleets
-from spearrl.rollout.workers import member as members
+from spearrl.rollout.workers import worker_proxy
 from spearrl.rollout.workers.fleet import Fleet
 from spearrl.rollout.workers.messages import Assignment, Hello, Report, Start
-from spearrl.rollout.workers.worker import RolloutWorker
+from spearrl.rollout.workers.rollout_worker import RolloutWorker
 from spearrl.types import Action, Status, Task, Trajectory, Turn
 from tests.support.gates import until
 from tests.support.small_run import small_config
@@ -334,7 +334,7 @@ def test_used_up_restarts_end_the_run_and_name_the_worker(open_fleet):
 def test_a_worker_that_hangs_or_whose_engine_broke_is_replaced(
     open_fleet, capsys, monkeypatch, fault: str, reason: str
 ):
-    monkeypatch.setattr(members, "SILENCE_S", 2.0)
+    monkeypatch.setattr(worker_proxy, "SILENCE_S", 2.0)
     crew = Crew({"seconds": 600}, {"seconds": 0.01})
     fleet = open_fleet(crew)
     victim = crew.launched[0]
@@ -395,7 +395,7 @@ def test_a_replacement_gets_no_episode_before_it_has_the_current_weights(open_fl
     caught: list[tuple[str, str]] = []
 
     def catch_up(receiver) -> None:
-        assert not receiver.jobs
+        assert not receiver.episodes
         caught.append((receiver.name, threading.current_thread().name))
         sync(receiver, fleet.version)
 
@@ -468,7 +468,7 @@ def test_episodes_begun_before_a_sync_stay_good(open_fleet):
 
 
 def test_commands_are_bounded_and_name_the_worker(open_fleet, monkeypatch):
-    monkeypatch.setattr(members, "CALL_SLACK_S", 0.05)
+    monkeypatch.setattr(worker_proxy, "CALL_SLACK_S", 0.05)
     crew = Crew()
     fleet = open_fleet(crew)
     first, second = fleet
@@ -499,8 +499,8 @@ def test_a_bucket_travels_to_another_machine(open_fleet, tmp_path: Path):
     far, near = open_fleet(crew)
     path = tmp_path / "bucket.safetensors"
     path.write_bytes(b"weights")
-    for member in (far, near):
-        member.take({"path": str(path), "names": ["a"]}, 1.0)
+    for worker in (far, near):
+        worker.take({"path": str(path), "names": ["a"]}, 1.0)
     assert crew.launched[0].commands == [("take", {"path": str(path), "names": ["a"], "data": b"weights"}, 1.0)]
     assert crew.launched[1].commands == [("take", {"path": str(path), "names": ["a"]}, 1.0)]
 

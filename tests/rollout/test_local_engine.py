@@ -178,27 +178,6 @@ def test_new_weights_flush_the_cache():
     assert_matches(model, request, second)
 
 
-def test_load_weights_from_another_model_and_its_refusals(tmp_path):
-    model, other = tiny(seed=0), tiny(seed=1)
-    engine = engine_of(model)
-    request = requests()[3]
-    engine.load_weights(other.named_parameters(), 1)
-    assert_matches(other, request, serve(engine, request)[0])
-    third = tiny(seed=2)
-    third.save_pretrained(tmp_path)
-    engine.load_weights(tmp_path, 2)
-    assert_matches(third, request, serve(engine, request)[0])
-    pairs = list(other.named_parameters())
-    for bad, message in (
-        ([*pairs, ("no.such", torch.zeros(1))], "no.such"),
-        ([(pairs[0][0], torch.zeros(3, 3)), *pairs[1:]], "3, 3"),
-        (pairs[:-1], "did not come"),
-    ):
-        with pytest.raises(EngineError, match=message):
-            engine.load_weights(bad, 9)
-    assert engine.version == 2
-
-
 def test_greedy_top_p_allowed_and_stop():
     model = tiny()
     engine = engine_of(model)
@@ -276,7 +255,6 @@ def test_the_cache_is_bounded_in_bytes():
         (Request((0,), (1, VOCABULARY), sampling=Sampling(max_tokens=3)), "token ids"),
         (Request((0,), (1,), sampling=Sampling(max_tokens=3, top_p=0.0)), "top_p"),
         (Request((0,), (1,), sampling=Sampling(max_tokens=3, allowed_ids=())), "allowed_ids"),
-        (Request((0,), (1,), sampling=Sampling(max_tokens=3), adapter="a"), "adapters"),
     ],
 )
 def test_malformed_requests_are_refused_and_harm_nobody(request_: Request, message: str):

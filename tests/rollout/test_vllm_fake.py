@@ -179,12 +179,8 @@ def test_adapters_and_their_version(fake, folder, tmp_path):
     engine.version, engine.adapter = 8, "synced"
     llm.spans = [types.SimpleNamespace(version="0", start=0, end=1)]
     assert (ask(engine).min_version, llm.asked[-1][3]) == (8, "synced")
-    for _ in range(2):
-        ask(engine, adapter=str(tmp_path))
-    assert [vars(asked[3])["lora_path"] for asked in llm.asked[1:]] == [str(tmp_path)] * 2
-    assert len({vars(asked[3])["lora_int_id"] for asked in llm.asked[1:]}) == 1
-    with pytest.raises(EngineError, match="is not a directory"):
-        ask(engine, adapter=str(tmp_path / "none"))
+    first, second = (vars(engine.adapter_request(str(tmp_path / name))) for name in "ab")
+    assert first["lora_path"] == str(tmp_path / "a") and first["lora_int_id"] != second["lora_int_id"]
     engine.close()
 
 
@@ -491,10 +487,10 @@ def connected(url: str, folder: Path, **settings) -> RemoteEngine:
 
 def test_a_request_to_a_server(server, folder):
     engine = connected(server, folder)
-    completion = ask(engine, images=(Image(PICTURE),), adapter="tuned")
-    assert completion == Completion((7, 7, 7), (0.0, 0.0, 0.0), "length", 0, 0, 1)
+    completion = ask(engine, images=(Image(PICTURE),))
+    assert completion == Completion((7, 7, 7), (0.0, 0.0, 0.0), "length", 2, 3, 1)
     route, body = FakeServer.asked[-1]
-    assert route == "/inference/v1/generate" and body["model"] == "tuned" and body["token_ids"] == [1, 2, 3]
+    assert route == "/inference/v1/generate" and body["token_ids"] == [1, 2, 3]
     assert body["content_parts"][0]["url"].startswith("data:image/png;base64,iVBOR")
     assert (ask(engine).min_version, ask(engine).max_version) == (2, 3)
     assert engine.post("/resume", None, 5) == {} and engine.health()

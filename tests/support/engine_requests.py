@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from pathlib import Path
 
 from spearrl.rollout import Completion, Request, Sampling
 from tests.support.gates import LIMIT_S
@@ -31,6 +32,16 @@ def requests(count: int = 12, **sampling) -> list[Request]:
         )
         for i in range(count)
     ]
+
+
+def send_weights(receiver, folder: Path, version: int, timeout_s: float = 60.0) -> None:
+    """A model directory's weights to a receiver, as the bridge sends them but without its checks."""
+    receiver.pause(timeout_s)
+    receiver.begin({"version": version, "transport": "shared_memory"}, timeout_s)
+    for file in sorted(folder.glob("model*.safetensors")):
+        assert receiver.take({"path": str(file)}, timeout_s)
+    receiver.finish(version, timeout_s)
+    receiver.resume(timeout_s)
 
 
 async def all_begun(engine, count: int) -> None:

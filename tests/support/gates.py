@@ -64,7 +64,7 @@ class Gate:
 @contextmanager
 def killed_in_mid_episode(fleet, gate: Gate, kill: Callable[[], object], *, deaths: int):
     """While the body plays: once every worker is in mid-episode, `kill` is called; steps go on when the fleet has missed `deaths` workers."""
-    pids, before, faults = [member.pid for member in fleet], fleet.totals()["rollout/worker_deaths"], []
+    pids, before, faults = [worker.pid for worker in fleet], fleet.totals()["rollout/worker_deaths"], []
 
     def run() -> None:
         try:

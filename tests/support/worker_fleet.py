@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
         "env.name=tests.support.faulty_envs:Threaded",
         f"env.options.gate={folder / 'gate'}",
     )
-    print(*(member.pid for member in fleet), flush=True)
+    print(*(worker.pid for worker in fleet), flush=True)
     try:
         fleet.collector(1.0, 1.0).collect(
             make_environment(fleet.config).tasks("train"), 2, run_seed=0, step=1, first_group_id=0

@@ -11,9 +11,8 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,34 +113,6 @@ class LocalEngine:
         """The shared parameters changed in place: what was cached before is not used for a new request again."""
         self.version = version
         self._table.flush()
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | Path, version: int) -> None:
-        """Copy a complete set of weights into the model (an engine with a model of its own), then `publish`.
-
-        Raises:
-            EngineError: unknown, misshapen or missing weights; nothing is published then.
-        """
-        if isinstance(weights, Path):
-            from safetensors.torch import load_file
-
-            weights = [pair for file in sorted(weights.glob("model*.safetensors")) for pair in load_file(file).items()]
-        own = dict(self.model.named_parameters(remove_duplicate=False))
-        seen: set[int] = set()
-        for name, tensor in weights:
-            if name not in own or own[name].shape != tensor.shape:
-                raise EngineError(
-                    f"weight {name} {tuple(tensor.shape)} does not belong to this model",
-                    hint="publish the weights of the same architecture",
-                )
-            own[name].data.copy_(tensor)
-            seen.add(id(own[name]))
-        missing = [name for name, parameter in own.items() if id(parameter) not in seen]
-        if missing:
-            raise EngineError(
-                f"{len(missing)} weights did not come, {missing[0]} among them",
-                hint="publish every parameter of the model",
-            )
-        self.publish(version)
 
     def health(self) -> bool:
         """Whether requests are taken."""
@@ -329,8 +300,6 @@ class LocalEngine:
         )
         if self._closed:
             problem = "the engine is closed"
-        elif request.adapter:
-            problem = "the local engine takes no adapters"
         if problem:
             raise EngineError(problem, where=f"request {request.id}")
 

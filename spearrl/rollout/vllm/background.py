@@ -7,10 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 from spearrl.errors import EngineError
 from spearrl.rollout.protocol import Completion, Request
@@ -90,10 +87,6 @@ class BackgroundEngine:
     def publish(self, version: int) -> None:
         """Raises EngineError: such an engine shares no parameters with anyone."""
         raise EngineError("the engine has weights of its own", where=self.name, hint="send them through the bridge")
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | Path, version: int) -> None:
-        """Replace all weights, in Hugging Face names, or by those of a model directory."""
-        self.receiver.load_weights(weights, version)
 
     def health(self) -> bool:
         """Whether requests are taken."""

@@ -148,17 +148,13 @@ class VLLMEngine(BackgroundEngine):
             return problem
         if request.images and not self.sees:
             return "the model takes no images"
-        if request.adapter and not self.lora_rank:
-            return "the engine was started without adapters (learner.lora.rank)"
-        if request.adapter and not Path(request.adapter).is_dir():
-            return f"adapter {request.adapter} is not a directory"
         return request_problem(request, vocabulary=self._vocabulary, context_tokens=self.context_tokens)
 
     async def _complete(self, request: Request) -> Completion:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        begun, adapter = self.version, self.adapter_request(request.adapter) if request.adapter else self.adapter
+        begun, adapter = self.version, self.adapter
         parameters = SamplingParams(
             **sampling_arguments(request.sampling, self._image_tokens), output_kind=RequestOutputKind.FINAL_ONLY
         )

@@ -5,16 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
-
 from spearrl.errors import EngineError
-from spearrl.sync.digests import digest, read_bucket, write_bucket
+from spearrl.sync.digests import digest, read_bucket
 
 ASK_S = 30.0  # for what a server says about itself
 
@@ -87,26 +83,6 @@ class VLLMWeights:
 
     def wake(self) -> None:
         self.engine.wake()
-
-    def load_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]] | Path, version: int, timeout_s: float = 600.0
-    ) -> None:
-        """A complete set of weights at once, from a model directory or named tensors. Raises EngineError where they do not arrive whole."""
-        plan = {"version": version, "transport": "shared_memory"}
-        with tempfile.TemporaryDirectory() as folder:
-            if isinstance(weights, Path):
-                files = sorted(weights.glob("model*.safetensors"))
-            else:
-                files = [Path(folder) / "weights.safetensors"]
-                write_bucket(dict(weights), files[0])
-            self.pause(timeout_s)
-            try:
-                self.begin(plan, timeout_s)
-                for file in files:
-                    self.take({"path": str(file)}, timeout_s)
-                self.finish(version, timeout_s)
-            finally:
-                self.resume(timeout_s)
 
     def _call(self, method: str, argument: dict[str, Any], timeout_s: float) -> list[Any]:
         llm, text = self.engine.llm, json.dumps(argument)

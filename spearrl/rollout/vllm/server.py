@@ -129,13 +129,11 @@ class RemoteEngine(BackgroundEngine):
         )
 
     async def _complete(self, request: Request) -> Completion:
-        begun, adapter = self.version, request.adapter or self.adapter
+        begun = self.version
         body: dict[str, Any] = {
             "token_ids": list(request.token_ids),
             "sampling_params": sampling_arguments(request.sampling, self._image_tokens),
         }
-        if adapter:
-            body["model"] = adapter
         if request.images:
             pictures = (
                 f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}" for image in request.images
@@ -157,7 +155,7 @@ class RemoteEngine(BackgroundEngine):
             raise EngineError(
                 f'the server ended the request with "{reply["finish_reason"]}", {len(tokens)} tokens, {len(logprobs)} log-probabilities'
             )
-        span = (begun, begun) if adapter else versions(reply.get("weight_versions"), begun, self.version)
+        span = versions(reply.get("weight_versions"), begun, self.version)
         return Completion(tokens, logprobs, reply["finish_reason"], *span, cached)
 
     async def _ask(self, method: str, route: str, body: dict[str, Any] | None) -> Any:

@@ -1,4 +1,7 @@
-"""How the controller reaches a rollout worker. Here: a process of this machine, over a socket; Ray actors: spearrl.launch.ray."""
+"""How the controller reaches a rollout worker.
+
+Here: a process of this machine, over a socket; Ray actors: spearrl.launch.ray.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,20 @@ TAIL_LINES, TAIL_BYTES = 8, 4000  # of a worker's log, in error messages
 
 
 class Link(Protocol):
-    """One worker's end of the wire; messages are bytes (see messages). Sending and receiving may be done from different threads."""
+    """One worker's end of the wire; messages are bytes (see messages).
+
+    Sending and receiving may be done from different threads.
+    """
 
     def send(self, data: bytes) -> None:
         """Raises ConnectionError where the worker is gone."""
         ...
 
     def receive(self) -> bytes:
-        """The next message, however long it takes. Raises ConnectionError where the worker is gone; `kill` from another thread has that effect."""
+        """The next message, however long it takes.
+
+        Raises ConnectionError where the worker is gone; `kill` from another thread has that effect.
+        """
         ...
 
     def kill(self) -> None:
@@ -39,7 +48,10 @@ Launcher = Callable[[int], Link]  # starts the worker of an index
 
 
 class ProcessLink:
-    """A worker process of this machine, `python -m module`, that logs to a file. It ends with this process, whatever happens to that."""
+    """A worker process of this machine, `python -m module`, that logs to a file.
+
+    It ends with this process, whatever happens to that.
+    """
 
     def __init__(self, module: str, start: Start, log: Path, environment: Mapping[str, str]):
         self._log, self._lock = log, threading.Lock()

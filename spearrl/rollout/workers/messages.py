@@ -1,8 +1,9 @@
 """What passes between the controller and a rollout worker: pickled tuples.
 
-The controller sends ("start", Start) once, then ("play", [pickled Assignment, ...]), ("cancel", numbers), ("call", number, method, arguments) and
-("close",). The worker sends ("ready", Hello), ("beat", Report), and for each episode and call
-("played", number, Trajectory, Report), ("failed", number or None, error), ("answer", number, value) or ("refused", number, error).
+The controller sends ("start", Start) once, then ("play", [pickled Assignment, ...]), ("cancel", numbers), ("call",
+number, method, arguments) and ("close",). The worker sends ("ready", Hello), ("beat", Report), and for each episode and
+call ("played", number, Trajectory, Report), ("failed", number or None, error), ("answer", number, value) or ("refused",
+number, error).
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ class Hello:
 
 @dataclass(slots=True, frozen=True)
 class Assignment:
-    """One episode to play. `seed`: (purpose, run seed, step, place of the task in its step); `number` is unique in the fleet."""
+    """One episode to play.
+
+    `seed`: (purpose, run seed, step, position of the task in its step); `number` is unique in the fleet.
+    """
 
     number: int
     task: Task

@@ -1,6 +1,6 @@
 """A rollout worker: an engine, environments and collectors in a process of their own, driven by messages.
 
-spearrl.launch.worker_process builds one from a config; the same class serves in a process of this machine and inside a Ray actor.
+spearrl.launch.worker_process builds one from a config; it serves in a process of this machine or inside a Ray actor.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 
 from spearrl.envs.pool import Pool
 from spearrl.errors import ContractError, SpearError, WorkerError
-from spearrl.rollout.collector import MAX_SIBLINGS, MEASURED, Collector
+from spearrl.rollout.collector import MEASURES, Collector
 from spearrl.rollout.protocol import Engine
 from spearrl.rollout.workers.messages import Assignment, Hello, Report
 from spearrl.sync.receivers import Receiver
-from spearrl.types import Status, Trajectory
+from spearrl.types import Status
 
 BEAT_S = 1.0
 COMMANDS = ("pause", "begin", "take", "finish", "probe", "resume", "sleep", "wake")  # of sync.receivers.Receiver
@@ -37,7 +37,7 @@ class RolloutWorker:
         kind: of the engine, as rollout.engine has it.
         receiver: takes the engine's weights.
         pool: where environments step.
-        collector: makes a collector over engine and pool for a sampling (temperature, top_p).
+        make_collector: makes a collector over engine and pool for a sampling (temperature, top_p).
         send: takes a message's bytes to the controller; called from several threads.
     """
 
@@ -48,14 +48,14 @@ class RolloutWorker:
         receiver: Receiver,
         pool: Pool,
         *,
-        collector: Callable[[tuple[float, float]], Collector],
+        make_collector: Callable[[tuple[float, float]], Collector],
         send: Callable[[bytes], None],
     ):
         self._kind, self.engine, self._receiver, self._pool = kind, engine, receiver, pool
-        self._make_collector, self._send_bytes = collector, send
+        self._make_collector, self._send_bytes = make_collector, send
         self._collectors: dict[tuple[float, float], Collector] = {}
         self._running: dict[int, asyncio.Task[None]] = {}
-        self._turned, self._healthy = time.monotonic(), True
+        self._last_turn, self._healthy = time.monotonic(), True
         self._closed = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._commands = ThreadPoolExecutor(1)  # weights come in beside the event loop, in order
@@ -74,13 +74,13 @@ class RolloutWorker:
 
     def deliver(self, data: bytes) -> bool:
         """Take a message; False where it was the last one."""
-        kind, *rest = pickle.loads(data)
+        kind, *values = pickle.loads(data)
         if kind == "play":
-            self._loop.call_soon_threadsafe(self._play, [pickle.loads(part) for part in rest[0]])
+            self._loop.call_soon_threadsafe(self._play, [pickle.loads(part) for part in values[0]])
         elif kind == "cancel":
-            self._loop.call_soon_threadsafe(self._cancel, rest[0])
+            self._loop.call_soon_threadsafe(self._cancel, values[0])
         elif kind == "call":
-            self._commands.submit(self._command, *rest)
+            self._commands.submit(self._command, *values)
         return bool(kind != "close")
 
     def close(self) -> None:
@@ -89,40 +89,41 @@ class RolloutWorker:
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def report(self) -> Report:
-        held = [tokens for collector in list(self._collectors.values()) for tokens in list(collector.held.values())]
-        return Report(len(self._running), sum(held), time.monotonic() - self._turned, self._healthy, self._counters())
-
-    def _counters(self) -> dict[str, float]:
         collectors, budget = list(self._collectors.values()), self._pool.budget
-        counters = {name: sum(c.measures[name] for c in collectors) for name in MEASURED}
-        counters["engine_seconds"] = self.engine.counters.get("seconds", 0.0)
-        return {**counters, "env/restarts": float(budget.restarts), "env/deadline": float(budget.deadlines)}
+        tokens = sum(held for collector in collectors for held in list(collector.tokens_held.values()))
+        counters = {name: sum(collector.measures[name] for collector in collectors) for name in MEASURES}
+        counters |= {
+            "engine_seconds": self.engine.counters.get("seconds", 0.0),
+            "env/restarts": float(budget.restarts),
+            "env/deadline": float(budget.deadlines),
+        }
+        return Report(len(self._running), tokens, time.monotonic() - self._last_turn, self._healthy, counters)
 
     def _turn(self) -> None:
-        self._turned = time.monotonic()
+        self._last_turn = time.monotonic()
         self._loop.call_later(BEAT_S / 4, self._turn)
 
     def _beat(self) -> None:
-        """A sign of life from beside the event loop: a long pass of the model is no fault, and the report says for how long the loop has stood still."""
+        """A sign of life every second, from beside the event loop: a long pass of the model is no fault, and the
+        report says for how long the loop has stood still."""
         while not self._closed.wait(BEAT_S):
             self._healthy = self.engine.health()
             self._send("beat", self.report())
 
     def _play(self, assignments: list[Assignment]) -> None:
-        """Begin episodes; all of one message meet the engine in the same turn of the loop, as those of one Collector.collect do."""
+        """Begin episodes; all of one message meet the engine in the same turn of the loop, as those of one
+        Collector.collect do."""
         if not self._running:
             self._pool.budget.refill()
         for assignment in assignments:
             self._running[assignment.number] = self._loop.create_task(self._episode(assignment))
 
     async def _episode(self, assignment: Assignment) -> None:
-        a, number = assignment, assignment.number
-        if a.sampling not in self._collectors:
-            self._collectors[a.sampling] = self._make_collector(a.sampling)
+        a, number, sampling = assignment, assignment.number, assignment.sampling
+        if sampling not in self._collectors:
+            self._collectors[sampling] = self._make_collector(sampling)
         try:
-            trajectory = await self._collectors[a.sampling].play(
-                Trajectory(a.task, a.group, a.sibling, a.group * MAX_SIBLINGS + a.sibling), a.seed
-            )
+            trajectory = await self._collectors[sampling].play(a.task, a.group, a.sibling, seed=a.seed)
         except Exception as error:
             traceback.print_exc()
             self._running.pop(number, None)
@@ -144,32 +145,31 @@ class RolloutWorker:
     def _command(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
         try:
             if method not in COMMANDS:
-                raise ContractError(
-                    f"{method!r} is not a command", where="worker", hint=f"one of {', '.join(COMMANDS)}"
-                )
-            carried = method == "take" and "data" in arguments[0]
-            answer = self._take_carried(*arguments) if carried else getattr(self._receiver, method)(*arguments)
+                hint = f"one of {', '.join(COMMANDS)}"
+                raise ContractError(f"{method!r} is not a command", where="worker", hint=hint)
+            with_data = method == "take" and "data" in arguments[0]
+            answer = self._take_data(*arguments) if with_data else getattr(self._receiver, method)(*arguments)
             self._send("answer", number, answer)
         except Exception as error:
             traceback.print_exc()
             self._send("refused", number, portable(error))
 
-    def _take_carried(self, bucket: dict[str, Any], timeout_s: float) -> Any:
-        """A bucket whose file is on the controller's machine came as bytes: the engine reads it from a file of this one."""
+    def _take_data(self, bucket: dict[str, Any], timeout_s: float) -> Any:
+        """A bucket whose file is on the controller's machine came as bytes: the engine reads it from a file here."""
         with tempfile.TemporaryDirectory(prefix="spearrl-") as folder:
             path = Path(folder, Path(bucket["path"]).name)
             path.write_bytes(bucket["data"])
             return self._receiver.take(
-                {**{k: v for k, v in bucket.items() if k != "data"}, "path": str(path)}, timeout_s
+                {"path": str(path), **{k: v for k, v in bucket.items() if k not in ("data", "path")}}, timeout_s
             )
 
-    def _send(self, kind: str, *rest: Any) -> None:
+    def _send(self, kind: str, *values: Any) -> None:
         try:
-            data = pickle.dumps((kind, *rest))
+            data = pickle.dumps((kind, *values))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             hint = "put plain values into Task.data, Observation.anchor and Outcome.info: numbers, text, tuples, dicts"
             refusal = ContractError(f"a value cannot travel between processes: {error}", where="env", hint=hint)
-            data = pickle.dumps(("refused" if kind == "answer" else "failed", rest[0], refusal))
+            data = pickle.dumps(("refused" if kind == "answer" else "failed", values[0], refusal))
         self._send_bytes(data)
 
 
@@ -177,8 +177,5 @@ def portable(error: Exception) -> SpearError:
     """An error that the controller can raise: spearrl's own as they are, others as text."""
     if isinstance(error, SpearError):
         return error
-    return WorkerError(
-        "".join(traceback.format_exception(error)).rstrip(),
-        where="rollout worker",
-        hint="this is a fault of the environment or of spearrl",
-    )
+    hint = "this is a fault of the environment or of spearrl"
+    return WorkerError("".join(traceback.format_exception(error)).rstrip(), where="rollout worker", hint=hint)

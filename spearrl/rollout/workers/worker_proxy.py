@@ -1,4 +1,4 @@
-"""A rollout worker as the controller sees it: the thread that hears it, its episodes, and the weights' way in."""
+"""A rollout worker as the controller sees it: what it plays, what it sends, and how weights get into it."""
 
 from __future__ import annotations
 
@@ -19,35 +19,36 @@ from spearrl.rollout.workers.messages import Assignment, Hello, Report
 from spearrl.types import Trajectory
 
 GOODBYE_S = 5.0
-SILENCE_S = 60.0  # a worker says something every second
+SILENCE_S = 60.0  # a worker sends something every second
 CALL_SLACK_S = 5.0  # over a command's own time limit: the worker's error says more than ours
 
 
 @dataclass(slots=True, eq=False)
-class Pending:
+class PendingEpisode:
     """An episode that somebody waits for."""
 
     assignment: Assignment
     data: bytes  # the assignment, pickled
-    version: int  # of the fleet when it was asked for: nothing older may come back
-    home: int  # the worker that gets it in a deterministic run
+    version: int  # of the fleet when it was submitted: no token may be of older weights
+    fixed_worker: int  # the one that plays it in a deterministic run
     future: Future[Trajectory] = field(default_factory=Future)
-    refused: int = 0
+    stale: int = 0  # times it came back from older weights
 
 
-class Member:
-    """One worker process, from its launch to its end; a replacement is another Member. Takes weights: sync.receivers.Receiver.
+class WorkerProxy:
+    """One worker, from its launch to its end; a replacement is another WorkerProxy. It is a Receiver of weights.
 
     Args:
         delay_s: before it is launched.
-        hear: called from this member's thread with (member, kind, values) for "ready", "played", "failed" and at last "lost".
+        receive: called with (proxy, kind, values): from this proxy's thread for "ready", "played", "failed" and at last
+            "lost", from the thread that sends weights for "version".
     """
 
     def __init__(
         self,
         index: int,
         launch: Launcher,
-        hear: Callable[[Member, str, tuple[Any, ...]], None],
+        receive: Callable[[WorkerProxy, str, tuple[Any, ...]], None],
         *,
         delay_s: float = 0.0,
     ):
@@ -55,19 +56,19 @@ class Member:
         self.transports: tuple[str, ...] = ()
         self.shards, self.lost, self.pid = 1, False, 0
         self.ready, self.version = False, -1
-        self.jobs: dict[int, Pending] = {}
-        self.report, self.errors = Report(), 0  # errors: of the engine, episodes in a row
-        self.heard = self.launched = time.monotonic()
-        self._launch, self._hear, self._delay_s = launch, hear, delay_s
+        self.episodes: dict[int, PendingEpisode] = {}
+        self.report, self.engine_errors = Report(), 0  # errors: episodes in a row that ended in one
+        self._last_message = self._launched = time.monotonic()
+        self._launch, self._receive, self._delay_s = launch, receive, delay_s
         self._link: Link | None = None
-        self._carried = False
+        self._elsewhere = False  # on another machine
         self._closing, self._reason = threading.Event(), ""
         self._numbers, self._calls = count(), dict[int, Future[Any]]()
         self._thread = threading.Thread(target=self._run, name=f"worker-{index}-watch", daemon=True)
         self._thread.start()
 
-    def play(self, batch: list[Pending]) -> None:
-        """Hand over episodes; a worker that is gone is heard of as "lost"."""
+    def play(self, batch: list[PendingEpisode]) -> None:
+        """Hand over episodes; of a worker that is gone "lost" is received."""
         self._send("play", [pending.data for pending in batch])
 
     def cancel(self, numbers: list[int]) -> None:
@@ -77,11 +78,13 @@ class Member:
         """Why this worker should not be waited for any longer."""
         now = time.monotonic()
         if not self.ready:
-            return f"it did not start within {start_s:g} s" if now - self.launched - self._delay_s > start_s else None
-        if now - self.heard > SILENCE_S:
+            late = now - self._launched - self._delay_s > start_s
+            return f"it did not start within {start_s:g} s" if late else None
+        if now - self._last_message > SILENCE_S:
             return f"it gave no sign of life for {SILENCE_S:g} s"
         if self.report.late_s > late_s:
-            return f"its event loop stood still for {self.report.late_s:.0f} s: the engine or a step of an environment blocks it"
+            blocked = f"its event loop stood still for {self.report.late_s:.0f} s"
+            return f"{blocked}: the engine or a step of an environment blocks it"
         return None if self.report.healthy else "its engine is not healthy"
 
     def give_up(self, reason: str) -> None:
@@ -110,20 +113,20 @@ class Member:
 
     def take(self, bucket: dict[str, Any], timeout_s: float) -> dict[str, int]:
         """One bucket; its file travels along where the worker is on another machine."""
-        if self._carried and "path" in bucket:
+        if self._elsewhere and "path" in bucket:
             bucket = {**bucket, "data": Path(bucket["path"]).read_bytes()}
-        found: dict[str, int] = self._call("take", timeout_s, bucket)
-        return found
+        digests: dict[str, int] = self._call("take", timeout_s, bucket)
+        return digests
 
     def finish(self, version: int, timeout_s: float) -> list[int]:
         """The weights are live: from now on the worker gets episodes again."""
-        found: list[int] = self._call("finish", timeout_s, version)
-        self._hear(self, "version", (version,))
-        return found
+        digests: list[int] = self._call("finish", timeout_s, version)
+        self._receive(self, "version", (version,))
+        return digests
 
     def probe(self, token_ids: list[int], timeout_s: float) -> list[float]:
-        found: list[float] = self._call("probe", timeout_s, token_ids)
-        return found
+        logprobs: list[float] = self._call("probe", timeout_s, token_ids)
+        return logprobs
 
     def resume(self, timeout_s: float) -> None:
         self._call("resume", timeout_s)
@@ -135,7 +138,7 @@ class Member:
         self._call("wake", None)
 
     def _call(self, method: str, timeout_s: float | None, *arguments: Any) -> Any:
-        """Have the worker's engine do something.
+        """Have the worker's receiver do something.
 
         Raises:
             WorkerLost: the worker is gone, or goes meanwhile; the fleet replaces it.
@@ -150,16 +153,12 @@ class Member:
         try:
             return answer.result(limit + CALL_SLACK_S)
         except TimeoutError as error:
-            raise EngineError(
-                f"did not answer {method} within {limit:g} s",
-                where=self.name,
-                hint="see its log; sync.timeout_s bounds the wait",
-            ) from error
+            text, hint = f"did not answer {method} within {limit:g} s", "see its log; sync.timeout_s bounds the wait"
+            raise EngineError(text, where=self.name, hint=hint) from error
         except BaseException as error:
             if answer.cancelled():
-                raise WorkerLost(
-                    f"ended before it answered {method}", where=self.name, hint="the fleet replaces it"
-                ) from error
+                text = f"ended before it answered {method}"
+                raise WorkerLost(text, where=self.name, hint="the fleet replaces it") from error
             raise
         finally:
             del self._calls[number]
@@ -169,7 +168,7 @@ class Member:
             if self._link is not None:
                 self._link.send(pickle.dumps(message))
         except ConnectionError:
-            return  # this member's thread hears of it and says "lost"
+            return  # this proxy's thread notices too, and reports "lost"
 
     def _run(self) -> None:
         error: BaseException | None = None
@@ -178,7 +177,7 @@ class Member:
                 return
             self._link = self._launch(self.index)
             while not self._closing.is_set():
-                self._receive(*pickle.loads(self._link.receive()))
+                self._handle(*pickle.loads(self._link.receive()))
         except ConnectionError:
             error = None
         except BaseException as problem:
@@ -186,22 +185,23 @@ class Member:
         finally:
             self._end(error)
 
-    def _receive(self, kind: str, *rest: Any) -> None:
-        self.heard = time.monotonic()
+    def _handle(self, kind: str, *values: Any) -> None:
+        """One message of the worker; see messages."""
+        self._last_message = time.monotonic()
         if kind in ("beat", "played"):
-            self.report = rest[-1]
+            self.report = values[-1]
         if kind == "ready":
-            hello: Hello = rest[0]
+            hello: Hello = values[0]
             self.name, self.version = f"worker {self.index} ({hello.engine})", hello.version
             self.transports, self.shards, self.pid = hello.transports, hello.shards, hello.pid
-            self._carried = hello.host != socket.gethostname()
+            self._elsewhere = hello.host != socket.gethostname()
             self.ready = True
-        elif kind == "failed" and rest[0] is None:
-            raise rest[1]
+        elif kind == "failed" and values[0] is None:
+            raise values[1]
         elif kind in ("answer", "refused"):
-            self._answer(kind, *rest)
+            self._answer(kind, *values)
             return
-        self._hear(self, kind, rest)
+        self._receive(self, kind, values)
 
     def _answer(self, kind: str, number: int, value: Any) -> None:
         answer = self._calls.get(number)
@@ -223,13 +223,10 @@ class Member:
             answer.cancel()
         if self._closing.is_set():
             return
-        if error is not None and not isinstance(error, SpearError):
-            error = WorkerError(
-                f"{type(error).__name__}: {error}",
-                where=self.name,
-                hint="this is a fault of spearrl or of what its worker sent",
-            )
         if error is None:
-            text = f"{self._reason}; " if self._reason else ""
-            error = WorkerError(f"the worker ended: {text}{ending}", where=self.name, hint="its log says more")
-        self._hear(self, "lost", (error,))
+            text = f"the worker ended: {f'{self._reason}; ' if self._reason else ''}{ending}"
+            error = WorkerError(text, where=self.name, hint="its log says more")
+        elif not isinstance(error, SpearError):
+            hint = "this is a fault of spearrl or of what its worker sent"
+            error = WorkerError(f"{type(error).__name__}: {error}", where=self.name, hint=hint)
+        self._receive(self, "lost", (error,))
