@@ -11,7 +11,7 @@ from spearrl.config.tables import table
 from spearrl.envs.webshop.catalogue import Product
 from spearrl.envs.webshop.goals import NO_LIMIT
 from spearrl.envs.webshop.pages import ShopSession
-from spearrl.envs.webshop.render import Move, Page
+from spearrl.envs.webshop.render import Page
 
 WORD = re.compile(r"[^\W_]+(?:[.'][^\W_]+)*")
 FILLER = frozenset(table(__file__, "words.toml")["filler"].split())
@@ -56,25 +56,26 @@ class CompactRenderer:
         self._title_words, self._ids = title_words, ids
         self._short_products: dict[str, ShortProduct] = {}
 
-    def show(self, session: ShopSession, goal: dict[str, Any], move: Move) -> Page:
+    def show(
+        self, session: ShopSession, goal: dict[str, Any], *, changed: bool = True, score: float | None = None
+    ) -> Page:
         """The page, or what changed: one word after an impossible action, the choice after a click on an option."""
         body, labels = self._page(session)
         choices = {}
         for name, value in session.options.items():
             label = self._short(session.product).value_labels.get(value, value)
             choices[name] = f"chosen {plain_words(name)}: {label}"
-        text = "invalid" if not move.changed else choices[move.option] if move.option is not None else body
-        instruction = f"{short_instruction(goal)}\n" if session.page == "index" and move.changed else ""
+        picked = session.option_picked
+        text = "invalid" if not changed else body if picked is None else choices[picked]
+        instruction = f"{short_instruction(goal)}\n" if session.page == "index" and changed else ""
         search = ("search[<your query>]",) if session.page == "index" else ()
         admissible = (*search, *(f"click[{label}]" for label in labels))
         return Page(instruction + text, text, "\n ".join([body, *choices.values()]), admissible, labels)
 
     def _page(self, session: ShopSession) -> tuple[str, dict[str, str]]:
         """The whole page, and what its labels stand for."""
-        if session.page == "index":
-            return "search", {}
-        if session.page == "done":
-            return "done", {}
+        if session.page in ("index", "done"):
+            return "search" if session.page == "index" else "done", {}
         if session.page == "item":
             short = self._short(session.product)
             return f"item {short.title}{short.options}\n buy", short.labels

@@ -19,7 +19,7 @@ from spearrl.envs.webshop.expert import Expert
 from spearrl.envs.webshop.goals import Shop, open_shop
 from spearrl.envs.webshop.nouns import default_tagger
 from spearrl.envs.webshop.pages import ShopSession, parse_action
-from spearrl.envs.webshop.render import Move, OriginalRenderer
+from spearrl.envs.webshop.render import OriginalRenderer
 from spearrl.envs.webshop.reward import purchase_reward
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive
@@ -102,7 +102,7 @@ class WebShop(TextEnvironment[ShopSession]):
         draw = random.Random(derive(seed, "results"))
         self._episode = ShopSession(self._shop.catalogue, draw, self._per_page, self.options.show_attrs)
         self._expert = Expert(self._goal, self._shop.prices, random.Random(derive(seed, "expert")))
-        return self._show(Move())
+        return self._show()
 
     def step(self, action: Action) -> Outcome:
         """Search, click, or leave the page as it is. Raises ContractError before the first reset."""
@@ -114,7 +114,7 @@ class WebShop(TextEnvironment[ShopSession]):
         done = session.page == "done"
         if changed and done:
             return self._buy(session)
-        return Outcome(self._show(Move(changed, session.option_picked)), 0.0, done, info=dict(UNFINISHED))
+        return Outcome(self._show(changed=changed), 0.0, done, info=dict(UNFINISHED))
 
     def messages(self, observation: Observation, turn: int) -> list[Message]:
         """Turn 0: the rules (not in compact) and the first page with the instruction; later turns only the page."""
@@ -173,10 +173,10 @@ class WebShop(TextEnvironment[ShopSession]):
         }
         if score.r_options is not None:
             info["r_options"] = score.r_options
-        return Outcome(self._show(Move(score=score.total)), REWARD if info["success"] else 0.0, True, info=info)
+        return Outcome(self._show(score=score.total), REWARD if info["success"] else 0.0, True, info=info)
 
-    def _show(self, move: Move) -> Observation:
-        page = self._page = self._renderer.show(self._running(), self._goal, move)
+    def _show(self, *, changed: bool = True, score: float | None = None) -> Observation:
+        page = self._page = self._renderer.show(self._running(), self._goal, changed=changed, score=score)
         return Observation(page.text, page.body, page.admissible, info={"chat": page.chat, "page": page.body})
 
 

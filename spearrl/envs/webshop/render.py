@@ -34,15 +34,6 @@ class Page:
 
 
 @dataclass(slots=True, frozen=True)
-class Move:
-    """What the last action did."""
-
-    changed: bool = True  # False: it was impossible
-    option: str | None = None  # name of the option it picked
-    score: float | None = None  # of the purchase it made
-
-
-@dataclass(slots=True, frozen=True)
 class Fragment:
     """The parts of a product's pages that never change, made once."""
 
@@ -58,14 +49,16 @@ class OriginalRenderer:
         self._rich = rich
         self._fragments: dict[str, Fragment] = {}
 
-    def show(self, session: ShopSession, goal: dict[str, Any], move: Move) -> Page:
-        """The whole page of `session`, whatever the move was."""
+    def show(
+        self, session: ShopSession, goal: dict[str, Any], *, changed: bool = True, score: float | None = None
+    ) -> Page:
+        """The whole page of `session`, whatever the last action was. `score`: of the purchase, where it was one."""
         instruction, admissible = goal["instruction_text"], self._admissible(session)
         if self._rich:
-            body = "".join(f"{mark.format(text)}\n" for text, mark in _nodes(session, move.score))
+            body = "".join(f"{mark.format(text)}\n" for text, mark in _nodes(session, score))
             return Page(_rich_head(session, instruction) + body, body, body, admissible)
         head = "" if session.page == "done" else f"Instruction:{SEP}{instruction}{SEP}"
-        body = self._text(session, move.score)
+        body = self._text(session, score)
         quoted = "'" + body.replace(SEP, f"'{SEP}'") + "'"
         return Page(f"WebShop{SEP}{head}{body}" if session.page == "index" else head + body, body, quoted, admissible)
 
