@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from spearrl.cli.target import OVERRIDES_HELP, TARGET_HELP, config_of
+
+EXAMPLES = """
+examples:
+  spearrl check-env my_pkg.my_env:MyEnvironment
+  spearrl check-env webshop env.options.observation=compact
+  spearrl check-env my_agent/config.toml --split train --json
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="ENV", help=TARGET_HELP)
     parser.add_argument("overrides", nargs="*", metavar="env.options.key=value", help=OVERRIDES_HELP)
-    parser.add_argument(
-        "--split", action="append", help="split whose tasks are looked at; may be repeated (default: train and val)"
-    )
-    parser.add_argument(
-        "--deadline", type=float, default=10.0, metavar="SECONDS", help="seconds a single call may take (default: 10)"
-    )
+    split_help = "split whose tasks are looked at; may be repeated (default: train and val)"
+    parser.add_argument("--split", action="append", help=split_help)
+    deadline_help = "seconds a single call may take (default: 10)"
+    parser.add_argument("--deadline", type=float, default=10.0, metavar="SECONDS", help=deadline_help)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
@@ -25,34 +31,17 @@ def run(args: argparse.Namespace) -> int:
     from spearrl.errors import ConfigError
 
     if not args.deadline > 0:
-        raise ConfigError(
-            f"--deadline {args.deadline:g} is not a time", where="command line", hint="use a number of seconds above 0"
-        )
-    section = config_of(args.target, args.overrides).env
-    findings = check_environment(
-        section.name,
-        section.options,
-        max_turns=section.max_turns,
-        splits=args.split,
-        deadline_s=args.deadline,
-    )
+        message = f"--deadline {args.deadline:g} is not a time"
+        raise ConfigError(message, where="command line", hint="use a number of seconds above 0")
+    env = config_of(args.target, args.overrides).env
+    limits: dict[str, Any] = {"max_turns": env.max_turns, "splits": args.split, "deadline_s": args.deadline}
+    findings = check_environment(env.name, env.options, **limits)
     failed = failures(findings)
     if args.json:
-        print(
-            json.dumps(
-                {
-                    "environment": section.name,
-                    "ok": not failed,
-                    "findings": [finding.as_json() for finding in findings],
-                },
-                indent=1,
-            )
-        )
-    else:
-        print("\n".join(map(str, findings)))
-        print(
-            f"{section.name}: {len(failed)} of {len(findings)} rules broken"
-            if failed
-            else f"{section.name} keeps its contract"
-        )
+        entries = [finding.as_json() for finding in findings]
+        print(json.dumps({"environment": env.name, "ok": not failed, "findings": entries}, indent=1))
+        return 1 if failed else 0
+    print("\n".join(map(str, findings)))
+    broken = f": {len(failed)} of {len(findings)} rules broken"
+    print(f"{env.name}{broken if failed else ' keeps its contract'}")
     return 1 if failed else 0

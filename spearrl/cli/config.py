@@ -6,12 +6,27 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spearrl.cli.parsing import add_config_arguments, add_gpus, announce, check_environment, placed_from, resolved_from
 
 if TYPE_CHECKING:
     from spearrl.config import RunConfig
+
+EXAMPLES = """
+actions:
+  show    the settings that a file, preset, flags and overrides amount to, as TOML
+  diff    what differs between two config files, run directories or presets
+  schema  every setting there is, as JSON schema (docs/config.md is the page to read)
+
+examples:
+  spearrl config show --preset tiny --why
+  spearrl config show --preset webshop-1.5b --gpus 8
+  spearrl config show shop.toml rollout.group_size=16 --algo grpo+sil
+  spearrl config diff runs/webshop-grpo-spear-s0 runs/webshop-grpo-s0
+  spearrl config diff webshop-1.5b webshop-1.5b-base
+  spearrl config schema > spearrl.schema.json
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +57,8 @@ def _show(args: argparse.Namespace) -> str:
     check_environment(resolved)
     announce(resolved)
     if args.json:
-        return json.dumps(
-            {"config": resolved.config.model_dump(mode="json"), "sources": dict(resolved.sources)}, indent=1
-        )
+        settings = resolved.config.model_dump(mode="json")
+        return json.dumps({"config": settings, "sources": dict(resolved.sources)}, indent=1)
     return to_toml(resolved.config, resolved.sources if args.why else None)
 
 
@@ -55,18 +69,17 @@ def _diff(args: argparse.Namespace) -> str:
 
     if len(args.overrides) != 2 or args.preset or args.env or args.algo or args.model or args.gpus:
         hint = "use spearrl config diff A B, each a config file, a run directory or a preset"
-        raise ConfigError(
-            f"config diff compares two configs; {len(args.overrides)} given", where="command line", hint=hint
-        )
-    found = diff(*(_named(name) for name in args.overrides))
+        message = f"config diff compares two configs; {len(args.overrides)} given"
+        raise ConfigError(message, where="command line", hint=hint)
+    differences = diff(*(_named(name) for name in args.overrides))
     if args.json:
-        return json.dumps({key: list(pair) for key, pair in found.items()}, indent=1, default=str)
-    width = max(map(len, found), default=0)
-    pairs = (
-        (key, ["not given" if v is None and key.startswith("env.options.") else toml_value(v) for v in pair])
-        for key, pair in found.items()
-    )
-    lines = [f"{key:<{width}}  {a} -> {b}" for key, (a, b) in pairs]
+        return json.dumps({key: list(pair) for key, pair in differences.items()}, indent=1, default=str)
+    width = max(map(len, differences), default=0)
+
+    def text_of(key: str, value: Any) -> str:
+        return "not given" if value is None and key.startswith("env.options.") else toml_value(value)
+
+    lines = [f"{key:<{width}}  {text_of(key, a)} -> {text_of(key, b)}" for key, (a, b) in differences.items()]
     return "\n".join(lines) or "no difference"
 
 
@@ -85,4 +98,6 @@ def _schema(args: argparse.Namespace) -> str:
 
     schema = RunConfig.model_json_schema()
     preset = {"enum": list(PRESETS), "type": "string", "description": "Preset the file starts from."}
-    return json.dumps({**schema, "properties": {"preset": preset, **schema["properties"]}}, indent=1, ensure_ascii=False)
+    return json.dumps(
+        {**schema, "properties": {"preset": preset, **schema["properties"]}}, indent=1, ensure_ascii=False
+    )

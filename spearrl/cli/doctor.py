@@ -13,16 +13,29 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
-from spearrl.config.tables import table
-
-EXTRAS: dict[str, list[str]] = table(__file__, "doctor.toml")["extras"]
+EXAMPLES = """
+examples:
+  spearrl doctor
+  spearrl doctor sandbox gpu vllm     exit code 1 where one of them is missing
+  spearrl doctor sandbox --sandbox-url http://sandbox:8080
+"""
+EXTRAS = {  # optional packages: what each is for, and the extra that installs it
+    "vllm": ("rollouts on GPUs", "vllm"),
+    "deepspeed": ("a learner of several processes", "deepspeed"),
+    "ray": ("rollout workers on several machines", "ray"),
+    "peft": ("LoRA", "lora"),
+    "alfworld": ("ALFWorld's own engine, for comparison", "alfworld"),
+    "math-verify": ("math answers compared as formulas", "envs"),
+    "bm25s": ("the search environment", "envs"),
+    "pillow": ("environments with pictures", "envs"),
+}
 LEAST_DISK = 10 << 30
 GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """`state`: ok, none (it is not there, and only what needs it misses it), warn, fail."""
+class Diagnosis:
+    """What a check of the machine says. `state`: ok, none (not there, and missed only by what needs it), warn, fail."""
 
     name: str
     state: str
@@ -30,120 +43,96 @@ class Finding:
     fix: str = ""
 
     def __str__(self) -> str:
-        return (
-            f"[{self.state}]".ljust(7)
-            + self.name.ljust(12)
-            + self.words
-            + (f"\n{'':19}fix: {self.fix}" if self.fix else "")
-        )
+        text = f"{f'[{self.state}]':<7}{self.name:<12}{self.words}"
+        return f"{text}\n{'':19}fix: {self.fix}" if self.fix else text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    names = [*CHECKS, *EXTRAS]
-    parser.add_argument(
-        "need", nargs="*", metavar="NEED", help=f"what must be there, else the exit code is 1: {', '.join(names)}"
-    )
-    parser.add_argument(
-        "--sandbox-url", metavar="URL", help="check this SandboxFusion server instead of a sandbox on this machine"
-    )
+    names = ", ".join([*CHECKS, *EXTRAS])
+    parser.add_argument("need", nargs="*", metavar="NEED", help=f"what must be there, else the exit code is 1: {names}")
+    url_help = "check this SandboxFusion server instead of a sandbox on this machine"
+    parser.add_argument("--sandbox-url", metavar="URL", help=url_help)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     from spearrl.errors import ConfigError
 
-    unknown = [name for name in args.need if name not in (*CHECKS, *EXTRAS)]
-    if unknown:
-        raise ConfigError(
-            f"doctor knows no {', '.join(unknown)}", where="command line", hint=f"use {', '.join([*CHECKS, *EXTRAS])}"
-        )
-    findings = [finding for check in CHECKS.values() for finding in check(args)] + [
-        _extra(*item) for item in EXTRAS.items()
-    ]
-    failed = [f.name for f in findings if f.state == "fail"]
-    broken = [
-        f.name
-        for f in findings
-        if (f.state == "fail" and f.name == "versions") or (f.state in ("fail", "none") and f.name in args.need)
-    ]
+    known = [*CHECKS, *EXTRAS]
+    if unknown := [name for name in args.need if name not in known]:
+        message = f"doctor knows no {', '.join(unknown)}"
+        raise ConfigError(message, where="command line", hint=f"use {', '.join(known)}")
+    diagnoses = [diagnosis for check in CHECKS.values() for diagnosis in check(args)]
+    diagnoses += [_extra(name, purpose, extra) for name, (purpose, extra) in EXTRAS.items()]
+    bad = {d.name for d in diagnoses if d.state in ("fail", "none") and d.name in args.need}
+    bad |= {d.name for d in diagnoses if d.state == "fail" and d.name == "versions"}
+    missing = [d.name for d in diagnoses if d.name in bad]
     if args.json:
-        print(json.dumps({"ok": not broken, "findings": [asdict(finding) for finding in findings]}, indent=1))
+        print(json.dumps({"ok": not missing, "findings": [asdict(diagnosis) for diagnosis in diagnoses]}, indent=1))
+        return 1 if missing else 0
+    print("\n".join(map(str, diagnoses)))
+    no_code = any(d.state == "fail" and d.name == "sandbox" for d in diagnoses)
+    if missing:
+        print(f"missing: {', '.join(missing)}")
+    elif args.need:
+        print("what was asked for works")
     else:
-        print("\n".join(map(str, findings)))
-        lame = "; tools that run code do not" if "sandbox" in failed else ""
-        print(
-            f"missing: {', '.join(broken)}"
-            if broken
-            else "what was asked for works"
-            if args.need
-            else f"training works on this machine{lame}"
-        )
-    return 1 if broken else 0
+        print(f"training works on this machine{'; tools that run code do not' if no_code else ''}")
+    return 1 if missing else 0
 
 
-def _versions(args: argparse.Namespace) -> Iterator[Finding]:
+def _versions(args: argparse.Namespace) -> Iterator[Diagnosis]:
     from spearrl import __version__
 
-    found = {name: _version(name) for name in ("torch", "transformers", "numpy", "pydantic")}
-    missing = [name for name, version in found.items() if not version]
-    words = ", ".join(
-        [
-            f"spearrl {__version__}",
-            f"Python {platform.python_version()}",
-            *(f"{name} {version}" for name, version in found.items() if version),
-        ]
-    )
-    yield Finding("versions", "fail" if missing else "ok", words, f"pip install {' '.join(missing)}" if missing else "")
+    versions = {name: _version(name) for name in ("torch", "transformers", "numpy", "pydantic")}
+    missing = [name for name, version in versions.items() if not version]
+    installed = [f"{name} {version}" for name, version in versions.items() if version]
+    words = ", ".join([f"spearrl {__version__}", f"Python {platform.python_version()}", *installed])
+    fix = f"pip install {' '.join(missing)}" if missing else ""
+    yield Diagnosis("versions", "fail" if missing else "ok", words, fix)
 
 
-def _machine(args: argparse.Namespace) -> Iterator[Finding]:
+def _machine(args: argparse.Namespace) -> Iterator[Diagnosis]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Finding(
-        "machine",
-        "ok",
-        f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} processors, {memory / GIB:.0f} GiB of memory",
-    )
+    processors = len(os.sched_getaffinity(0))
+    words = f"{platform.system()} {platform.machine()}, {processors} processors, {memory / GIB:.0f} GiB of memory"
+    yield Diagnosis("machine", "ok", words)
     free = shutil.disk_usage(".").free
     few = free < LEAST_DISK
-    yield Finding(
-        "disk",
-        "warn" if few else "ok",
-        f"{free / GIB:.0f} GiB free here",
-        "set run.output_dir to a disk with more room" if few else "",
-    )
+    fix = "set run.output_dir to a disk with more room" if few else ""
+    yield Diagnosis("disk", "warn" if few else "ok", f"{free / GIB:.0f} GiB free here", fix)
 
 
-def _gpu(args: argparse.Namespace) -> Iterator[Finding]:
+def _gpu(args: argparse.Namespace) -> Iterator[Diagnosis]:
     from spearrl.launch.devices import detect
 
-    gpus = detect().gpus
-    if gpus:
-        yield Finding("gpu", "ok", f"{len(gpus)} x {gpus[0].name}, {gpus[0].memory / GIB:.0f} GiB each")
+    if gpus := detect().gpus:
+        yield Diagnosis("gpu", "ok", f"{len(gpus)} x {gpus[0].name}, {gpus[0].memory / GIB:.0f} GiB each")
     else:
-        yield Finding(
-            "gpu", "none", "no GPU that torch can use: everything runs on processors, which is for small models"
-        )
+        words = "no GPU that torch can use: everything runs on processors, which is for small models"
+        yield Diagnosis("gpu", "none", words)
 
 
-def _sandbox(args: argparse.Namespace) -> Iterator[Finding]:
+def _sandbox(args: argparse.Namespace) -> Iterator[Diagnosis]:
     from spearrl.errors import ConfigError
     from spearrl.sandbox import SandboxOptions, open_sandbox
 
-    chosen: dict[str, Any] = {"kind": "fusion", "url": args.sandbox_url} if args.sandbox_url else {}
+    options: dict[str, Any] = {"kind": "fusion", "url": args.sandbox_url} if args.sandbox_url else {}
     try:
-        with open_sandbox(SandboxOptions(**chosen)) as sandbox:
+        with open_sandbox(SandboxOptions(**options)) as sandbox:
             times = [sandbox.run("print(1)").seconds for _ in range(9)]
             words = f"{sandbox.describe()}; print(1) takes {1e3 * statistics.median(times):.1f} ms"
     except ConfigError as error:
-        yield Finding("sandbox", "fail", f"code that a model wrote will not be run: {error.message}", error.hint or "")
+        refused = f"code that a model wrote will not be run: {error.message}"
+        yield Diagnosis("sandbox", "fail", refused, error.hint or "")
     else:
-        yield Finding("sandbox", "ok", words)
+        yield Diagnosis("sandbox", "ok", words)
 
 
-def _extra(name: str, words: list[str]) -> Finding:
+def _extra(name: str, purpose: str, extra: str) -> Diagnosis:
     if version := _version(name):
-        return Finding(name, "ok", f"{version}: {words[0]}")
-    return Finding(name, "none", f"not installed: {words[0]}", f'pip install "spearrl[{words[1]}]"')
+        return Diagnosis(name, "ok", f"{version}: {purpose}")
+    return Diagnosis(name, "none", f"not installed: {purpose}", f'pip install "spearrl[{extra}]"')
 
 
 def _version(name: str) -> str:
@@ -153,7 +142,7 @@ def _version(name: str) -> str:
         return ""
 
 
-CHECKS: dict[str, Callable[[argparse.Namespace], Iterator[Finding]]] = {
+CHECKS: dict[str, Callable[[argparse.Namespace], Iterator[Diagnosis]]] = {
     "versions": _versions,
     "machine": _machine,
     "gpu": _gpu,

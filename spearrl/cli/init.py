@@ -9,15 +9,19 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+EXAMPLES = """
+examples:
+  spearrl init my_agent
+  spearrl init my_agent --name Guess
+"""
 FILES = ("env.py", "config.toml", "test_env.py", "README.md")
 IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,39}", re.ASCII)
 CLASS = re.compile(r"[A-Z][A-Za-z0-9]{0,39}", re.ASCII)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folder", metavar="DIR", help="folder to make; its last part becomes the name of a Python package"
-    )
+    folder_help = "folder to make; its last part becomes the name of a Python package"
+    parser.add_argument("folder", metavar="DIR", help=folder_help)
     parser.add_argument("--name", help="name of the environment's class (default: made from DIR)")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
@@ -58,16 +62,13 @@ def _package(folder: Path) -> str:
     return package
 
 
-def _class_name(given: str | None, package: str) -> str:
+def _class_name(name: str | None, package: str) -> str:
     from spearrl.errors import RefusedError
 
-    name = given or "".join(part.capitalize() for part in package.split("_") if part)
+    name = name or "".join(part.capitalize() for part in package.split("_") if part)
     if not CLASS.fullmatch(name) or name in ("Environment", "ConfigError", "Observation", "Outcome", "Task"):
-        raise RefusedError(
-            f"{name[:60]!r} cannot be the name of the class",
-            where="--name",
-            hint="use a name of your own such as MyEnvironment",
-        )
+        message = f"{name[:60]!r} cannot be the name of the class"
+        raise RefusedError(message, where="--name", hint="use a name of your own such as MyEnvironment")
     return name
 
 
@@ -76,16 +77,12 @@ def _check_free(folder: Path, package: str) -> None:
     from spearrl.errors import RefusedError
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RefusedError(
-            f"{folder} exists and is not an empty folder", where="init", hint="give a new folder; nothing was written"
-        )
-    found = find_spec(package)
-    if found is not None and found.origin is not None:
-        raise RefusedError(
-            f"there is a Python module {package!r} already ({found.origin})",
-            where="init",
-            hint=f"use another name, e.g. {package}_env",
-        )
+        message = f"{folder} exists and is not an empty folder"
+        raise RefusedError(message, where="init", hint="give a new folder; nothing was written")
+    spec = find_spec(package)
+    if spec is not None and spec.origin is not None:
+        message = f"there is a Python module {package!r} already ({spec.origin})"
+        raise RefusedError(message, where="init", hint=f"use another name, e.g. {package}_env")
 
 
 def _filled(file: str, package: str, name: str) -> str:

@@ -1,6 +1,6 @@
 """The `spearrl` command: finds the verb, loads its module only, and turns errors into messages and exit codes.
 
-A verb's module has add_arguments(parser) and run(args) -> exit code; help.toml says what the verb is for.
+A verb's module has EXAMPLES, add_arguments(parser) and run(args) -> exit code.
 Standard output carries results, standard error everything else.
 """
 
@@ -13,20 +13,28 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import NoReturn
 
 from spearrl import __version__
-from spearrl.config.tables import table
 from spearrl.errors import SpearError
 
-HELP = table(__file__, "help.toml")
-_USAGE: str = HELP.pop("usage")
-VERBS = {verb: (f"spearrl.cli.{verb.replace('-', '_')}", words["summary"]) for verb, words in HELP.items()}
+VERBS = {
+    "init": "write a working environment to start from",
+    "check-env": "prove that an environment keeps its contract",
+    "play": "play one episode: by hand, by expert or by model",
+    "train": "train an agent",
+    "sft": "cold start: clone expert episodes, or a file's conversations",
+    "eval": "success on a fixed panel, with a 95 % interval",
+    "study": "what an algorithm costs beside another, measured",
+    "doctor": "what works on this machine, and how to fix the rest",
+    "config": "resolved settings, their sources, differences, schema",
+}
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Names with hyphens stay whole."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
@@ -37,22 +45,17 @@ class Parser(argparse.ArgumentParser):
     """argparse with whole option names only and a suggestion for a mistyped one."""
 
     def __init__(self, prog: str, *, description: str, examples: str):
-        super().__init__(prog, description=description, epilog=examples, formatter_class=_Help, allow_abbrev=False)
+        super().__init__(
+            prog, description=description, epilog=examples, formatter_class=_HelpFormatter, allow_abbrev=False
+        )
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-        wrong = (
-            [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-            if "unrecognized" in message
-            else []
-        )
-        near = [match for word in wrong for match in difflib.get_close_matches(word, known, n=1)]
-        hint = (
-            f"\n  did you mean {' and '.join(near)}?"
-            if near
-            else f"\n  fix: use the arguments that {self.prog} --help lists"
-        )
-        self.exit(2, f"error: {self.prog}: {message}{hint}\n")
+        words = message.split() if "unrecognized" in message else []
+        unknown = [word.partition("=")[0] for word in words if word.startswith("--")]
+        near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
+        fix = f"did you mean {' and '.join(near)}?" if near else f"fix: use the arguments that {self.prog} --help lists"
+        self.exit(2, f"error: {self.prog}: {message}\n  {fix}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +81,7 @@ def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         if len(words) > 1 and words[1] in VERBS:
             return _dispatch([words[1], "--help"])
-        print(summary(), end="")
+        print(usage(), end="")
         return 0
     verb, *rest = words
     if verb in ("-V", "--version", "version"):
@@ -86,11 +89,11 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean spearrl {near[0]}?" if near else f"fix: use one of: {', '.join(VERBS)}"
-        print(f"error: spearrl has no verb {verb[:60]!r}\n  {hint}", file=sys.stderr)
+        fix = f"did you mean spearrl {near[0]}?" if near else f"fix: use one of: {', '.join(VERBS)}"
+        print(f"error: spearrl has no verb {verb[:60]!r}\n  {fix}", file=sys.stderr)
         return 2
-    module = import_module(VERBS[verb][0])
-    parser = Parser(f"spearrl {verb}", description=HELP[verb]["summary"], examples=HELP[verb]["examples"])
+    module = module_of(verb)
+    parser = Parser(f"spearrl {verb}", description=VERBS[verb], examples=module.EXAMPLES.strip())
     module.add_arguments(parser)
     try:
         args = parser.parse_intermixed_args(rest)
@@ -99,9 +102,22 @@ def _dispatch(words: list[str]) -> int:
     return int(module.run(args))
 
 
-def summary() -> str:
+def module_of(verb: str) -> ModuleType:
+    """The module that a verb is in."""
+    return import_module(f"spearrl.cli.{verb.replace('-', '_')}")
+
+
+def usage() -> str:
     """What `spearrl` alone prints."""
-    return _USAGE.format(verbs="\n".join(f"  {verb:<9} {words}" for verb, (_, words) in VERBS.items()))
+    verbs = "\n".join(f"  {verb:<9} {summary}" for verb, summary in VERBS.items())
+    return f"""usage: spearrl VERB [arguments]     (spearrl VERB --help explains one)
+
+{verbs}
+
+examples:
+  spearrl train --env webshop --algo grpo+spear     learns on a laptop's CPU; a small model built for it
+  spearrl config show --preset tiny --why           what it would use, and why
+"""
 
 
 if __name__ == "__main__":

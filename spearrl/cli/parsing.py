@@ -19,31 +19,20 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     from spearrl.config.grammar import BASES, MODULES
     from spearrl.config.presets import PRESETS
 
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="FILE | section.key=value",
-        help="a config file (TOML) or run directory, and settings that win over it",
-    )
+    overrides_help = "a config file (TOML) or run directory, and settings that win over it"
+    parser.add_argument("overrides", nargs="*", metavar="FILE | section.key=value", help=overrides_help)
     parser.add_argument("--preset", metavar="NAME", help=f"start from these settings: {', '.join(PRESETS)}")
-    parser.add_argument(
-        "--env",
-        metavar="NAME",
-        help='environment: webshop, alfworld, math, sokoban, search, or "my_pkg.mod:Class" of your own',
-    )
-    parser.add_argument(
-        "--algo", metavar="NAME", help=f"base[+module...]: {', '.join(BASES)} + {', '.join(MODULES)}; e.g. grpo+spear"
-    )
+    env_help = 'environment: webshop, alfworld, math, sokoban, search, or "my_pkg.mod:Class" of your own'
+    parser.add_argument("--env", metavar="NAME", help=env_help)
+    algo_help = f"base[+module...]: {', '.join(BASES)} + {', '.join(MODULES)}; e.g. grpo+spear"
+    parser.add_argument("--algo", metavar="NAME", help=algo_help)
     parser.add_argument("--model", metavar="DIR", help='model directory, or "tiny": build one for this environment')
 
 
 def add_gpus(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--gpus",
-        type=int,
-        metavar="N",
-        help="GPUs of the run over all machines; who gets what is worked out and printed (default: this machine's)",
-    )
+    """The flag for the number of GPUs."""
+    gpus_help = "GPUs of the run over all machines; who gets what is worked out and printed (default: this machine's)"
+    parser.add_argument("--gpus", type=int, metavar="N", help=gpus_help)
 
 
 def config_from(args: argparse.Namespace) -> RunConfig:
@@ -58,47 +47,41 @@ def gpu_override(args: argparse.Namespace) -> list[str]:
     """What --gpus sets. Raises ConfigError."""
     from spearrl.errors import ConfigError
 
-    count = getattr(args, "gpus", None)
+    count, where = getattr(args, "gpus", None), "command line"
     if count is None:
         return []
-    if count < 1 or any(word.startswith("placement.gpus=") for word in args.overrides):
-        what = f"--gpus {count} is not a number of GPUs" if count < 1 else "--gpus and placement.gpus= are both given"
-        raise ConfigError(
-            what,
-            where="command line",
-            hint="use --gpus 1 or more; run.device=cpu uses none" if count < 1 else "use one of them",
-        )
+    if count < 1:
+        hint = "use --gpus 1 or more; run.device=cpu uses none"
+        raise ConfigError(f"--gpus {count} is not a number of GPUs", where=where, hint=hint)
+    if any(word.startswith("placement.gpus=") for word in args.overrides):
+        raise ConfigError("--gpus and placement.gpus= are both given", where=where, hint="use one of them")
     return [f"placement.gpus={count}"]
 
 
 def check_environment(resolved: Resolved) -> None:
-    """The environment's own settings, with the place they came from: config models do not know them."""
+    """Check the environment's own settings, which the config's sections do not know. Raises ConfigError."""
     from spearrl import envs
     from spearrl.config.problems import Problem, raise_all
 
-    section = resolved.config.env
-    complaints = envs.option_errors(envs.load(section.name), section.options)
-    sources = resolved.sources
-    raise_all(
-        [
-            Problem(text, fix, (key,), sources.get(f"env.options.{key.partition('.')[0]}", ""))
-            for key, text, fix in complaints
-        ]
-    )
+    env, problems = resolved.config.env, []
+    for key, message, fix in envs.option_errors(envs.load(env.name), env.options):
+        source = resolved.sources.get(f"env.options.{key.partition('.')[0]}", "")
+        problems.append(Problem(message, fix, (key,), source))
+    raise_all(problems)
 
 
-def placed_from(args: argparse.Namespace, find: Callable[[], Machine]) -> tuple[Resolved, Placement]:
-    """The config with what follows from the GPUs of the machine `find` finds, and who gets which. Raises ConfigError."""
+def placed_from(args: argparse.Namespace, machine: Callable[[], Machine]) -> tuple[Resolved, Placement]:
+    """The config with what follows from the machine's GPUs, and which of them do what. Raises ConfigError."""
     from spearrl.launch.devices import parameters_of
     from spearrl.launch.placement import place
 
-    found: list[Placement] = []
+    placements: list[Placement] = []
 
     def derive(config: RunConfig, unset: Collection[str]) -> Mapping[str, Any]:
-        found.append(place(config, find(), derive=unset, parameters=parameters_of(config.model.path)))
-        return found[0].derived
+        placements.append(place(config, machine(), derive=unset, parameters=parameters_of(config.model.path)))
+        return placements[0].derived
 
-    return resolved_from(args, derive), found[0]
+    return resolved_from(args, derive), placements[0]
 
 
 def resolved_from(args: argparse.Namespace, derive: Derive | None = None) -> Resolved:
@@ -110,29 +93,19 @@ def resolved_from(args: argparse.Namespace, derive: Derive | None = None) -> Res
     files = [word for word in args.overrides if not _is_override(word)]
     if len(files) > 1:
         names = ", ".join(repr(name[:60]) for name in files)
-        raise ConfigError(
-            f"{len(files)} config files were given ({names})",
-            where="command line",
-            hint="use one file; settings are section.key=value",
-        )
-    return resolve(
-        files[0] if files else None,
-        overrides,
-        env=args.env,
-        algo=args.algo,
-        model=args.model,
-        preset=args.preset,
-        derive=derive,
-    )
+        hint = "use one file; settings are section.key=value"
+        raise ConfigError(f"{len(files)} config files were given ({names})", where="command line", hint=hint)
+    flags = {"env": args.env, "algo": args.algo, "model": args.model, "preset": args.preset}
+    return resolve(files[0] if files else None, overrides, **flags, derive=derive)
 
 
 def announce(resolved: Resolved) -> None:
-    """On standard error: the preset nobody asked for, and what will probably disappoint."""
+    """On standard error: the preset that nobody named, and what will probably disappoint."""
     from spearrl.config import advice
 
     if resolved.by_default:
-        text = f"no config file, preset or model was given: using preset {resolved.preset} (spearrl config show --why lists it)"
-        print(text, file=sys.stderr)
+        using = f"using preset {resolved.preset} (spearrl config show --why lists it)"
+        print(f"no config file, preset or model was given: {using}", file=sys.stderr)
     for problem in advice(resolved.config, resolved.sources):
         print(f"warning: {problem}", file=sys.stderr)
 

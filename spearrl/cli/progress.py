@@ -5,11 +5,36 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
-from spearrl.config.tables import table
 
-COLUMNS: list[dict[str, Any]] = table(__file__, "progress.toml")["column"]
+class Column(NamedTuple):
+    """A column of the progress line. `template` takes the step's metrics; one that was not logged counts as 0."""
+
+    name: str
+    width: int
+    template: str
+    meaning: str
+
+
+COLUMNS = (
+    Column("step", 8, "{step}/{steps}", "step / steps"),
+    Column("succ", 6, "{rollout/success:.0%}", "share of episodes that succeeded, sampled at rollout.temperature"),
+    Column("reward", 7, "{rollout/reward:.2f}", "mean episode reward as the environment paid it"),
+    Column("turns", 6, "{rollout/turns:.1f}", "turns per episode"),
+    Column("len", 5, "{rollout/reply_tokens:.1f}", "tokens per reply"),
+    Column("ent", 6, "{policy/entropy:.3f}", "entropy of the policy at the sampled tokens, nats"),
+    Column("clip", 6, "{policy/clip_fraction:.1%}", "share of tokens whose probability ratio was clipped"),
+    Column("grad", 6, "{policy/grad_norm:.2f}", "gradient norm before clipping"),
+    Column("gamma", 6, "{gamma:.2f}", "weight of self-imitation"),
+    Column("mu", 6, "{mu:.2f}", "weight of the intrinsic reward"),
+    Column("buf", 6, "{replay/stored:.0f}", "units in the replay buffer"),
+    Column("replay", 7, "{replay/rows:.0f}", "rows replayed in this step"),
+    Column("tok/s", 7, "{time/tokens_per_s:.0f}", "sampled tokens per second of the whole step"),
+    Column("roll", 8, "{time/rollout:.2f}s", "seconds of rollout"),
+    Column("learn", 8, "{learn:.2f}s", "seconds of old log-probabilities, advantages and update"),
+    Column("eta", 7, "{eta}", "time left"),
+)
 HEADER_EVERY = 20
 
 
@@ -18,34 +43,35 @@ class Progress:
 
     def __init__(self) -> None:
         self._lines = 0
-        self._first: float | None = None
+        self._began: float | None = None
         self._first_step = 0
 
     def report(self, kind: str, values: dict[str, Any]) -> None:
+        """Print an event; one of an unknown kind is left out."""
         handler = getattr(self, f"_{kind}", None)
         if handler is not None:
             handler(values)
 
     def _expert(self, v: dict[str, Any]) -> None:
-        _say(
-            f"expert: {v['episodes']} episodes, {100 * v['success']:.1f}% succeed, {v['tokens']} tokens, {v['dropped']} too long"
-        )
+        success = f"{100 * v['success']:.1f}% succeed"
+        _say(f"expert: {v['episodes']} episodes, {success}, {v['tokens']} tokens, {v['dropped']} too long")
 
     def _conversations(self, v: dict[str, Any]) -> None:
         _say(f"{v['episodes']} conversations, {v['tokens']} tokens, {v['dropped']} too long")
 
     def _sft(self, v: dict[str, Any]) -> None:
-        _say(
-            f"cold start {v['update']:>4}/{v['updates']}  loss {v['loss']:.3f}  {v['tokens_per_s'] / 1000:.1f}k tok/s  {v['seconds']:.0f}s"
-        )
+        speed = f"{v['tokens_per_s'] / 1000:.1f}k tok/s  {v['seconds']:.0f}s"
+        _say(f"cold start {v['update']:>4}/{v['updates']}  loss {v['loss']:.3f}  {speed}")
 
     def _eval(self, v: dict[str, Any]) -> None:
-        extra = "".join(f"  {k} {100 * x:.1f}%" for k, x in v.items() if k.startswith("success "))
-        lost = f"  {v['errors']} episodes lost to faults" if v["errors"] else ""
+        success = f"{100 * v['success']:.1f}% [{100 * v['low']:.1f}, {100 * v['high']:.1f}]"
         score = f"  task score {v['task_score']:.3f}" if "task_score" in v else ""
+        strata = "".join(f"  {k} {100 * x:.1f}%" for k, x in v.items() if k.startswith("success "))
+        lost = f"  {v['errors']} episodes lost to faults" if v["errors"] else ""
+        panel = f"(panel {v['panel']}, {v['seconds']:.1f}s)"
         _say(
-            f"eval at step {v['step']}: success {100 * v['success']:.1f}% [{100 * v['low']:.1f}, {100 * v['high']:.1f}] on {v['tasks']} tasks"
-            f"{score}  turns {v['turns']:.1f}{extra}{lost}  (panel {v['panel']}, {v['seconds']:.1f}s)"
+            f"eval at step {v['step']}: success {success} on {v['tasks']} tasks{score}  turns {v['turns']:.1f}"
+            f"{strata}{lost}  {panel}"
         )
 
     def _checkpoint(self, v: dict[str, Any]) -> None:
@@ -55,26 +81,25 @@ class Progress:
         _say(f"  ! {v['text']}")
 
     def _resume(self, v: dict[str, Any]) -> None:
-        _say(
-            f"resumed from {v['from']}: weights, optimiser, {v['replay_stored']} stored rows, {v['baselines']} baselines, task order (derived from the seed)"
-        )
+        buffers = f"{v['replay_stored']} stored rows, {v['baselines']} baselines"
+        _say(f"resumed from {v['from']}: weights, optimiser, {buffers}, task order (derived from the seed)")
 
     def _step(self, v: dict[str, Any]) -> None:
         now = time.monotonic()
-        if self._first is None:
-            self._first, self._first_step = now - v["time/step"], v["step"] - 1
+        if self._began is None:
+            self._began, self._first_step = now - v["time/step"], v["step"] - 1
         if self._lines % HEADER_EVERY == 0:
-            _say("".join(column["name"].rjust(column["width"]) for column in COLUMNS))
+            _say("".join(column.name.rjust(column.width) for column in COLUMNS))
         self._lines += 1
-        left = (now - self._first) / (v["step"] - self._first_step) * (v["steps"] - v["step"])
+        eta = (now - self._began) / (v["step"] - self._first_step) * (v["steps"] - v["step"])
         learn = v.get("time/prepare", 0.0) + v.get("time/update", 0.0)
-        shown = defaultdict(float, v, learn=learn, left=_duration(left))
-        _say("".join(column["show"].format_map(shown).rjust(column["width"]) for column in COLUMNS))
+        metrics = defaultdict(float, v, learn=learn, eta=_duration(eta))
+        _say("".join(column.template.format_map(metrics).rjust(column.width) for column in COLUMNS))
 
 
 def explain_columns() -> str:
     """The meaning of every column of the progress line."""
-    return "\n".join(f"{column['name']:>8}  {column['meaning']}" for column in COLUMNS)
+    return "\n".join(f"{column.name:>8}  {column.meaning}" for column in COLUMNS)
 
 
 def _duration(seconds: float) -> str:

@@ -8,14 +8,19 @@ import sys
 from spearrl.cli.parsing import add_config_arguments, config_from
 from spearrl.cli.target import empty_folder
 
+EXAMPLES = """
+examples:
+  spearrl sft --env webshop --output models/shop
+  spearrl sft --preset tiny sft.episodes=1000 --output models/small
+  spearrl sft --model DIR --data conversations.jsonl --output models/started
+  spearrl train --preset tiny --model models/shop sft.enabled=false
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
-    parser.add_argument(
-        "--data",
-        metavar="FILE",
-        help="conversations to clone instead of expert episodes (.jsonl or .parquet); the same as sft.data=FILE",
-    )
+    data_help = "conversations to clone instead of expert episodes (.jsonl or .parquet); the same as sft.data=FILE"
+    parser.add_argument("--data", metavar="FILE", help=data_help)
     parser.add_argument("--output", metavar="DIR", required=True, help="where the model directory is written")
 
 

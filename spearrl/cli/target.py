@@ -14,7 +14,10 @@ OVERRIDES_HELP = "settings, e.g. env.options.seed=3"
 
 
 def config_of(target: str, overrides: Sequence[str], *, model: str | None = None) -> RunConfig:
-    """The config of a file or a run directory; for a name, the defaults of every setting (no preset) and the overrides. Raises ConfigError."""
+    """The config of a file or a run directory; of a name, the overrides above every default, without a preset.
+
+    Raises ConfigError.
+    """
     from spearrl.config import load_config
 
     if target.endswith(".toml") or Path(target).is_dir():
@@ -22,25 +25,28 @@ def config_of(target: str, overrides: Sequence[str], *, model: str | None = None
     return load_config(None, overrides, env=target, model=model or "tiny")
 
 
-def model_of(given: str | Path, step: int | None = None) -> Path:
-    """The model directory of a run (its newest checkpoint, or that of `step`), or the directory itself. Raises CheckpointError."""
+def model_of(directory: str | Path, step: int | None = None) -> Path:
+    """The model directory of a run (its newest checkpoint, or that of `step`), or the directory itself.
+
+    Raises CheckpointError.
+    """
     from spearrl.errors import CheckpointError
     from spearrl.run.checkpoint import newest_checkpoint
 
-    folder = Path(given, "checkpoints")
+    folder = Path(directory, "checkpoints")
     if not folder.is_dir():
-        return Path(given)
+        return Path(directory)
     if step is None:
         return newest_checkpoint(folder)[0]
     path = folder / f"step-{step:06d}"
     if not path.is_dir():
-        found = ", ".join(p.name for p in sorted(folder.glob("step-*")))
-        raise CheckpointError(f"no checkpoint of step {step} (there are: {found})", where=str(given))
+        names = ", ".join(checkpoint.name for checkpoint in sorted(folder.glob("step-*")))
+        raise CheckpointError(f"no checkpoint of step {step} (there are: {names})", where=str(directory))
     return path
 
 
 def empty_folder(output: str) -> Path:
-    """The folder that --output names; made where it is not there. Raises RefusedError where something is in it, StorageError."""
+    """The folder that --output names, made if it is not there. Raises RefusedError if it is not empty, StorageError."""
     from spearrl.errors import RefusedError, StorageError
 
     folder = Path(output)

@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from spearrl.start.origin import Report
     from spearrl.trainer import Trainer
 
+EXAMPLES = """
+examples:
+  spearrl train --env webshop --algo grpo+spear
+  spearrl train --preset tiny run.steps=20 run.seed=3
+  spearrl train --env webshop env.options.data=PATH --algo grpo+spear
+  spearrl train --preset webshop-1.5b --model DIR --gpus 8
+  spearrl train --resume runs/webshop-grpo-spear-s0
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
@@ -32,28 +41,21 @@ def run(args: argparse.Namespace) -> int:
         print(explain_columns())
         return 0
     if args.resume and (args.env or args.algo or args.model or args.preset):
-        raise ConfigError(
-            "--resume takes its settings from the run",
-            where="command line",
-            hint="leave --env, --algo, --model and --preset out",
-        )
+        hint = "leave --env, --algo, --model and --preset out"
+        raise ConfigError("--resume takes its settings from the run", where="command line", hint=hint)
     from spearrl.launch.launcher import serve_rank
 
     if (code := serve_rank()) is not None:
         return code
-    trainer = _resumed(args, Progress().report) if args.resume else _new(args, Progress().report)
-    caught = _stop_gently(trainer)
-    path = trainer.run.path
-    print(f"run  {path}  (config.toml, events.jsonl, trajectories/, checkpoints/, tb/)", file=sys.stderr)
-    try:
+    with _resumed(args, Progress().report) if args.resume else _new(args, Progress().report) as trainer:
+        signals = _stop_gently(trainer)
+        path = trainer.run.path
+        print(f"run  {path}  (config.toml, events.jsonl, trajectories/, checkpoints/, tb/)", file=sys.stderr)
         result = trainer.train()
-    finally:
-        trainer.close()
-    if caught:
-        print(
-            f"stopped after step {trainer.step}, saved. Continue with:  spearrl train --resume {path}", file=sys.stderr
-        )
-        return 128 + caught[0]
+    if signals:
+        stopped = f"stopped after step {trainer.step}, saved. Continue with:  spearrl train --resume {path}"
+        print(stopped, file=sys.stderr)
+        return 128 + signals[0]
     if args.json:
         print(json.dumps({"run": str(path), "eval": result.as_json() if result else None}))
     else:
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _new(args: argparse.Namespace, report: Report) -> Trainer:
-    """The trainer of a new run; who gets what is told before anything starts."""
+    """The trainer of a new run. Which GPUs do what is said before anything starts."""
     from spearrl.launch.describe import describe
     from spearrl.launch.devices import detect
 
@@ -89,20 +91,20 @@ def _resumed(args: argparse.Namespace, report: Report) -> Trainer:
 
 
 def _stop_gently(trainer: Trainer) -> list[int]:
-    """First SIGINT or SIGTERM: finish the step and save; the second stops at once. Returns the list the signal lands in."""
+    """First SIGINT or SIGTERM: finish the step and save; the second stops at once. The list is where signals land."""
     from spearrl.processes import under_launcher
 
-    caught: list[int] = []
+    signals: list[int] = []
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if caught:
+        if signals:
             if number == signal.SIGTERM and under_launcher():  # a launcher sends it after Ctrl-C
                 return
             raise KeyboardInterrupt
-        caught.append(number)
+        signals.append(number)
         trainer.stop_requested = True
         print("finishing this step and saving; press Ctrl-C again to stop now", file=sys.stderr)
 
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
-    return caught
+    return signals

@@ -7,13 +7,12 @@ import json
 import subprocess
 import sys
 import tomllib
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from spearrl.cli import main as shell
-from spearrl.cli.main import HELP, VERBS, Parser, main
+from spearrl.cli.main import VERBS, Parser, main, module_of
 from spearrl.cli.parsing import add_config_arguments, add_gpus, config_from
 from spearrl.config import RunConfig, load_config, to_toml
 from spearrl.config.grammar import BASES, MODULES
@@ -32,7 +31,8 @@ def process(*words: str, stdin: str | None = None) -> subprocess.CompletedProces
     "words", [[], ["--help"], ["--version"], ["trian"], *([verb, "--help"] for verb in VERBS)], ids=" ".join
 )
 def test_help_loads_nothing_heavy(words):
-    code = f"import sys; from spearrl.cli.main import main; main({words!r}); print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
+    code = f"import sys; from spearrl.cli.main import main; main({words!r}); loaded = set(sys.modules) & set({HEAVY!r})"
+    code += "; print(sorted(loaded), file=sys.stderr)"
     done = process("-c", code)
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
 
@@ -41,11 +41,11 @@ def test_every_verb_is_documented(capsys):
     assert main([]) == 0
     table = capsys.readouterr().out
     assert len(table.splitlines()) <= 15
-    for verb, (path, words) in VERBS.items():
-        assert callable(import_module(path).run) and f"  {verb}" in table and words in table
+    for verb, summary in VERBS.items():
+        assert callable(module_of(verb).run) and f"  {verb}" in table and summary in table
         assert main([verb, "--help"]) == 0
         shown = capsys.readouterr().out
-        assert "\nexamples:\n" in shown and shown.rstrip().endswith(HELP[verb]["examples"].rstrip().splitlines()[-1])
+        assert "\nexamples:\n" in shown and shown.rstrip().endswith(module_of(verb).EXAMPLES.rstrip().splitlines()[-1])
         assert main(["help", verb]) == 0 and capsys.readouterr().out == shown
     main(["train", "--help"])
     words = capsys.readouterr().out
@@ -56,7 +56,7 @@ def test_the_examples_in_help_resolve(tmp_path, monkeypatch):
     """Every `spearrl train` and `spearrl config show` line of the examples is a valid config."""
     (tmp_path / "shop.toml").write_text('preset = "tiny"\n')
     monkeypatch.chdir(tmp_path)
-    lines = [line.strip() for words in HELP.values() for line in words["examples"].splitlines()]
+    lines = [line.strip() for verb in VERBS for line in module_of(verb).EXAMPLES.splitlines()]
     lines = [
         line for line in lines if line.startswith(("spearrl train", "spearrl config show")) and "--resume" not in line
     ]
@@ -79,9 +79,7 @@ def test_unknown_verbs_and_options_suggest(capsys):
     assert main(["config", "show", "--pre", "tiny"]) == 2 and "did you mean --preset?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "error", [ConfigError, RefusedError, CheckpointError, StorageError, WorkerError]
-)
+@pytest.mark.parametrize("error", [ConfigError, RefusedError, CheckpointError, StorageError, WorkerError])
 def test_errors_become_one_message_and_their_exit_code(capsys, monkeypatch, error):
     def fail(words):
         raise error("it broke", where="step 3", hint="use another")

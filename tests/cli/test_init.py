@@ -1,4 +1,4 @@
-"""`spearrl init`: what it writes is small, keeps its contract, passes its own test, trains as it is; and it overwrites nothing."""
+"""`spearrl init`: what it writes is small, keeps its contract, passes its test and trains; nothing is overwritten."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ def test_an_episode_by_hand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert main(["play", FETCH, "--task", "fetch-1"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(
-        "task fetch-1 (train), seed 0, style chat, at most 4 turns\n--- turn 1 of 4\nuser: want: look or say\n(possible: look | say red"
+        "task fetch-1 (train), seed 0, style chat, at most 4 turns\n"
+        "--- turn 1 of 4\nuser: want: look or say\n(possible: look | say red"
     )
     assert "--- turn 2 of 4\nuser: it is blue\n" in out and "action: 'say blue'   reward 10\nend: end\n" in out
     assert out.endswith('info: {"success": true, "closeness": 1.0}\nsuccess: reward 10 in 2 turns\n')

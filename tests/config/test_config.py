@@ -132,7 +132,8 @@ def test_a_wrong_setting_is_named_placed_and_fixed(tmp_path, text, key):
 def test_all_problems_come_at_once_with_their_places(tmp_path):
     path = write(
         tmp_path,
-        '# a run\npreset = "tiny"\n\n[learner]\nlr = -1\nlearning_rte = 3\n\n[rollout]\ngroup_size = 1\n\n[optim]\nx = 1\n',
+        '# a run\npreset = "tiny"\n\n[learner]\nlr = -1\nlearning_rte = 3\n\n'
+        "[rollout]\ngroup_size = 1\n\n[optim]\nx = 1\n",
     )
     message = message_of(path, ["run.stepz=3", "eval.tasks=no", "word"], algo="grpo+spaer")
     for place in (

@@ -12,7 +12,8 @@ from spearrl.config.fidelity import COLUMNS, ROWS, Unset, column
 from spearrl.config.fields import leaves
 from spearrl.errors import ConfigError
 
-# By hand from the paper (arXiv 2509.22601) and from what its two releases do: (default, paper, release_agent, release_math), keys below algo.
+# By hand from the paper (arXiv 2509.22601) and from what its two releases do: values of default, paper, release_agent,
+# release_math; keys below algo.
 SWITCHES = {
     "groups.statistics": ("trajectory", "trajectory", "turn", "trajectory"),
     "groups.singleton": ("zero", "zero", "raw", "raw"),

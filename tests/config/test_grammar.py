@@ -1,4 +1,4 @@
-"""The --algo grammar: every sensible name runs and means one thing, in any order and over any preset; the others say why not."""
+"""The --algo grammar: every sensible name means one thing, in any order and over any preset; the others say why not."""
 
 from __future__ import annotations
 

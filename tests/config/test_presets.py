@@ -1,4 +1,4 @@
-"""The presets of the paper's remaining cells against the tables of spear.md, section 8, and verl-agent's published scripts."""
+"""The presets of the paper's remaining cells against spear.md, section 8, and verl-agent's published scripts."""
 
 from __future__ import annotations
 
