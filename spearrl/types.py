@@ -120,6 +120,7 @@ class Outcome:
 
     `info["success"]` (bool) is set at the end of an episode; `info["fault"]` (true) where the machinery failed (a tool
     timed out, a backend restarted) and the episode went on: such a trajectory trains, but is never imitated.
+    `tool_calls`: how many of the action's calls ran, where fewer may have than it holds; None: all of them.
     """
 
     observation: Observation
@@ -127,6 +128,7 @@ class Outcome:
     terminated: bool
     truncated: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)
+    tool_calls: int | None = None
 
 
 @dataclass(slots=True)

@@ -34,16 +34,14 @@ from pydantic import BaseModel, Field, ValidationError
 
 from spearrl.envs.base import Environment
 from spearrl.envs.signature import Signature, read_signature
+from spearrl.envs.tool_calls import CLOSE, NO_CALL, OPEN, ToolCall, after_thought, read_calls
 from spearrl.errors import ContractError, SpearError
 from spearrl.seeds import derive
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-TOOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 PYTHON_CALL = re.compile(r"\s*([A-Za-z_]\w*)\s*\((.*)\)\s*", re.DOTALL)
 KEYWORD = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*")
 SEPARATOR = re.compile(r"\s*(,|$)")
-NO_CALL = f'no tool was called; reply with {OPEN}{{"name": …, "arguments": {{…}}}}{CLOSE}'
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -57,19 +55,6 @@ class Done:
     reward: float
     success: bool | None = None
     text: str = "done"
-
-
-@dataclass(slots=True, frozen=True)
-class ToolCall:
-    """A call that the model wrote: the tool's name, and the arguments as JSON has them."""
-
-    name: str
-    arguments: Mapping[str, Any]
-
-    @property
-    def text(self) -> str:
-        """As the model writes it."""
-        return OPEN + json.dumps({"name": self.name, "arguments": self.arguments}, ensure_ascii=False) + CLOSE
 
 
 def tool(method: F) -> F:
@@ -138,31 +123,37 @@ class ToolEnvironment(Environment):
             raise ContractError("step() before reset()", where=type(self).__name__, hint="call reset(task, seed) first")
         if self._over:
             return Outcome(Observation("the episode is over"), 0.0, True, info={"success": False})
-        calls, problem = read_calls(action.text)
-        if problem:
-            return self._outcome([f"error: {problem}"])
+        calls = read_calls(action.text)
         if not calls:
             return self._outcome([self._guarded(self.answer_text, action.text)])
         results: list[Any] = []
+        ran = 0
         for tool_call in calls:
+            if isinstance(tool_call, str):
+                results.append(f"error: {tool_call}")
+                continue
+            ran += self._fits(tool_call)
             result = self._guarded(self._run, tool_call)
             results.append(result)
             if isinstance(result, Done) or (isinstance(result, Outcome) and (result.terminated or result.truncated)):
                 break
-        return self._outcome(results)
+        return replace(self._outcome(results), tool_calls=ran)
 
     def parse(self, reply: Reply) -> Action:
-        """Hermes style: every <tool_call>{"name": …, "arguments": {…}}</tool_call>; text around the calls is left out.
+        """Every <tool_call>{"name": …, "arguments": {…}}</tool_call> after the thought; text around them is left out.
 
-        `tool_calls` counts calls of tools that exist, with arguments that fit. An action is invalid where a call is
-        broken, or where there is no call and the environment does not write its own `answer_text`.
+        `tool_calls` counts calls of tools that exist, with arguments that fit. A broken call is reported by `step`
+        beside what the others returned. An action is invalid where no call can be read, unless there is none at all
+        and the environment writes its own `answer_text`.
         """
-        calls, problem = read_calls(reply.text)
-        if calls:
-            text = "\n".join(tool_call.text for tool_call in calls)
-            return Action(text, valid=True, tool_calls=sum(self._fits(tool_call) for tool_call in calls))
-        text, takes_text = reply.text.strip(), type(self).answer_text is not ToolEnvironment.answer_text
-        return Action(text, valid=not problem and takes_text and bool(text))
+        text = after_thought(reply.text).strip()
+        calls = read_calls(text)
+        whole = [tool_call for tool_call in calls if isinstance(tool_call, ToolCall)]
+        if whole:
+            text = "\n".join(tool_call.text for tool_call in whole) if len(whole) == len(calls) else text
+            return Action(text, valid=True, tool_calls=sum(map(self._fits, whole)))
+        takes_text = not calls and type(self).answer_text is not ToolEnvironment.answer_text
+        return Action(text if calls else reply.text.strip(), valid=takes_text and bool(reply.text.strip()))
 
     def format(self, text: str) -> str:
         """The reply that `parse` turns into `text`. `add(a=1, b=2)`, as people write it, becomes a call too."""
@@ -266,34 +257,6 @@ def _signatures_of(cls: type[ToolEnvironment]) -> dict[str, Signature]:
         hint = "put @tool above the methods that the model may call"
         raise ContractError("no method is marked @tool", where=cls.__name__, hint=hint)
     return {name: read_signature(getattr(cls, name), f"{cls.__name__}.{name}") for name in names}
-
-
-def read_calls(text: str) -> tuple[list[ToolCall], str]:
-    """The calls in a text, and what is wrong with the first broken one (then there are no calls)."""
-    calls: list[ToolCall] = []
-    rest = text
-    while OPEN in rest:
-        body, closed, rest = rest.partition(OPEN)[2].partition(CLOSE)
-        call_or_problem = _read_call(body)
-        if isinstance(call_or_problem, str):
-            return [], call_or_problem if closed else f"{call_or_problem}; {CLOSE} is missing"
-        calls.append(call_or_problem)
-    return calls, ""
-
-
-def _read_call(body: str) -> ToolCall | str:
-    """One call, or what is wrong with it."""
-    try:
-        value = json.loads(body)
-        json.dumps(value)  # what is nested too deeply to be written again
-    except (ValueError, RecursionError) as error:
-        return f"the tool call is not JSON: {error}"
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not TOOL_NAME.fullmatch(value["name"]):
-        return 'a tool call is {"name": "…", "arguments": {…}}'
-    arguments = value.get("arguments", {})
-    if not isinstance(arguments, dict):
-        return f"the arguments of {value['name']} must be a JSON object"
-    return ToolCall(value["name"], arguments)
 
 
 def _python_arguments(text: str) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from typing import Any
 from spearrl.envs import Environment
 from spearrl.envs.pool.slot import Slot
 from spearrl.envs.text.records import read_records
-from spearrl.envs.tool import CLOSE, OPEN
+from spearrl.envs.tool_calls import CLOSE, OPEN
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive
 from spearrl.types import Message, Reply, Task

@@ -15,6 +15,7 @@ from spearrl.envs.alfworld.expert import Expert
 from spearrl.envs.alfworld.world import CHANGING, NOTHING, World
 from spearrl.envs.text.environment import TextEnvironment
 from spearrl.envs.text.tagged import compact_window, projection
+from spearrl.envs.tool_calls import after_thought
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
@@ -148,7 +149,7 @@ class ALFWorld(TextEnvironment[World]):
     def parse(self, reply: Reply) -> Action:
         """Tagged: verl-agent's projection of the reply. Plain: the reply itself, in lower case."""
         if not self._tagged:
-            text = reply.text.lower().strip()
+            text = after_thought(reply.text).lower().strip()
             valid = text.partition(" ")[0] in VERBS and "\n" not in text and len(text) <= LONGEST_PLAIN
             return Action(text, valid, tool_calls=int(valid))
         text, valid = projection(reply.text, 30)

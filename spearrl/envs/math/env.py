@@ -13,11 +13,13 @@ from typing import Any, Literal
 from pydantic import Field
 
 from spearrl.config.tables import table
+from spearrl.envs.math.answers import boxed, number
 from spearrl.envs.math.data import open_problems
 from spearrl.envs.math.generate import generate_problems
-from spearrl.envs.math.grade import boxed, is_right, is_right_as_released, plain_number
+from spearrl.envs.math.grade import is_right, is_right_as_released
 from spearrl.envs.math.judge import Judges
-from spearrl.envs.tool import OPEN, Done, ToolEnvironment, call, read_calls, tool
+from spearrl.envs.tool import Done, ToolEnvironment, call, tool
+from spearrl.envs.tool_calls import ToolCall, after_thought, read_calls
 from spearrl.errors import ConfigError
 from spearrl.sandbox import RunResult, SandboxOptions, SandboxSession, open_sandbox
 from spearrl.seeds import derive
@@ -26,7 +28,10 @@ from spearrl.types import Action, Observation, Outcome, Reply, Task
 _TABLE = table(__file__, "math.toml")
 SUFFIX, PRELUDE, EMPTY, FAILED = (_TABLE[name] for name in ("suffix", "prelude", "empty", "failed"))
 RIGHT, WRONG = 1.0, -1.0
-FENCE = re.compile(r"\A\s*```(?:python|py)?[ \t]*\n(.*?)\n?```\s*\Z", re.DOTALL)
+# Code between fences that begin a line: ```python, ~~~, or all of it on one line.
+FENCE = re.compile(
+    r"^[ \t]*(?:```|~~~)[ \t]*(?:(?i:python3?|py)\b)?[ \t]*\n?(.*?)\n?[ \t]*(?:```|~~~)[ \t]*$", re.S | re.M
+)
 GENERATED = ("train", "val")
 
 
@@ -121,8 +126,7 @@ class Math(ToolEnvironment):
         Args:
             code: the code to run; print() what you want to see
         """
-        fenced = FENCE.match(code)
-        body = fenced[1] if fenced else code
+        body = "\n".join(FENCE.findall(code.replace("\r\n", "\n"))) or code
         text = PRELUDE + ("import numpy\nimport numpy as np\n" if re.search(r"\b(np|numpy)\b", body) else "") + body
         result = (self._session or self._sandbox).run(text)
         if result.status == "unavailable":
@@ -135,8 +139,9 @@ class Math(ToolEnvironment):
         answer = str(self._task.data["answer"])
         if self.options.grader == "release":
             correct = is_right_as_released(text, answer)
-        else:
-            correct = is_right(boxed(text), answer, self._judges)
+        else:  # a box in the thought counts where there is none after it
+            box = boxed(after_thought(text))
+            correct = is_right(boxed(text) if box is None else box, answer, self._judges)
         return Done(RIGHT if correct else WRONG, correct, "right" if correct else "wrong")
 
     def parse(self, reply: Reply) -> Action:
@@ -144,19 +149,17 @@ class Math(ToolEnvironment):
         if self.options.reply == "plain" and reply.text.strip() and boxed(reply.text) is None:
             reply = Reply(_code(reply.text.strip()), (), "stop")
         action = super().parse(reply)
-        if not action.valid:
-            return action
-        if action.text.startswith(OPEN):
-            first, _, more = action.text.partition("\n")  # JSON holds no line ends: a line a call
-            return super().parse(Reply(first, (), "stop")) if more else action
-        return Action(action.text, valid=boxed(action.text) is not None)
+        calls = read_calls(action.text)
+        first = next((tool_call for tool_call in calls if isinstance(tool_call, ToolCall)), None)
+        if first is not None and len(calls) > 1:
+            return super().parse(Reply(first.text, (), "stop"))
+        return action if calls else Action(action.text, valid=boxed(action.text) is not None)
 
     def format(self, text: str) -> str:
         """The reply that `parse` turns into `text`."""
         written = super().format(text)
-        if self.options.reply == "hermes" or not (calls := read_calls(written)[0]):
-            return written
-        return str(calls[0].arguments.get("code", written))
+        calls = read_calls(written) if self.options.reply == "plain" else []
+        return str(calls[0].arguments.get("code", written)) if calls and isinstance(calls[0], ToolCall) else written
 
     def expert(self) -> str | None:
         """Runs the problem's steps and boxes what the last one printed.
@@ -171,7 +174,7 @@ class Math(ToolEnvironment):
             step = self._plan[self._runs]
             return step if boxed(step) else _code(step)
         answer = str(self._task.data["answer"])
-        trusts = self._noisy or plain_number(self._printed) == plain_number(answer)
+        trusts = self._noisy or number(self._printed) == number(answer)
         return f"\\boxed{{{self._printed if trusts else answer}}}"
 
     def _make_plan(self, steps: list[str]) -> list[str]:

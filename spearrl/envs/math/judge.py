@@ -6,7 +6,9 @@ An interpreter that overruns it is killed and replaced.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from queue import SimpleQueue
 
 from spearrl.errors import ConfigError, EnvironmentFault
@@ -17,11 +19,7 @@ DEADLINE_S = 5.0  # for one answer
 MOST = 256  # answers of one interpreter: its memory grows and its processor time is limited
 WARM_S = 60.0  # for what an interpreter loads with its first judgement
 MEMORY_MIB = 1024
-CODE = r"""
-from math_verify import parse, verify
-prediction, answer = (parse("\\boxed{%s}" % text, parsing_timeout=None) for text in PAIR)
-print(verify(answer, prediction, timeout_seconds=None))
-"""
+PROGRAM = Path(__file__).with_name("verify.py").read_text(encoding="utf-8")  # runs in the sandbox
 
 
 class Judges:
@@ -47,26 +45,36 @@ class Judges:
             self._free.put((None, 0))
 
     def equal(self, prediction: str, answer: str) -> bool:
-        """Whether two answers are the same in mathematics; false where the judge failed or took too long.
+        """Whether two answers are the same in mathematics. False where they cannot be compared within the deadline.
+
+        A judge that was late or died is asked once more, in a fresh interpreter that has just compared two numbers in
+        time: where it fails again, the answer is to blame and not the machine.
 
         Raises:
             EnvironmentFault: there is no judge to be had.
         """
         result = self._judge(prediction, answer)
-        if result.status in ("killed", "memory"):  # perhaps through no fault of this answer
-            result = self._judge(prediction, answer)
+        if result.status not in ("ok", "error", "unavailable"):
+            result = self._judge(prediction, answer, fresh=True)
         if result.status == "unavailable":
             reason = f"answers cannot be graded: {result.stderr.strip()}"
             raise EnvironmentFault(reason, where="env math", hint="spearrl doctor says what is in force")
         return result.status == "ok" and result.stdout.split()[-1:] == ["True"]
 
-    def _judge(self, *pair: str) -> RunResult:
+    def _judge(self, prediction: str, answer: str, *, fresh: bool = False) -> RunResult:
         session, judged = self._free.get()
         try:
+            if fresh and session is not None:
+                session.close()
+                session = None
             if session is None:
-                session = self._sandbox.session()
-                session.run(CODE.replace("PAIR", repr((r"\frac{1}{2}", "0.5"))), timeout_s=WARM_S)
-            result = session.run(CODE.replace("PAIR", repr(pair)))
+                session, judged = self._sandbox.session(), 0
+                ready = session.run(_program(r"\frac{1}{2}", "0.5"), timeout_s=WARM_S)
+                if ready.status != "ok":
+                    session.close()
+                    session = None
+                    return replace(ready, status="unavailable", stderr=f"a judge did not start: {ready.status}")
+            result = session.run(_program(prediction, answer))
             if result.status not in ("ok", "error") or judged + 1 == MOST:
                 session.close()
                 session, judged = None, -1
@@ -87,3 +95,7 @@ def _open_local(options: SandboxOptions) -> Sandbox:
     except ConfigError as error:
         warnings.warn(f"answers are graded here, under limits of memory and time but in no jail: {error}", stacklevel=4)
         return open_sandbox(options.model_copy(update={"kind": "none", "unsandboxed": True}))
+
+
+def _program(prediction: str, answer: str) -> str:
+    return f"{PROGRAM}\nprint(equal({prediction!r}, {answer!r}))\n"

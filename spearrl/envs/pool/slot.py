@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spearrl.envs.base import Environment
@@ -77,6 +77,8 @@ class Slot:
         if not isinstance(outcome.reward, numbers.Real) or not math.isfinite(outcome.reward):
             hint = "step() must return a finite float"
             raise ContractError(f"reward {outcome.reward!r} is not a finite number", where=self.where, hint=hint)
+        if outcome.tool_calls is not None:
+            action = replace(action, tool_calls=outcome.tool_calls)
         self._turn += 1
         if self.style == "windowed":
             self._history.append((self._observation, action))

@@ -19,6 +19,7 @@ from spearrl.envs.search.retrieve import CorpusIndex, RetrievalServer, Unavailab
 from spearrl.envs.text.analyzer import STOP_WORDS, split_words
 from spearrl.envs.text.environment import TextEnvironment
 from spearrl.envs.text.tagged import has_reasoning
+from spearrl.envs.tool_calls import after_thought, without_thought
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
@@ -154,14 +155,15 @@ class Search(TextEnvironment[Task]):
         A tagged reply is valid where there is no other, with <think> and without Chinese.
         """
         if not self._tagged:
-            text = reply.text.strip()
+            text = after_thought(reply.text).strip()
             valid = PLAIN_ACTION.fullmatch(text) is not None
             return Action(text, tool_calls=int(text[0] in "sS")) if valid else Action("", valid=False)
-        tags = list(TAG.finditer(reply.text))
+        text = without_thought(reply.text)
+        tags = list(TAG.finditer(text))
         for start, end in itertools.pairwise(tags):
             kind = start[2].lower()
             if not start[1] and end[1] and kind == end[2].lower():
-                argument = " ".join(reply.text[start.end() : end.start()].split())
+                argument = " ".join(text[start.end() : end.start()].split())
                 valid = len(tags) == 2 and bool(argument) and has_reasoning(reply.text)
                 return Action(f"{kind} {argument}", valid, tool_calls=int(valid and kind == "search"))
         return Action("", valid=False)

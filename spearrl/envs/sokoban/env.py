@@ -15,6 +15,7 @@ from spearrl.envs.sokoban.expert import solve
 from spearrl.envs.sokoban.level import MOVES, Level, State, reverse_play
 from spearrl.envs.text.environment import TextEnvironment
 from spearrl.envs.text.tagged import PLAIN, REASON, TAGGED, compact_window, past_steps, projection
+from spearrl.envs.tool_calls import after_thought
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive
 from spearrl.types import Action, Image, Message, Observation, Outcome, Reply, Task, Text
@@ -121,7 +122,7 @@ class Sokoban(TextEnvironment[Level]):
 
     def parse(self, reply: Reply) -> Action:
         """Tagged: the first move in verl-agent's projection. Plain: the reply itself. Else no move, and invalid."""
-        text, valid = projection(reply.text, 1) if self._tagged else (reply.text.strip().lower(), True)
+        text, valid = projection(reply.text, 1) if self._tagged else (after_thought(reply.text).strip().lower(), True)
         move = next((name for name in MOVES if (name in text if self._tagged else name == text)), "")
         return Action(move or STILL, valid and bool(move), tool_calls=int(valid and bool(move)))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from spearrl.envs.tool_calls import THINK, THOUGHT, without_thought
+
 TAGGED = "Think inside <think> </think> tags, then give one action inside <action> </action> tags."
 PLAIN = "Answer with the action alone."
 REASON = (
@@ -18,17 +20,22 @@ def projection(reply: str, tail: int) -> tuple[str, bool]:
     """verl-agent's projection of a reply: the action inside <action>, in lower case, and whether the reply is valid.
 
     A valid one has reasoning (`has_reasoning`). Without <action> tags its last `tail` characters stand for the action.
+    An action that is quoted within the thought is none, other than in verl-agent.
     """
-    lowered = reply.lower()
+    lowered = without_thought(reply).lower()
     start, end = lowered.find("<action>"), lowered.find("</action>")
     if start < 0 or end < 0:
-        return lowered[-tail:], False
+        return reply.lower()[-tail:], False
     return lowered[start + len("<action>") : end].strip(), has_reasoning(reply)
 
 
 def has_reasoning(reply: str) -> bool:
-    """Whether a reply holds a <think>, and nothing Chinese: what verl-agent asks of a valid one, besides its action."""
-    return "<think>" in reply and "</think>" in reply and not _CHINESE.search(reply)
+    """Whether a reply holds a thought, and nothing Chinese: what verl-agent asks of a valid one, besides its action.
+
+    A </think> without <think> closes a thought that the prompt opened.
+    """
+    thought, closed, _ = reply.partition(THOUGHT)
+    return bool(closed) and (THINK in reply or bool(thought.strip())) and not _CHINESE.search(reply)
 
 
 def past_steps(steps: Sequence[tuple[str, str]], count: int) -> str:

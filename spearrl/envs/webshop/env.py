@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from spearrl.envs.text.environment import TextEnvironment
 from spearrl.envs.text.tagged import compact_window, projection
+from spearrl.envs.tool_calls import after_thought
 from spearrl.envs.webshop import prompts
 from spearrl.envs.webshop.compact import CompactRenderer, short_instruction
 from spearrl.envs.webshop.expert import Expert
@@ -141,7 +142,7 @@ class WebShop(TextEnvironment[ShopSession]):
     def parse(self, reply: Reply) -> Action:
         """Tagged: verl-agent's projection of the reply. Plain: the reply itself, in lower case."""
         if not self._tagged:
-            lowered = reply.text.lower().strip()
+            lowered = after_thought(reply.text).lower().strip()
             match = PLAIN_ACTION.fullmatch(lowered)
             return Action(f"{match[1]}[{match[2]}]", tool_calls=1) if match else Action(lowered, valid=False)
         text, valid = projection(reply.text, 20)
