@@ -69,7 +69,8 @@ def _synthetic(products: Iterable[Product], prices: dict[str, float], draw: rand
         for values in itertools.product(*(product["options"][name] for name in names)):
             options = dict(zip(names, values, strict=True))
             listed = ", and ".join(f"{name}: {value}" for name, value in options.items())
-            yield _goal(product, wish, f" with {listed}" if listed else "", limit, attributes, options)
+            options_text = f" with {listed}" if listed else ""
+            yield _goal(product, wish, options_text, limit, attributes=attributes, options=options)
 
 
 def _human(products: Iterable[Product], prices: dict[str, float], draw: random.Random) -> Iterator[Goal]:
@@ -78,11 +79,11 @@ def _human(products: Iterable[Product], prices: dict[str, float], draw: random.R
             if instruction["instruction_attributes"]:
                 limit, wish = _price_limit(prices[product["asin"]], draw), instruction["instruction"].strip(".")
                 attributes, options = instruction["instruction_attributes"], instruction["instruction_options"]
-                yield _goal(product, wish, "", limit, attributes, options)
+                yield _goal(product, wish, "", limit, attributes=attributes, options=options)
 
 
 def _goal(
-    product: Product, wish: str, options_text: str, limit: tuple[float, str], attributes: list[str], options: Any
+    product: Product, wish: str, options_text: str, limit: tuple[float, str], *, attributes: list[str], options: Any
 ) -> Goal:
     """The original's goal, and `wish`: the instruction without options and price."""
     return {
