@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -86,8 +84,8 @@ def test_kill_at_any_moment_leaves_a_valid_checkpoint(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     time.sleep(0.7)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.communicate()
     path, problems = newest_checkpoint(tmp_path)
     assert problems == [] and load_state(path, "state")["value"] == int(path.name[5:])
     clean(tmp_path)
