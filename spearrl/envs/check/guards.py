@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from types import FrameType
 from typing import Any
 
@@ -61,7 +62,9 @@ class GlobalRandom:
 
     @staticmethod
     def _states() -> dict[str, Any]:
-        return {name: getattr(sys.modules[name], get)() for name, (get, _) in GENERATORS.items() if name in sys.modules}
+        # numpy loads numpy.random when it is first used: that must not pass unseen.
+        loaded = [name for name in GENERATORS if name.partition(".")[0] in sys.modules]
+        return {name: getattr(import_module(name), GENERATORS[name][0])() for name in loaded}
 
 
 def _same(a: Any, b: Any) -> bool:
