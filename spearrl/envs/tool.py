@@ -235,10 +235,8 @@ class ToolEnvironment(Environment):
             self._over = True
             info["success"] = last.reward > 0 if last.success is None else last.success
             return Outcome(Observation(self._cut(last.text)), float(last.reward), True, info=info)
-        texts = [
-            result.text if isinstance(result, Observation | Done) else str(getattr(result, "observation", result))
-            for result in results
-        ]
+        shown = [getattr(result, "observation", result) for result in results]
+        texts = [part if isinstance(part, str) else part.text for part in shown]
         text = "\n".join(map(self._cut, texts))
         observation = replace(last, text=text) if isinstance(last, Observation) else Observation(text)
         return Outcome(observation, 0.0, False, info=info)

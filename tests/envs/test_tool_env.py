@@ -235,8 +235,10 @@ def test_several_calls_run_in_order_until_the_end():
         and outcome.observation.text.endswith("\na room")
         and "error: add: a" in outcome.observation.text
     )
+    outcome = said(env, call("raw", {"end": False}) + call("add", {"a": 1}))
+    assert outcome.observation.text == "raw\n2"
     outcome = said(env, call("answer", {"value": 7}) + call("add", {"a": 5}))
-    assert outcome.terminated and env.calls == [(1, 1)]
+    assert outcome.terminated and env.calls == [(1, 1), (1, 1)]
 
 
 def test_parse_reads_what_format_writes():
