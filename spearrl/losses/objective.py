@@ -17,7 +17,7 @@ from torch import Tensor
 from spearrl.errors import ContractError
 from spearrl.losses.aggregate import AGGREGATIONS, aggregate, token_means
 from spearrl.losses.covariance import covariance_selection, kl_cov_loss, kl_cov_selection
-from spearrl.losses.surrogates import cispo_loss, clipped_policy_loss, clipped_tokens, gspo_loss
+from spearrl.losses.surrogates import MAX_LOG_RATIO, cispo_loss, clipped_policy_loss, clipped_tokens, gspo_loss
 from spearrl.losses.terms import importance_weights, kl_divergence, value_loss
 
 KINDS = ("policy", "sil", "entropy", "kl", "value", "sft")
@@ -58,7 +58,7 @@ class ClipCov:
     lower: float | str
     upper: float | str
     scope: str = "mini_batch"
-    log_ratio_clamp: float | None = 20.0
+    log_ratio_clamp: float | None = MAX_LOG_RATIO
 
 
 @dataclass(frozen=True)
