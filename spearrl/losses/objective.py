@@ -232,15 +232,12 @@ class Objective:
         function, accepted = _surrogate(self.surrogate)
         tokens = (logprobs, batch.old_logprobs, advantages, batch.action_mask)
         returned = function(*tokens, **{name: value for name, value in keywords.items() if name in accepted})
-        match returned:
-            case (Tensor(ndim=0) as loss, dict(metrics)):
-                metrics = {k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in metrics.items()}
-            case _:
-                text, hint = (
-                    f"{self.surrogate} returned {type(returned).__name__}",
-                    "return (scalar tensor, dict of floats)",
-                )
-                raise ContractError(text, where="algo.loss", hint=hint)
+        loss, metrics = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
+        if not (isinstance(loss, Tensor) and loss.ndim == 0 and isinstance(metrics, dict)):
+            hint = "return (scalar tensor, dict of floats)"
+            text = f"{self.surrogate} returned {type(returned).__name__}"
+            raise ContractError(text, where="algo.loss", hint=hint)
+        metrics = {k: float(v.detach() if isinstance(v, Tensor) else v) for k, v in metrics.items()}
         return loss, metrics if weights is None else metrics | token_means(batch.action_mask, {"token_weight": weights})
 
     def _advantages(self, batch: LossBatch) -> Tensor:
