@@ -98,12 +98,12 @@ def test_windowed_trajectories_keep_all_their_rows():
     rows = make_rows([[2], [3], [1], [1]])
     owner = torch.tensor([7, 7, 8, 8])
     rows = Rows(**{**{name: getattr(rows, name) for name in Rows.__dataclass_fields__}, "trajectory": owner})
-    for unit, stored, kept in (("trajectory", 1, [0, 1]), ("row", 1, [1])):
+    for unit, stored, indices in (("trajectory", 1, [0, 1]), ("row", 1, [1])):
         replay = buffer(unit=unit)
         rewards = torch.tensor([0.5, 4.0, 0.0, 0.0], dtype=torch.float64)
         replay.add(1, rows, rewards, rewards - 1, torch.zeros(4, rows.width))
         assert len(replay) == stored
-        assert replay.entries[0][1].uid.tolist() == rows.uid[kept].tolist()
+        assert replay.entries[0][1].uid.tolist() == rows.uid[indices].tolist()
 
 
 def test_faulty_and_fully_masked_trajectories_are_not_stored():

@@ -352,8 +352,8 @@ def test_a_hundred_thousand_turns_take_milliseconds():
 def test_a_penalty_in_an_equal_group_stays_small():
     """Two failing siblings, one invalid turn each: by first turns the deviation would be 0, the penalty -0.1 / 1e-6."""
     rewards = torch.tensor([0.0, -0.1, 0.0, -0.1], dtype=torch.float64)
-    found = balanced(rewards, torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 1, 1]))
-    assert found.tolist() == pytest.approx(
+    advantages = balanced(rewards, torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 1, 1]))
+    assert advantages.tolist() == pytest.approx(
         [0.70710, -0.70710, 0.70710, -0.70710], abs=1e-4
     )  # mean -0.05, variance 2 * 0.0025 / 1
 
@@ -364,8 +364,8 @@ def test_without_penalties_it_is_grpo():
     rewards = torch.randn(12, generator=generator, dtype=torch.float64)[trajectory]
     for normalize_std in (True, False):
         expected = grpo_advantages(rewards, trajectory // 4, trajectory_ids=trajectory, normalize_std=normalize_std)
-        found = balanced(rewards, trajectory // 4, trajectory, normalize_std=normalize_std)
-        assert torch.allclose(found, expected, rtol=0, atol=1e-9)
+        advantages = balanced(rewards, trajectory // 4, trajectory, normalize_std=normalize_std)
+        assert torch.allclose(advantages, expected, rtol=0, atol=1e-9)
 
 
 def test_penalised_singletons_and_equal_groups():

@@ -146,9 +146,9 @@ def test_any_cut_of_a_mini_batch_has_the_same_gradient(name, cut, mode):
     for micro in plan:
         own = torch.zeros_like(slope)
         for rows, padding in micro:
-            loss, found = gradient_of(name, Part(table, rows, padding, whole.covariance_tokens), mode, of_whole)
-            assert not found[:, table.shape[1] :].any()
-            own[rows] += found[:, : table.shape[1]]
+            loss, part_slope = gradient_of(name, Part(table, rows, padding, whole.covariance_tokens), mode, of_whole)
+            assert not part_slope[:, table.shape[1] :].any()
+            own[rows] += part_slope[:, : table.shape[1]]
             pieces.append(loss)
         summed += own
     np.testing.assert_allclose(summed.numpy(), slope.numpy(), **EXACT)
@@ -182,5 +182,5 @@ def test_the_cut_matters_where_the_divisor_is_the_micro_batchs_own():
 def test_the_divisor_counts_tokens_or_rows(rows, width, seed):
     mask = torch.tensor(make(rows, width, seed).mask)
     tokens = sum(map(sum, mask.tolist()))
-    wanted = dict(zip(losses.AGGREGATIONS, [max(tokens, 1), rows, rows, rows * HORIZON], strict=True))
-    assert {mode: denominator(mask, mode, HORIZON) for mode in losses.AGGREGATIONS} == wanted
+    expected = dict(zip(losses.AGGREGATIONS, [max(tokens, 1), rows, rows, rows * HORIZON], strict=True))
+    assert {mode: denominator(mask, mode, HORIZON) for mode in losses.AGGREGATIONS} == expected

@@ -15,13 +15,13 @@ from tests.support import reference as ref
 from tests.support.random_inputs import Tokens, checked, compare, seeds, shapes, token_tables
 
 modes = st.sampled_from(losses.AGGREGATIONS)
-divisors = st.one_of(st.none(), st.floats(1, 500))
+denominators = st.one_of(st.none(), st.floats(1, 500))
 HORIZON = 12.5
 
 
 def compare_loss(table, got, value, *, metrics, at="logprobs", denominator=None, mode="token-mean"):
     """`got` = (loss, metrics, leaf) of the package; `value(x, b, t)` is the token loss where `x` is the whole table."""
-    loss, found, leaf = got
+    loss, reported, leaf = got
     mask = table.mask.tolist()
 
     def total(x):
@@ -37,7 +37,7 @@ def compare_loss(table, got, value, *, metrics, at="logprobs", denominator=None,
     (slope,) = torch.autograd.grad(loss, leaf)
     compare(slope, ref.gradient(total, points, mask), floor=1e-30)
     for name, condition in metrics.items():
-        compare(found[name], ref.share(condition, mask))
+        compare(reported[name], ref.share(condition, mask))
 
 
 def options_of(mode, denominator):
@@ -48,7 +48,7 @@ clips = st.tuples(st.floats(0.05, 0.4), st.floats(0.05, 0.6))
 
 
 @checked
-@given(token_tables, modes, divisors)
+@given(token_tables, modes, denominators)
 def test_aggregate(table, mode, denominator):
     leaf = table.leaf()
     loss = losses.aggregate(leaf, torch.tensor(table.mask), mode, horizon=HORIZON, denominator=denominator)
@@ -56,13 +56,15 @@ def test_aggregate(table, mode, denominator):
 
 
 @checked
-@given(token_tables, modes, divisors, clips, st.sampled_from([None, 1.5, 3.0, 10.0]), st.booleans())
+@given(token_tables, modes, denominators, clips, st.sampled_from([None, 1.5, 3.0, 10.0]), st.booleans())
 def test_clipped_policy_loss(table, mode, denominator, edges, dual_clip, dropping):
     low, high = edges
     old, advantages, mask, drop = table.tensors("old", "advantages", "mask", "drop")
     leaf = table.leaf()
     settings_ = {"clip_low": low, "clip_high": high, "dual_clip": dual_clip, "drop": drop if dropping else None}
-    loss, found = losses.clipped_policy_loss(leaf, old, advantages, mask, **settings_, **options_of(mode, denominator))
+    loss, reported = losses.clipped_policy_loss(
+        leaf, old, advantages, mask, **settings_, **options_of(mode, denominator)
+    )
     dropped = table.drop & dropping
 
     def value(x, b, t):
@@ -87,7 +89,7 @@ def test_clipped_policy_loss(table, mode, denominator, edges, dual_clip, droppin
         "approx_kl": minus_log_ratio(table),
         "dropped_fraction": lambda b, t: dropped[b][t],
     }
-    compare_loss(table, (loss, found, leaf), value, metrics=metrics, mode=mode, denominator=denominator)
+    compare_loss(table, (loss, reported, leaf), value, metrics=metrics, mode=mode, denominator=denominator)
     assert torch.equal(
         losses.clipped_tokens(leaf, old, advantages, mask, clip_low=low, clip_high=high), truth(table, away)
     )
@@ -111,23 +113,23 @@ def test_clipped_policy_loss_without_the_clamp(table, mode, edges):
     leaf = table.leaf()
     old, advantages, mask = table.tensors("old", "advantages", "mask")
     settings_ = {"clip_low": low, "clip_high": high}
-    loss, found = losses.clipped_policy_loss(
+    loss, reported = losses.clipped_policy_loss(
         leaf, old, advantages, mask, log_ratio_clamp=None, **settings_, **options_of(mode, None)
     )
 
     def value(x, b, t):
         return ref.clipped_token(x[b][t], table.old[b][t], table.advantages[b][t], limit=None, **settings_)
 
-    compare_loss(table, (loss, found, leaf), value, metrics={}, mode=mode)
+    compare_loss(table, (loss, reported, leaf), value, metrics={}, mode=mode)
 
 
 @checked
-@given(token_tables, modes, divisors, st.tuples(st.floats(0.0, 1.0), st.floats(0.05, 3.0)))
+@given(token_tables, modes, denominators, st.tuples(st.floats(0.0, 1.0), st.floats(0.05, 3.0)))
 def test_cispo(table, mode, denominator, edges):
     low, high = edges
     old, advantages, mask, drop = table.tensors("old", "advantages", "mask", "drop")
     leaf = table.leaf()
-    loss, found = losses.cispo_loss(
+    loss, reported = losses.cispo_loss(
         leaf, old, advantages, mask, clip_low=low, clip_high=high, drop=drop, **options_of(mode, denominator)
     )
 
@@ -147,11 +149,11 @@ def test_cispo(table, mode, denominator, edges):
         "approx_kl": minus_log_ratio(table),
         "dropped_fraction": lambda b, t: table.drop[b][t],
     }
-    compare_loss(table, (loss, found, leaf), value, metrics=metrics, mode=mode, denominator=denominator)
+    compare_loss(table, (loss, reported, leaf), value, metrics=metrics, mode=mode, denominator=denominator)
 
 
 @checked
-@given(shapes, seeds, modes, divisors, st.sampled_from([0.001, 0.3]))
+@given(shapes, seeds, modes, denominators, st.sampled_from([0.001, 0.3]))
 def test_gspo(shape, seed, mode, denominator, spread):
     table = Tokens(shape, seed, spread)
     if spread < 0.01:
@@ -159,7 +161,7 @@ def test_gspo(shape, seed, mode, denominator, spread):
     old, advantages, mask, drop = table.tensors("old", "advantages", "mask", "drop")
     leaf = table.leaf()
     edges = {"clip_low": 3e-4, "clip_high": 4e-4} if spread < 0.01 else {"clip_low": 0.2, "clip_high": 0.28}
-    loss, found = losses.gspo_loss(leaf, old, advantages, mask, drop=drop, **edges, **options_of(mode, denominator))
+    loss, reported = losses.gspo_loss(leaf, old, advantages, mask, drop=drop, **edges, **options_of(mode, denominator))
     rows = zip(table.logprobs.tolist(), table.old.tolist(), table.mask.tolist(), strict=True)
     log_ratios = [ref.gspo_log_ratio(*row) if any(row[2]) else 0.0 for row in rows]
 
@@ -176,40 +178,40 @@ def test_gspo(shape, seed, mode, denominator, spread):
         "approx_kl": minus_log_ratio(table, None),
         "dropped_fraction": lambda b, t: table.drop[b][t],
     }
-    compare_loss(table, (loss, found, leaf), value, metrics=metrics, mode=mode, denominator=denominator)
+    compare_loss(table, (loss, reported, leaf), value, metrics=metrics, mode=mode, denominator=denominator)
 
 
 @checked
-@given(token_tables, modes, divisors, st.floats(0, 1), st.floats(0, 1))
+@given(token_tables, modes, denominators, st.floats(0, 1), st.floats(0, 1))
 def test_kl_cov(table, mode, denominator, ratio, kl_coef):
     assume(table.mask.sum() != 2)  # two tokens have the same covariance but for rounding
     old, advantages, mask = table.tensors("old", "advantages", "mask")
     leaf = table.leaf()
-    loss, found = losses.kl_cov_loss(
+    loss, reported = losses.kl_cov_loss(
         leaf, old, advantages, mask, ratio=ratio, kl_coef=kl_coef, **options_of(mode, denominator)
     )
     keys = table.rng.permutation(mask.numel()).reshape(table.shape)
-    chosen = ref.highest(
+    penalised = ref.highest(
         table.logprobs.tolist(), table.advantages.tolist(), table.mask.tolist(), ratio=ratio, keys=keys.tolist()
     )
 
     def value(x, b, t):
-        return ref.kl_cov_token(x[b][t], table.old[b][t], table.advantages[b][t], (b, t) in chosen, kl_coef=kl_coef)
+        return ref.kl_cov_token(x[b][t], table.old[b][t], table.advantages[b][t], (b, t) in penalised, kl_coef=kl_coef)
 
     distance = minus_log_ratio(table, None)
     metrics = {
-        "penalised_fraction": lambda b, t: (b, t) in chosen,
+        "penalised_fraction": lambda b, t: (b, t) in penalised,
         "approx_kl": distance,
         "abs_log_ratio": lambda b, t: abs(distance(b, t)),
         "dropped_fraction": lambda b, t: 0.0,
     }
-    compare_loss(table, (loss, found, leaf), value, metrics=metrics, mode=mode, denominator=denominator)
+    compare_loss(table, (loss, reported, leaf), value, metrics=metrics, mode=mode, denominator=denominator)
     assert torch.equal(
-        losses.kl_cov_selection(leaf, advantages, mask, ratio=ratio), truth(table, lambda b, t: (b, t) in chosen)
+        losses.kl_cov_selection(leaf, advantages, mask, ratio=ratio), truth(table, lambda b, t: (b, t) in penalised)
     )
     assert torch.equal(
         losses.kl_cov_selection(leaf, advantages, mask, ratio=ratio, keys=torch.tensor(keys)),
-        truth(table, lambda b, t: (b, t) in chosen),
+        truth(table, lambda b, t: (b, t) in penalised),
     )
     flat = np.where(table.mask, 0.0, np.nan)
     tied = ref.highest(table.logprobs.tolist(), flat.tolist(), table.mask.tolist(), ratio=ratio, keys=keys.tolist())
@@ -234,12 +236,12 @@ def test_kl_divergence(table, mode, estimator):
 
 
 @checked
-@given(token_tables, modes, divisors, st.floats(0.05, 1.0))
+@given(token_tables, modes, denominators, st.floats(0.05, 1.0))
 def test_value_loss(table, mode, denominator, bound):
     targets = table.table(np.nan_to_num(table.old) + table.rng.normal(0, 1, table.shape))
     old, mask, drop = table.tensors("old", "mask", "drop")
     leaf = table.leaf("near")
-    loss, found = losses.value_loss(
+    loss, reported = losses.value_loss(
         leaf, old, torch.tensor(targets), mask, clip=bound, drop=drop, **options_of(mode, denominator)
     )
 
@@ -255,7 +257,7 @@ def test_value_loss(table, mode, denominator, bound):
     def value(x, b, t):
         return 0.0 if table.drop[b][t] else ref.larger(*both(x, b, t))
 
-    compare_loss(table, (loss, found, leaf), value, metrics=metrics, at="near", mode=mode, denominator=denominator)
+    compare_loss(table, (loss, reported, leaf), value, metrics=metrics, at="near", mode=mode, denominator=denominator)
 
 
 bounds = st.sampled_from(
@@ -296,14 +298,14 @@ def test_covariance_selection(table, edges, ratio, keyed):
 
 
 @checked
-@given(token_tables, modes, divisors, bounds, st.floats(0, 0.6), clips)
+@given(token_tables, modes, denominators, bounds, st.floats(0, 0.6), clips)
 def test_clip_cov(table, mode, denominator, edges, ratio, clip_edges):
     low, high = clip_edges
     old, advantages, mask, drop = table.tensors("old", "advantages", "mask", "drop")
     keys = table.rng.permutation(mask.numel()).reshape(table.shape)
     leaf = table.leaf()
     settings_ = {"clip_low": low, "clip_high": high, "ratio": ratio, "lower": edges[0], "upper": edges[1]}
-    loss, found = losses.clip_cov_loss(
+    loss, reported = losses.clip_cov_loss(
         leaf, old, advantages, mask, keys=torch.tensor(keys), drop=drop, **settings_, **options_of(mode, denominator)
     )
 
@@ -325,7 +327,7 @@ def test_clip_cov(table, mode, denominator, edges, ratio, clip_edges):
         return 0.0 if gone(b, t) else token
 
     metrics = {"clip_fraction": away, "dropped_fraction": gone, "approx_kl": minus_log_ratio(table)}
-    compare_loss(table, (loss, found, leaf), value, metrics=metrics, mode=mode, denominator=denominator)
+    compare_loss(table, (loss, reported, leaf), value, metrics=metrics, mode=mode, denominator=denominator)
 
 
 @checked
@@ -358,13 +360,13 @@ def test_importance_weights(table, mode, level, cap, floor):
 
 def test_the_reference_aggregates_as_worked_by_hand():
     toy, mask = [[1, 2, 3, 4], [5, 6, 7, 8]], [[True] * 4, [True, True, False, False]]
-    wanted = {
+    expected = {
         "token-mean": 3.5,
         "seq-mean-token-sum": 10.5,
         "seq-mean-token-mean": 4.0,
         "seq-mean-token-sum-norm": 5.25,
     }
-    for mode, value in wanted.items():
+    for mode, value in expected.items():
         compare(ref.aggregate(lambda b, t: toy[b][t], mask, mode, horizon=4), value, floor=1e-8)
 
 
@@ -381,7 +383,7 @@ def test_the_reference_loss_of_the_worked_clip_cov_case():
     assert [at for at in ref.tokens(mask) if barred[at[0]][at[1]]] == [(0, 0), (1, 2)]
     drawn = ref.eligible(now, a, mask, lower=0.2, upper=60, exclude=barred)
     assert drawn == [(1, 0), (1, 1)]
-    for gone, wanted in ((drawn, 3.339529), ([], 3.926994)):
+    for gone, expected in ((drawn, 3.339529), ([], 3.926994)):
 
         def value(b, t, gone=gone):
             return (
@@ -390,7 +392,7 @@ def test_the_reference_loss_of_the_worked_clip_cov_case():
                 else ref.clipped_token(now[b][t], old[b][t], a[b][t], clip_low=0.2, clip_high=0.28)
             )
 
-        compare(complex(ref.aggregate(value, mask, "seq-mean-token-sum-norm", horizon=4)).real, wanted, floor=1e-6)
+        compare(complex(ref.aggregate(value, mask, "seq-mean-token-sum-norm", horizon=4)).real, expected, floor=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,8 @@ def test_gae(table, gamma, lam):
     rewards, values = table.table(table.rng.normal(size=table.shape)), table.near
     got = adv.gae(torch.tensor(rewards), torch.tensor(values), torch.tensor(table.mask), gamma=gamma, lam=lam)
     expected = ref.gae(rewards.tolist(), values.tolist(), table.mask.tolist(), gamma=gamma, lam=lam)
-    for actual, wanted in zip(got, expected, strict=True):
-        compare(actual, wanted)
+    for actual, value in zip(got, expected, strict=True):
+        compare(actual, value)
 
 
 @checked

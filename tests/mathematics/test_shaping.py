@@ -125,7 +125,7 @@ def test_overlong():
 # --- group filter ---
 
 
-def kept(rewards, groups, trajectories, keep):
+def groups_left(rewards, groups, trajectories, keep):
     ids = {name: i for i, name in enumerate(dict.fromkeys(trajectories))}
     tensors = (
         torch.tensor(rewards, dtype=torch.float64),
@@ -142,7 +142,7 @@ def test_golden_group_filter(tree):
         if case["type"] != "std" and case["ratio"] < 1:  # std_rev keeps the flattest groups: not offered
             continue
         names = list(dict.fromkeys(case["uid"]))
-        result = kept(case["reward"], [names.index(u) for u in case["uid"]], case["traj_uid"], case["ratio"])
+        result = groups_left(case["reward"], [names.index(u) for u in case["uid"]], case["traj_uid"], case["ratio"])
         if tree == "agent":
             assert [names[i] for i in result] == case["kept_groups"]
         else:  # torch.topk there leaves open which of equal deviations it takes; ours are the earliest
@@ -157,15 +157,17 @@ def test_golden_group_filter(tree):
 
 def test_a_trajectory_counts_once_however_long():
     rewards, groups, trajectories = [10, 10, 10, 10, 0, 10, 0], [0] * 5 + [1] * 2, [0, 0, 0, 0, 1, 2, 3]
-    assert kept(rewards, groups, trajectories, 0.5) == [0]  # both groups have deviation 5; the first wins the tie
+    assert groups_left(rewards, groups, trajectories, 0.5) == [
+        0
+    ]  # both groups have deviation 5; the first wins the tie
 
 
 def test_ties_go_to_the_group_that_appears_first_and_one_group_always_stays():
     rewards, groups = [0.0, 10, 10, 0, 0.1, 0.1, 0, 10], [9, 9, 3, 3, 5, 5, 1, 1]
-    assert kept(rewards, groups, list(range(8)), 0.5) == [9, 3]
-    assert kept(rewards, groups, list(range(8)), 0.1) == [9]
-    assert kept(rewards, groups, list(range(8)), 1.0) == [9, 3, 5, 1]
-    assert kept([], [], [], 0.5) == []
+    assert groups_left(rewards, groups, list(range(8)), 0.5) == [9, 3]
+    assert groups_left(rewards, groups, list(range(8)), 0.1) == [9]
+    assert groups_left(rewards, groups, list(range(8)), 1.0) == [9, 3, 5, 1]
+    assert groups_left([], [], [], 0.5) == []
 
 
 @settings(max_examples=60, deadline=None)
@@ -184,7 +186,7 @@ def test_group_filter_equals_a_plain_loop(turns, keep):
             if one // 10 == group
         ]
         spread[group] = statistics.pstdev(means)
-    result, count = kept(rewards, groups, trajectories, keep), max(1, int(keep * len(spread)))
+    result, count = groups_left(rewards, groups, trajectories, keep), max(1, int(keep * len(spread)))
     assert len(result) == count and result == [g for g in spread if g in result]
     worst = min(spread[g] for g in result)
     assert all(spread[g] <= worst + 1e-9 for g in spread if g not in result)

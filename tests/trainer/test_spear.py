@@ -254,9 +254,9 @@ def test_gradients(run):
 
 def test_the_step_part_matters(followed):
     """keep_step_part changes replayed advantages, and some of them are negative: they count as 0."""
-    kept = [e for e in followed("gigpo").steps if e.due]
-    assert max(abs(turn.step_part) for e in kept for p in e.drawn for turn in p.turns) > 0.1
-    assert any(e.replay_worth[id(turn)] < 0 for e in kept for p in e.drawn for turn in p.turns if turn.trained)
+    flushes = [e for e in followed("gigpo").steps if e.due]
+    assert max(abs(turn.step_part) for e in flushes for p in e.drawn for turn in p.turns) > 0.1
+    assert any(e.replay_worth[id(turn)] < 0 for e in flushes for p in e.drawn for turn in p.turns if turn.trained)
 
 
 def test_the_runs_hold_what_they_test(followed):
@@ -287,9 +287,9 @@ def test_the_runs_hold_what_they_test(followed):
 
 
 def _flushed_by_ties(run: Followed, expected: Expected) -> bool:
-    wanted = run.config.algo.sil.fill_factor * run.config.algo.sil.capacity
+    threshold = run.config.algo.sil.fill_factor * run.config.algo.sil.capacity
     ties = sum(p.mean("reward") == expected.level for p in expected.refused)
-    return len(expected.better) <= wanted < len(expected.better) + ties
+    return len(expected.better) <= threshold < len(expected.better) + ties
 
 
 def _moved(run: Followed, row: Row, expected: Expected) -> float:
