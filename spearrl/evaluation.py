@@ -178,10 +178,10 @@ def success_rate(groups: Sequence[Group]) -> Rate:
 
 
 def pass_rates(groups: Sequence[Group], attempts: int) -> dict[str, float]:
-    """pass@k for k = 1, 2, 4, … and `attempts`: mean over tasks of 1 − C(n − c, k) / C(n, k), c of n attempts successful.
+    """pass@k for k = 1, 2, 4, … and `attempts`; {} for one attempt a task.
 
-    Unbiased (arXiv 2107.03374 eq. 1). Tasks that lost more attempts to faults than a k leaves are not in its mean; empty
-    for one attempt a task.
+    Unbiased (arXiv 2107.03374 eq. 1): mean over tasks of 1 − C(n − c, k) / C(n, k), where c of n attempts succeeded.
+    Tasks that lost more attempts to faults than a k leaves are not in its mean.
     """
     counts = [(len(g.valid), sum(t.success for t in g.valid)) for g in groups]
     rates: dict[str, float] = {}

@@ -1,4 +1,5 @@
-"""`spearrl study cost`: the counter sees every product, both algorithms get the same episodes and weights, and the sums are right."""
+"""`spearrl study cost`: the counter sees every product, both algorithms get the same episodes and weights, and the sums
+are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`spearrl train` under torchrun and the deepspeed launcher, two ranks on processors: it trains, it stops gently, and nothing outlives it."""
+"""`spearrl train` under torchrun and the deepspeed launcher, two ranks on processors: it trains, it stops gently, and
+nothing outlives it."""
 
 from __future__ import annotations
 

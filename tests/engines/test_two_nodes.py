@@ -1,4 +1,5 @@
-"""A whole run over a Ray cluster of two nodes, with a learner of two processes: what the two-machine example does, on one machine."""
+"""A whole run over a Ray cluster of two nodes, with a learner of two processes: what the two-machine example does, on
+one machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What must not break a run: engines that report nonsense, stale replay, every way an episode can end, steps that teach nothing."""
+"""What must not break a run: engines that report nonsense, stale replay, every way an episode can end, steps that teach
+nothing."""
 
 from __future__ import annotations
 
@@ -131,7 +132,8 @@ def test_a_resumed_run_still_holds_its_spoilt_episodes(model, tmp_path):
 
 
 def stale(trainer: Trainer, by: float, *, alternating: bool = False) -> list[int]:
-    """Replayed tokens were e^by as likely when they were sampled (`alternating`: every second one e^-by). The list fills with the rows replayed."""
+    """Replayed tokens were e^by as likely when they were sampled (`alternating`: every second one e^-by). The list
+    fills with the rows replayed."""
     drain, rows = trainer.memory.replay.drain, []
 
     def spy(step, baseline, generator):
@@ -160,7 +162,8 @@ def test_replay_from_another_age_of_the_policy(model, tmp_path, algo, by, altern
 
 
 def test_without_the_bound_an_overflow_costs_the_step_and_is_counted(model, tmp_path):
-    """As released there is none: the gradient is not finite, the update is skipped, the weights stay sound and health says so."""
+    """As released there is none: the gradient is not finite, the update is skipped, the weights stay sound and health
+    says so."""
     settings = ("algo.clip_cov.log_ratio_clamp=none", "run.steps=4")
     trainer = run(from_model(model, tmp_path, *settings, algo="grpo+spear"), lambda t: stale(t, -1e4))
     lines = events(trainer, "step")
@@ -179,7 +182,8 @@ def test_without_the_bound_an_overflow_costs_the_step_and_is_counted(model, tmp_
 @pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize("algo", ["gigpo+sil", "ppo+sil"])
 def test_every_status_through_a_step(model, tmp_path, algo, status, filtered):
-    """One episode of the first group ends so. Errors leave loss, statistics and buffer; what was cut off trains, or the overlong filter masks it."""
+    """One episode of the first group ends so. Errors leave loss, statistics and buffer; what was cut off trains, or the
+    overlong filter masks it."""
     seen = []
 
     def prepare(trainer):
@@ -220,7 +224,8 @@ def test_every_status_through_a_step(model, tmp_path, algo, status, filtered):
 
 
 def test_what_the_collector_cuts_off(model, tmp_path):
-    """Context and reply limits as they really occur: counted as such, trained, and masked where the overlong filter is on."""
+    """Context and reply limits as they really occur: counted as such, trained, and masked where the overlong filter is
+    on."""
     for limit, name in (("rollout.context_tokens=22", "context_limit"), ("rollout.max_response_tokens=8", "overlong")):
         for filtered in ("false", "true"):
             settings = (limit, f"algo.filters.overlong={filtered}", "algo.invalid_penalty=0.5")
@@ -273,7 +278,8 @@ def test_a_group_with_one_sound_sibling_is_dropped_and_counted(model, tmp_path):
 
 
 def test_a_step_with_nothing_to_train_is_said_and_survived(model, tmp_path):
-    """Every request of step 2 fails: no update, no new version, a warning with the cause; steps 3 and 4 train again, resumed or not."""
+    """Every request of step 2 fails: no update, no new version, a warning with the cause; steps 3 and 4 train again,
+    resumed or not."""
 
     def prepare(trainer):
         count = trainer.config.rollout.groups_per_step
@@ -307,7 +313,8 @@ def test_a_step_whose_every_turn_is_filtered(model, tmp_path, algo):
 
 @pytest.mark.parametrize("algo", ["dapo", "dapo+spear"])
 def test_dynamic_sampling_that_never_finds_a_mixed_group(model, tmp_path, algo):
-    """Siblings that all play alike: the last round's groups train (to no effect), the others are counted; ids never repeat."""
+    """Siblings that all play alike: the last round's groups train (to no effect), the others are counted; ids never
+    repeat."""
     seen = []
     trainer = run(
         from_model(
@@ -341,7 +348,8 @@ def test_dynamic_sampling_trains_on_mixed_groups_only(model, tmp_path):
 
 
 def test_alarms_are_warning_events_of_the_run(model, tmp_path):
-    """Once when the condition begins, with the step, the words of run/health.py and the setting to try; sound runs have none of these."""
+    """Once when the condition begins, with the step, the words of run/health.py and the setting to try; sound runs have
+    none of these."""
 
     def far_off(trainer):
         change_logprobs(trainer, lambda request, values: tuple(v - 0.5 for v in values))
@@ -359,7 +367,8 @@ def test_alarms_are_warning_events_of_the_run(model, tmp_path):
 
 
 def test_a_return_counts_what_was_earned_in_rows_that_are_left_out():
-    """Taking a random power of two of the rows (as released) may leave out the winning one; the others' returns still know of it (spear.md section 0)."""
+    """Taking a random power of two of the rows (as released) may leave out the winning one; the others' returns still
+    know of it (spear.md section 0)."""
     settings = {
         "name": "gigpo",
         "filters": {"group_keep": 0.5, "subsample": "power_of_two"},
@@ -381,7 +390,8 @@ def test_a_return_counts_what_was_earned_in_rows_that_are_left_out():
 
 
 def test_what_a_filter_muted_is_not_imitated_either(model, tmp_path):
-    """policy.mask="attention" keeps filtered turns in the mask at advantage 0; on replay they must not get reward − P50 instead."""
+    """policy.mask="attention" keeps filtered turns in the mask at advantage 0; on replay they must not get reward − P50
+    instead."""
     memory = Memory(AlgoSection.model_validate({"name": "grpo+sil", "sil": {"capacity": 1, "fill_factor": 0.5}}).sil, 0)
     algo = AlgoSection.model_validate(
         {"name": "grpo+sil", "policy": {"mask": "attention"}, "filters": {"void_turn": True}}

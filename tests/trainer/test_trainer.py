@@ -35,7 +35,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
 
 
 def test_self_imitation_goes_through_the_trainer(model, tmp_path):
-    """What lies in the buffer is exactly the step's winning trajectories, with the old_logprobs of their own step; it is replayed once, later."""
+    """What lies in the buffer is exactly the step's winning trajectories, with the old_logprobs of their own step; it
+    is replayed once, later."""
     trainer = Trainer(from_model(model, tmp_path, "run.steps=6", algo="grpo+spear"))
     seen = {}
     add, drain = trainer.memory.replay.add, trainer.memory.replay.drain
@@ -88,7 +89,8 @@ def test_the_three_algorithms_differ_only_in_config(model, tmp_path):
 
 
 def test_only_sampled_tokens_train(model, tmp_path):
-    """In every batch the learner gets, the masked tokens of a trajectory are exactly the tokens the engine sampled for it, with its log-probabilities."""
+    """In every batch the learner gets, the masked tokens of a trajectory are exactly the tokens the engine sampled for
+    it, with its log-probabilities."""
     trainer = Trainer(from_model(model, tmp_path, algo="grpo+spear"))
     update, collect, sampled, checked = trainer.parts.learner.update, trainer.parts.players.collector.collect, {}, []
 
@@ -191,7 +193,8 @@ def test_a_run_directory_is_not_overwritten_or_shared(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3", "Llama"])
 def test_any_causal_model_directory_trains(tmp_path, architecture):
-    """--model PATH: a directory with random weights of each family goes through cold start, rollout, update, checkpoint and resume."""
+    """--model PATH: a directory with random weights of each family goes through cold start, rollout, update, checkpoint
+    and resume."""
     import transformers
 
     from spearrl.config import TinySection
@@ -237,7 +240,8 @@ def test_a_run_that_never_began_leaves_nothing(tmp_path):
 
 
 def test_a_trainer_closes_what_it_began(tmp_path, monkeypatch):
-    """At the end of its `with`, twice over, or where a part fails after others were made; a new run then leaves nothing."""
+    """At the end of its `with`, twice over, or where a part fails after others were made; a new run then leaves
+    nothing."""
     closed: list[str] = []
 
     def watched(name: str, method):
