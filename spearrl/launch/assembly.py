@@ -111,19 +111,20 @@ def assemble(
     placement = place(config, detect())
     encoder = ChatEncoder(origin.tokenizer)
     encoder.verify()
-    shares = (
-        _samples_here(config) and config.learner.backend == "local"
-    )  # one model: the engine samples from the learner's
+    one_model = _in_process(config) and config.learner.backend == "local"  # the engine samples from the learner's
+
+    def warn(text: str) -> None:
+        report("warning", {"text": text})
+
     with ExitStack() as stack:
-        if not shares:
+        if not one_model:
             origin.settle(run_folder / START)
         learner = make_learner(config, origin, device, placement, reference=reference)
         stack.callback(learner.close)
         if placement.colocated:  # a cold start's memory; an engine takes its share as it starts
             learner.release()
-        model = learner.model if shares else str(origin.folder)  # type: ignore[attr-defined]
+        model = learner.model if one_model else str(origin.folder)  # type: ignore[attr-defined]
         bridge: Publisher  # made after the workers, which ask for weights only once episodes are played
-        warn = lambda text: report("warning", {"text": text})  # noqa: E731
         players = _players(
             config,
             environment,
@@ -136,10 +137,10 @@ def assemble(
             on_start=lambda receiver: bridge.catch_up(receiver),
             report=warn,
         )
-        if shares and players.engine is not None:
+        if one_model and players.engine is not None:
             bridge = InProcess(players.engine)
         else:
-            bridge = _bridge(config, origin, learner, players, device=device, run_folder=run_folder, report=report)
+            bridge = _bridge(config, origin, learner, players, device=device, run_folder=run_folder, report=warn)
         stack.callback(bridge.close)
         return Assembly(origin.tokenizer, learner, players, bridge, placement, report, stack.pop_all())
 
@@ -163,7 +164,7 @@ def players_of(config: RunConfig, environment: Environment, device: str, stack: 
     encoder = ChatEncoder(origin.tokenizer)
     encoder.verify()
     logs = Path(stack.enter_context(TemporaryDirectory()))
-    model = origin.model.to(device) if _samples_here(config) else str(origin.folder)
+    model = origin.model.to(device) if _in_process(config) else str(origin.folder)
     placement = place(config, detect())
     return _players(config, environment, encoder, placement, model=model, device=device, logs=logs, stack=stack)
 
@@ -183,8 +184,8 @@ def check_extras(config: RunConfig) -> None:
             raise ConfigError(f"this setting needs {package}, which is not installed", where=where, hint=hint)
 
 
-def _samples_here(config: RunConfig) -> bool:
-    """Whether torch samples in this process, from a model that others may use too."""
+def _in_process(config: RunConfig) -> bool:
+    """Whether torch samples in this process, from a model that a learner may share."""
     return config.rollout.engine == "local" and not config.rollout.workers
 
 
@@ -242,7 +243,7 @@ def _bridge(
     *,
     device: str,
     run_folder: Path,
-    report: Report,
+    report: Callable[[str], None],
 ) -> Bridge:
     """What brings a learner's weights to engines with models of their own."""
     dtype = engine_dtype(config, origin.folder)
@@ -256,5 +257,5 @@ def _bridge(
         dtype=None if dtype == torch.float32 else dtype,
         float32=dtype == torch.float32 and not bf16,
         adapters=learner.export_adapter if config.learner.lora.rank and config.rollout.engine == "vllm" else None,
-        report=lambda text: report("warning", {"text": text}),
+        report=report,
     )
