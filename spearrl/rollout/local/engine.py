@@ -22,7 +22,7 @@ from spearrl.models.vision import FORBIDDEN_LOGIT, vision_of
 from spearrl.rollout.local.cache import SlotCache
 from spearrl.rollout.local.prompt import image_prompt, whole_pictures
 from spearrl.rollout.local.sampling import draw
-from spearrl.rollout.local.scheduler import Job, Slot, SlotTable
+from spearrl.rollout.local.scheduler import CacheSlot, Job, SlotTable
 from spearrl.rollout.protocol import Completion, Request, request_problem
 
 PREFILL_TOKENS = 8192  # padded tokens of one prefill pass
@@ -164,7 +164,7 @@ class LocalEngine:
             return
         self._waiting.sort(key=lambda job: job.request.id)
         admitted, self._waiting = self._waiting[:free], self._waiting[free:]
-        alike: dict[tuple[int, ...], list[Slot]] = {}
+        alike: dict[tuple[int, ...], list[CacheSlot]] = {}
         for job, slot in self._table.place(admitted):
             job.min_version = self.version
             alike.setdefault(tuple(job.prompt), []).append(slot)
@@ -180,7 +180,7 @@ class LocalEngine:
         self.counters["cached_tokens"] += sum(slot.job.cached for slot in slots if slot.job)
         self._sample(slots, logits[rows])
 
-    def _prefill(self, slots: list[Slot]) -> torch.Tensor:
+    def _prefill(self, slots: list[CacheSlot]) -> torch.Tensor:
         """Compute the prompt tokens that slots do not hold yet; [len(slots), V] logits of their last tokens."""
         new = [s.job.prompt[len(s.held) :] for s in slots if s.job]
         self.counters["prefilled_tokens"] += sum(map(len, new))
@@ -218,7 +218,7 @@ class LocalEngine:
             slot.held.append(token)
         self._sample(active, logits)
 
-    def _pass(self, slots: list[Slot], new: list[list[int]]) -> torch.Tensor:
+    def _pass(self, slots: list[CacheSlot], new: list[list[int]]) -> torch.Tensor:
         """Run the model over new tokens of slots (ascending); [len(slots), V] logits after each slot's last token.
 
         In a decoding pass where most slots up to the highest one take part, the others ride along with one idle token, written behind what they
@@ -250,7 +250,9 @@ class LocalEngine:
         last = hidden[:, 0] if width == 1 else hidden[torch.arange(len(rows), device=self.device), counts - 1]
         return self.model.get_output_embeddings()(last if len(places) == len(rows) else last[places])
 
-    def _image_inputs(self, rows: list[Slot], ids: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _image_inputs(
+        self, rows: list[CacheSlot], ids: torch.Tensor, positions: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """What a pass gives the model where some prompts have pictures: positions that follow from them, and embeddings where some are new."""
         prompts = [slot.job.images if slot.job else None for slot in rows]
         after_all = all(not p or len(slot.held) + 1 >= len(p.token_ids) for slot, p in zip(rows, prompts, strict=True))
@@ -270,7 +272,7 @@ class LocalEngine:
         embedded = self._vision.embed(self.model, ids.masked_fill(ids < 0, self._vision.image_id), *tensors)
         return {"inputs_embeds": embedded, "position_ids": positions}
 
-    def _sample(self, slots: list[Slot], logits: torch.Tensor) -> None:
+    def _sample(self, slots: list[CacheSlot], logits: torch.Tensor) -> None:
         if self._vision is not None:
             logits = logits.index_fill(1, torch.tensor(self._vision.forbidden, device=self.device), FORBIDDEN_LOGIT)
         jobs = [slot.job for slot in slots if slot.job]

@@ -28,7 +28,7 @@ class Job:
 
 
 @dataclass
-class Slot:
+class CacheSlot:
     """One sequence's place in the cache; it keeps what it holds after its job is done."""
 
     index: int
@@ -42,18 +42,18 @@ class SlotTable:
     """Slots by conversation: request ids are (…, group, sibling, turn), and all but the turn name a conversation."""
 
     def __init__(self, cache: SlotCache):
-        self.slots = [Slot(index) for index in range(cache.slots)]
+        self.slots = [CacheSlot(index) for index in range(cache.slots)]
         self._cache = cache
-        self._homes: dict[tuple[int, ...], Slot] = {}
-        self._donors: dict[tuple[int, ...], Slot] = {}  # a slot of each group: siblings begin alike
-        self._latest: Slot | None = None  # prompts of all groups may begin alike too
+        self._homes: dict[tuple[int, ...], CacheSlot] = {}
+        self._donors: dict[tuple[int, ...], CacheSlot] = {}  # a slot of each group: siblings begin alike
+        self._latest: CacheSlot | None = None  # prompts of all groups may begin alike too
         self._clock = 0
 
     def free(self) -> int:
         """How many slots can take a job."""
         return sum(slot.job is None for slot in self.slots)
 
-    def active(self) -> list[Slot]:
+    def active(self) -> list[CacheSlot]:
         """Slots with a job, ascending."""
         return [slot for slot in self.slots if slot.job]
 
@@ -67,12 +67,12 @@ class SlotTable:
             if slot.job is None:
                 slot.held = []
 
-    def place(self, jobs: list[Job]) -> list[tuple[Job, Slot]]:
+    def place(self, jobs: list[Job]) -> list[tuple[Job, CacheSlot]]:
         """A free slot for each job (at most `free()` of them): the one that holds its conversation, else an empty or the least recently used one.
 
         Afterwards `slot.held` is the beginning of the prompt that need not be computed; at least one token is left to compute.
         """
-        homes: list[Slot | None] = []
+        homes: list[CacheSlot | None] = []
         kept: set[int] = set()
         for job in jobs:
             home = self._home(job)
@@ -94,7 +94,7 @@ class SlotTable:
             placed.append((job, slot))
         return placed
 
-    def share(self, source: Slot, target: Slot, tokens: int) -> None:
+    def share(self, source: CacheSlot, target: CacheSlot, tokens: int) -> None:
         """Give `target` the first `tokens` tokens of `source`, of which it may hold a beginning already."""
         self._cache.copy(source.index, target.index, len(target.held), tokens)
         target.held = source.held[:tokens]
@@ -107,7 +107,7 @@ class SlotTable:
             if slot.job is job:
                 slot.job, slot.held, slot.owner = None, [], None
 
-    def _home(self, job: Job) -> Slot | None:
+    def _home(self, job: Job) -> CacheSlot | None:
         slot = self._homes.get(job.request.id[:-1])
         usable = (
             slot is not None
@@ -117,7 +117,7 @@ class SlotTable:
         )
         return slot if usable else None
 
-    def _reuse(self, job: Job, slot: Slot) -> None:
+    def _reuse(self, job: Job, slot: CacheSlot) -> None:
         """Keep of `slot.held` what the prompt begins with, or copy a longer beginning from a sibling."""
         most = len(job.prompt) - 1
         own = min(most, common(slot.held, job.prompt))
