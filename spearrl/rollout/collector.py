@@ -232,7 +232,9 @@ class Collector:
             self.tokens_held.pop((*seed, sibling), None)
 
     async def _attempt(self, trajectory: Trajectory, seed: Seed) -> None:
-        """Play the episode in a slot, which is used again unless its environment failed or was left in the middle of a call."""
+        """Play the episode in a slot, which is used again unless its environment failed or was left in the middle of a
+        call.
+        """
         slot = self.pool.acquire()
         sound = False
         try:

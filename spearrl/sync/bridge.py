@@ -1,7 +1,8 @@
 """Brings the learner's weights to every engine, and proves at every sync that they arrived and are in use.
 
-Phases: pause (requests in flight stay) → begin → buckets → finish → resume → probe. The probe comes last because a paused engine computes nothing;
-tokens that requests in flight sampled from refused weights carry the log-probabilities they were sampled with.
+Phases: pause (requests in flight stay) → begin → buckets → finish → resume → probe. The probe comes last because a
+paused engine computes nothing; tokens that requests in flight sampled from refused weights carry the log-probabilities
+they were sampled with.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ import torch
 
 from spearrl.config import SyncSection
 from spearrl.errors import ConfigError, EngineError
-from spearrl.sync.buckets import PORTIONS, bucket_folder, buckets
-from spearrl.sync.digests import digest, read_bucket, write_bucket
+from spearrl.sync.buckets import PORTIONS, bucket_folder, buckets, digest, read_bucket, write_bucket
 from spearrl.sync.native import Native
 from spearrl.sync.probe import BF16, FP32, Probe
-from spearrl.sync.receivers import Asked, Crowd, Receiver
+from spearrl.sync.receivers import Call, Receiver, ReceiverGroup
 
 MIB = 1 << 20
-KEPT_ADAPTERS = 8  # folders: requests in flight read theirs again when vLLM evicted it
+ADAPTERS_KEPT = 8  # folders: requests in flight read theirs again when vLLM evicted it
 
 
-class Source(Protocol):
-    """What the bridge asks of a learner. Tensors stay valid after the next one was taken; all ranks of a sharded one take part."""
+class WeightSource(Protocol):
+    """What the bridge asks of a learner.
+
+    Tensors stay valid after the next one was taken; all ranks of a sharded one take part.
+    """
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]: ...
 
@@ -90,7 +93,7 @@ class Bridge:
 
     def __init__(
         self,
-        learner: Source,
+        learner: WeightSource,
         receivers: Iterable[Receiver],
         *,
         settings: SyncSection,
@@ -111,7 +114,7 @@ class Bridge:
         self._native: Native | None = None
         self._adapters_sent = 0
         self._clock = self._paused_at = 0.0
-        self._opening: list[Asked] = []
+        self._opening: list[Call] = []
         self._paused: list[Receiver] = []
         self._sent = {"bytes": 0, "buckets": 0}
         self._pause_s = 0.0
@@ -123,14 +126,16 @@ class Bridge:
         Returns:
             sync/seconds, sync/pause_seconds, sync/bytes, sync/buckets, sync/probe_gap (nats), sync/resent, sync/lost.
         Raises:
-            EngineError: a receiver failed, did not answer, or holds other weights than the learner although they were sent twice.
+            EngineError: a receiver failed, did not answer, or holds other weights than the learner although they were
+                sent twice.
         """
         metrics = self._publish(list(self.receivers), version)
         self.version = version
         return metrics
 
     def catch_up(self, receiver: Receiver) -> None:
-        """Bring the published version to a receiver that started later; from the thread that drives the learner, before its next update.
+        """Bring the published version to a receiver that started later; from the thread that drives the learner, before
+        its next update.
 
         Raises:
             EngineError: as `publish`, or nothing was published yet.
@@ -147,140 +152,134 @@ class Bridge:
 
     def _publish(self, receivers: list[Receiver], version: int) -> dict[str, float]:
         started = time.perf_counter()
-        crowd = Crowd(receivers, self.settings.timeout_s)
+        group = ReceiverGroup(receivers, self.settings.timeout_s)
         self._sent, self._pause_s, self.probe.gap, self.laps = {"bytes": 0, "buckets": 0}, 0.0, 0.0, {}
-        self._wanted: list[float] = []
+        self._expected: list[float] = []
         resent = 0
         try:
-            while crowd.live and (complaints := self._attempt(crowd, version)):
+            while group.live and (problems := self._attempt(group, version)):
                 if resent:
-                    text = "; ".join(complaints)
-                    raise EngineError(
-                        f"weights of version {version} did not arrive, sent twice: {text}",
-                        where="weight sync",
-                        hint="see docs/sync.md",
-                    )
+                    text = f"weights of version {version} did not arrive, sent twice: {'; '.join(problems)}"
+                    raise EngineError(text, where="weight sync", hint="see docs/sync.md")
                 resent += 1
-                self._report(f"weights of version {version} are sent again: {'; '.join(complaints)}")
-            self._resume(crowd)
+                self._report(f"weights of version {version} are sent again: {'; '.join(problems)}")
+            self._resume(group)
         except BaseException as error:  # whatever happened: never leave an engine paused
             try:
-                self._resume(crowd)
+                self._resume(group)
             except EngineError as second:
                 error.add_note(f"and then: {second.message}")
             raise
-        if crowd.lost:
-            self._report(f"{', '.join(crowd.lost)} went down in the sync of version {version} and is left out")
+        if group.lost:
+            self._report(f"{', '.join(group.lost)} went down in the sync of version {version} and is left out")
         metrics = {
             "seconds": time.perf_counter() - started,
             "pause_seconds": self._pause_s,
             "probe_gap": self.probe.gap,
             **self._sent,
+            "resent": resent,
+            "lost": len(group.lost),
         }
-        return {
-            f"sync/{name}": float(value)
-            for name, value in {**metrics, "resent": resent, "lost": len(crowd.lost)}.items()
-        }
+        return {f"sync/{name}": float(value) for name, value in metrics.items()}
 
-    def _attempt(self, crowd: Crowd, version: int) -> list[str]:
+    def _attempt(self, group: ReceiverGroup, version: int) -> list[str]:
         """Send everything and check it; what is wrong."""
-        transport = self._transport(crowd.live)
-        # Replicas are compared among themselves: cheap, and the only sight of what their layers hold after loading.
-        plan = {"version": version, "transport": transport, "digest": len(crowd.live) > 1}
-        timeout = self.settings.timeout_s
-        self._begin(crowd, plan)
+        transport, timeout = self._transport(group.live), self.settings.timeout_s
+        # Replicas are compared among themselves: cheap, and the only look at what their layers hold after loading.
+        plan = {"version": version, "transport": transport, "digest": len(group.live) > 1}
+        self._begin(group, plan)
         try:
-            complaints = self._send(crowd, plan)
-            finishing = crowd.start([("finish", lambda receiver: receiver.finish(version, timeout))])
-            learner = self._ask_learner()
-            complaints += _unlike(crowd.wait(finishing))
+            problems = self._send(group, plan)
+            finishing = group.start([("finish", lambda receiver: receiver.finish(version, timeout))])
+            expected = self._learner_logprobs()
+            problems += _unlike(group.wait(finishing))
         finally:
             self._clear()
         self._lap("finish")
-        if complaints:  # stays paused: nobody samples from these
-            return complaints
-        self._resume(crowd)
-        answers = crowd.ask("the probe", lambda receiver: receiver.probe(self.probe.token_ids, timeout))
+        if problems:  # stays paused: nobody samples from these
+            return problems
+        self._resume(group)
+        answers = group.call("the probe", lambda receiver: receiver.probe(self.probe.token_ids, timeout))
         self._lap("probe")
-        found = {receiver.name: logprobs for receiver, logprobs in answers}
-        complaints = [
-            problem for name, logprobs in found.items() if (problem := self.probe.problem(name, logprobs, learner))
-        ]
-        if not complaints:
-            self.probe.passed(found, learner)
-        return complaints
+        logprobs = {receiver.name: answer for receiver, answer in answers}
+        problems = [text for name in logprobs if (text := self.probe.problem(name, logprobs[name], expected))]
+        if not problems:
+            self.probe.passed(logprobs, expected)
+        return problems
 
-    def _begin(self, crowd: Crowd, plan: dict[str, Any]) -> None:
+    def _begin(self, group: ReceiverGroup, plan: dict[str, Any]) -> None:
         """Start pausing; the first bucket is gathered meanwhile."""
         self._clock = time.perf_counter()
         timeout, fresh = self.settings.timeout_s, not self._paused
-        calls = [("the pause", lambda receiver: receiver.pause(timeout))] if fresh else []
+        phases = [("the pause", lambda receiver: receiver.pause(timeout))] if fresh else []
         if plan["transport"] not in ("nccl", "ipc"):  # vLLM's trainer side begins by itself
-            calls.append(("begin", lambda receiver: receiver.begin(plan, timeout)))
+            phases.append(("begin", lambda receiver: receiver.begin(plan, timeout)))
         if fresh:
-            self._paused, self._paused_at = list(crowd.live), time.perf_counter()
-        self._opening = crowd.start(calls)
+            self._paused, self._paused_at = list(group.live), time.perf_counter()
+        self._opening = group.start(phases)
 
-    def _opened(self, crowd: Crowd) -> None:
-        asked, self._opening = self._opening, []
-        if asked:
-            crowd.wait(asked, 2)
+    def _opened(self, group: ReceiverGroup) -> None:
+        calls, self._opening = self._opening, []
+        if calls:
+            group.wait(calls, 2)
             self._lap("pause")
 
-    def _send(self, crowd: Crowd, plan: dict[str, Any]) -> list[str]:
+    def _send(self, group: ReceiverGroup, plan: dict[str, Any]) -> list[str]:
         """The weights, by the plan's transport; what arrived wrong."""
         if plan["transport"] == "adapter":
-            return self._send_adapter(crowd)
+            return self._send_adapter(group)
         if plan["transport"] == "shared_memory":
             with closing(buckets(self.learner.full_parameters(), self._limit // PORTIONS, self.dtype)) as portions:
-                return self._send_files(crowd, portions)
-        self._opened(crowd)
-        if self._native is None or not self._native.serves(plan["transport"], crowd.live):
+                return self._send_files(group, portions)
+        self._opened(group)
+        if self._native is None or not self._native.serves(plan["transport"], group.live):
             if self._native is not None:
                 self._native.close()
             self._native = Native(plan["transport"], self.learner, limit=self._limit // PORTIONS, dtype=self.dtype)
-        received, sent = self._native.send(crowd, plan)
+        received, sent = self._native.send(group, plan)
         self._sent["bytes"] += self._native.source.bytes
         self._sent["buckets"] += self._native.source.buckets
         self._lap("update")
         return [line for receiver, digests in received for line in _changed(receiver, sent, digests)]
 
-    def _send_files(self, crowd: Crowd, portions: Iterable[dict[str, torch.Tensor]]) -> list[str]:
-        """While receivers read one bucket, the next is gathered and written, and the digests of what was sent are computed."""
-        complaints: list[str] = []
-        under_way: tuple[list[Asked], dict[str, int], Path] | None = None
+    def _send_files(self, group: ReceiverGroup, portions: Iterable[dict[str, torch.Tensor]]) -> list[str]:
+        """While receivers read one bucket, the next is gathered and written, and the digests of what was sent are
+        computed.
+        """
+        problems: list[str] = []
+        under_way: tuple[list[Call], dict[str, int], Path] | None = None
         timeout = self.settings.timeout_s
         for number, bucket in enumerate(portions):
             tensors = {name: tensor.cpu() for name, tensor in bucket.items()}
             path = self.folder / f"{number}.safetensors"
             write_bucket(tensors, path)
             self._lap("write")
-            self._opened(crowd)
-            complaints += self._received(crowd, under_way)
+            self._opened(group)
+            problems += self._received(group, under_way)
             take = partial(_take, {"path": str(path), "number": number}, timeout)
-            asked = crowd.start([(f"the update of bucket {number}", take)])
-            under_way = (asked, {name: digest(tensor) for name, tensor in tensors.items()}, path)
+            calls = group.start([(f"the update of bucket {number}", take)])
+            under_way = (calls, {name: digest(tensor) for name, tensor in tensors.items()}, path)
             self._sent["bytes"] += sum(tensor.nbytes for tensor in tensors.values())
             self._sent["buckets"] += 1
-        self._ask_learner()
-        return complaints + self._received(crowd, under_way)
+        self._learner_logprobs()
+        return problems + self._received(group, under_way)
 
-    def _ask_learner(self) -> list[float]:
-        """The learner's answer to the probe, once a sync; asked while engines load what they took last."""
-        self._wanted = self._wanted or self.learner.probe(self.probe.token_ids)
-        return self._wanted
+    def _learner_logprobs(self) -> list[float]:
+        """The learner's answer to the probe, once a sync; made while engines load what they took last."""
+        self._expected = self._expected or self.learner.probe(self.probe.token_ids)
+        return self._expected
 
-    def _received(self, crowd: Crowd, under_way: tuple[list[Asked], dict[str, int], Path] | None) -> list[str]:
+    def _received(self, group: ReceiverGroup, under_way: tuple[list[Call], dict[str, int], Path] | None) -> list[str]:
         if under_way is None:
             return []
-        asked, sent, path = under_way
-        complaints = [line for receiver, digests in crowd.wait(asked) for line in _changed(receiver, sent, digests)]
+        calls, sent, path = under_way
+        problems = [line for receiver, digests in group.wait(calls) for line in _changed(receiver, sent, digests)]
         if int(path.stem) >= PORTIONS:
             path.unlink(missing_ok=True)
         self._lap("update")
-        return complaints
+        return problems
 
-    def _send_adapter(self, crowd: Crowd) -> list[str]:
+    def _send_adapter(self, group: ReceiverGroup) -> list[str]:
         """Only the adapters, as a folder in peft's format."""
         if self.adapters is None:
             raise ConfigError(
@@ -291,25 +290,25 @@ class Bridge:
         self.adapters(folder)
         tensors = read_bucket(folder / "adapter_model.safetensors")
         sent = {name: digest(tensor) for name, tensor in tensors.items()}
-        self._opened(crowd)
-        answers = crowd.ask(
+        self._opened(group)
+        answers = group.call(
             "the adapter", lambda receiver: receiver.take({"adapter": str(folder)}, self.settings.timeout_s)
         )
-        shutil.rmtree(self.folder / f"adapter-{self._adapters_sent - KEPT_ADAPTERS}", ignore_errors=True)
+        shutil.rmtree(self.folder / f"adapter-{self._adapters_sent - ADAPTERS_KEPT}", ignore_errors=True)
         self._sent["bytes"] += sum(tensor.nbytes for tensor in tensors.values())
         self._sent["buckets"] += 1
         self._lap("update")
         return [line for receiver, digests in answers for line in _changed(receiver, sent, digests)]
 
-    def _resume(self, crowd: Crowd) -> None:
+    def _resume(self, group: ReceiverGroup) -> None:
         """Let every paused receiver go on, at most once a pause."""
-        paused, self._paused = [receiver for receiver in self._paused if receiver in crowd.live], []
+        paused, self._paused = [receiver for receiver in self._paused if receiver in group.live], []
         if not paused:
             return
         timeout = self.settings.timeout_s
-        asked, self._opening = self._opening, []
-        wait([one.answer for one in asked], timeout)  # a pause still under way would come after the resume
-        crowd.ask("the resume", lambda receiver: receiver.resume(timeout))
+        calls, self._opening = self._opening, []
+        wait([call.answer for call in calls], timeout)  # a pause still under way would come after the resume
+        group.call("the resume", lambda receiver: receiver.resume(timeout))
         self._pause_s += time.perf_counter() - self._paused_at
         self._lap("resume")
         if self._native is not None:
@@ -328,29 +327,17 @@ class Bridge:
 
     def _transport(self, receivers: list[Receiver]) -> str:
         """The configured transport, or the best that every receiver takes."""
-        offered = [
-            name for name in receivers[0].transports if all(name in receiver.transports for receiver in receivers)
-        ]
-        wanted = self.settings.transport
-        if wanted == "auto":
-            ranks = (
-                torch.distributed.get_world_size()
-                if torch.distributed.is_available() and torch.distributed.is_initialized()
-                else 1
+        setting, distributed = self.settings.transport, torch.distributed
+        ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        for name in receivers[0].transports:
+            possible = setting == name or (
+                setting == "auto" and (name != "adapter" or self.adapters) and (name != "ipc" or ranks == 1)
             )
-            possible = [
-                name for name in offered if (name != "adapter" or self.adapters) and (name != "ipc" or ranks == 1)
-            ]
-        else:
-            possible = [name for name in offered if name == wanted]
-        if not possible:
-            listed = "; ".join(f"{receiver.name}: {', '.join(receiver.transports) or 'none'}" for receiver in receivers)
-            raise ConfigError(
-                f'no transport "{wanted}" that all engines take ({listed})',
-                where="sync.transport",
-                hint='set sync.transport="auto"',
-            )
-        return possible[0]
+            if possible and all(name in receiver.transports for receiver in receivers):
+                return name
+        listed = "; ".join(f"{receiver.name}: {', '.join(receiver.transports) or 'none'}" for receiver in receivers)
+        text = f'no transport "{setting}" that all engines take ({listed})'
+        raise ConfigError(text, where="sync.transport", hint='set sync.transport="auto"')
 
 
 def _take(bucket: dict[str, Any], timeout_s: float, receiver: Receiver) -> dict[str, int]:
@@ -360,19 +347,17 @@ def _take(bucket: dict[str, Any], timeout_s: float, receiver: Receiver) -> dict[
 def _changed(receiver: Receiver, sent: dict[str, int], received: dict[str, int]) -> list[str]:
     """Tensors whose bytes are not what was sent."""
     wrong = [name for name in sent.keys() | received.keys() if sent.get(name) != received.get(name)]
-    return (
-        [f"{receiver.name} received {len(wrong)} tensors otherwise than they were sent, {min(wrong)} among them"]
-        if wrong
-        else []
-    )
+    if not wrong:
+        return []
+    return [f"{receiver.name} received {len(wrong)} tensors otherwise than they were sent, {min(wrong)} among them"]
 
 
 def _unlike(answers: list[tuple[Receiver, list[int]]]) -> list[str]:
     """Replicas (split alike) that hold different weights after loading."""
     first: dict[int, tuple[str, list[int]]] = {}
-    complaints = []
+    problems = []
     for receiver, digests in answers:
-        name, wanted = first.setdefault(len(digests), (receiver.name, digests))
-        if digests != wanted:
-            complaints.append(f"{receiver.name} holds other weights than {name} after loading the same")
-    return complaints
+        name, expected = first.setdefault(len(digests), (receiver.name, digests))
+        if digests != expected:
+            problems.append(f"{receiver.name} holds other weights than {name} after loading the same")
+    return problems

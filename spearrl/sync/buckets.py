@@ -1,23 +1,41 @@
-"""Weights in bounded portions, and the files they travel in."""
+"""Weights in bounded portions (buckets), the files they travel in, and the digests that prove that they arrived."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Generator, Iterable
+import zlib
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from spearrl.errors import StorageError
+
 SHARED_MEMORY = Path("/dev/shm")
 PORTIONS = 2  # buckets in sync.bucket_mib: one is written while another is read
+DTYPES = {  # as safetensors names them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+CHUNK = 1 << 24  # bytes of a device tensor whose digest is computed at a time
 
 
 def buckets(
     parameters: Iterable[tuple[str, torch.Tensor]], limit: int, dtype: torch.dtype | None = None
 ) -> Generator[dict[str, torch.Tensor], None, None]:
-    """Parameters in groups of at most `limit` bytes (a larger tensor goes alone), in their order; floating ones as `dtype`."""
+    """Parameters in groups of at most `limit` bytes (a larger tensor goes alone), in their order; floating ones as
+    `dtype`.
+    """
     bucket: dict[str, torch.Tensor] = {}
     size = 0
     try:
@@ -54,3 +72,63 @@ def bucket_folder(run_folder: Path, limit: int) -> Path:
     folder = (SHARED_MEMORY if roomy else run_folder) / name
     folder.mkdir(mode=0o700, parents=True)
     return folder
+
+
+def digest(tensor: torch.Tensor) -> int:
+    """A number for a tensor's bytes: CRC-32 in host memory, a position-weighted sum mod 2^63 on a device (copying to
+    the host would outlast the sync).
+    """
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if tensor.device.type == "cpu":
+        return zlib.crc32(flat.numpy().data)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, flat.numel(), CHUNK):
+        part = flat[start : start + CHUNK].long() + 1
+        total += (part * (2 * torch.arange(start, start + part.numel(), device=part.device) + 1)).sum()
+    return int(total) % (1 << 63)
+
+
+def model_digest(model: torch.nn.Module) -> int:
+    """One number for all parameters a model holds: equal on replicas that hold the same weights."""
+    return zlib.crc32(repr([(name, digest(parameter)) for name, parameter in model.named_parameters()]).encode())
+
+
+def read_bucket(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a bucket file, mapped and not copied."""
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def write_bucket(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write tensors to a bucket file (safetensors format). Raises StorageError where they do not fit.
+
+    A file that is there is overwritten in place: fresh pages of shared memory cost more than the copy into them.
+    """
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with path.open("r+b" if path.exists() else "w+b", buffering=0) as file:
+            for part in (len(text).to_bytes(8, "little"), text, *(_bytes(tensor) for tensor in tensors.values())):
+                view = memoryview(part)
+                while len(view):
+                    view = view[file.write(view) :]
+            file.truncate()
+    except OSError as error:
+        raise StorageError(
+            f"a bucket of weights could not be written: {error}",
+            where=str(path),
+            hint="lower sync.bucket_mib or free memory there",
+        ) from error
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()

@@ -1,6 +1,8 @@
-"""vLLM's own weight transfer between GPUs: NCCL to engines with GPUs of their own, CUDA IPC to an engine on the learner's GPU.
+"""vLLM's own weight transfer between GPUs: NCCL to engines with GPUs of their own, CUDA IPC to an engine on the
+learner's GPU.
 
-vLLM's trainer-side classes do the sending; they talk to engines through a client of four methods, which here speaks to all receivers at once.
+vLLM's trainer-side classes do the sending; they talk to engines through a client of four methods, which here speaks to
+all receivers at once.
 """
 
 from __future__ import annotations
@@ -16,9 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from spearrl.errors import ConfigError, EngineError
-from spearrl.sync.buckets import buckets, cast
-from spearrl.sync.digests import digest
-from spearrl.sync.receivers import GRACE_S, Crowd, Receiver
+from spearrl.sync.buckets import buckets, cast, digest
+from spearrl.sync.receivers import GRACE_S, Receiver, ReceiverGroup
 
 
 class Meta(NamedTuple):
@@ -32,8 +33,9 @@ class Meta(NamedTuple):
 class LearnerSource:
     """The learner's weights as vLLM's WeightSource: metadata without sending, and any number of passes.
 
-    A bucket is gathered whole before its first tensor is handed over, and the device is idle in between: gathering uses the learner's process
-    group and sending the engines', and two groups at work at a time can wait for each other for ever.
+    A bucket is gathered whole before its first tensor is handed over, and the device is idle in between: gathering uses
+    the learner's process group and sending the engines', and two groups at work at a time can wait for each other for
+    ever.
     """
 
     def __init__(self, learner: Any, limit: int, dtype: torch.dtype | None, device: torch.device):
@@ -69,24 +71,24 @@ class LearnerSource:
 class Client:
     """vLLM's trainer-side client: each of its calls goes to every receiver."""
 
-    def __init__(self, crowd: Crowd, plan: dict[str, Any]):
-        self.crowd, self.plan = crowd, plan
+    def __init__(self, group: ReceiverGroup, plan: dict[str, Any]):
+        self.group, self.plan = group, plan
         self.received: list[tuple[Receiver, dict[str, int]]] = []
         self.failure: BaseException | None = None
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Every receiver joins the trainer's group; its GPUs follow those of the receivers before it."""
-        offsets, place = {}, init_info.get("rank_offset")
-        for receiver in self.crowd.live:
-            offsets[receiver.name] = {} if place is None else {"rank_offset": place}
-            place = None if place is None else place + receiver.shards
-        self._ask(
+        offsets, rank = {}, init_info.get("rank_offset")
+        for receiver in self.group.live:
+            offsets[receiver.name] = {} if rank is None else {"rank_offset": rank}
+            rank = None if rank is None else rank + receiver.shards
+        self._call(
             "the meeting with the trainer",
-            lambda r: r.begin({**self.plan, "init": {**init_info, **offsets[r.name]}}, self.crowd.timeout_s),
+            lambda r: r.begin({**self.plan, "init": {**init_info, **offsets[r.name]}}, self.group.timeout_s),
         )
 
     def start_weight_update(self) -> None:
-        self._ask("begin", lambda r: r.begin(self.plan, self.crowd.timeout_s))
+        self._call("begin", lambda r: r.begin(self.plan, self.group.timeout_s))
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Runs beside the broadcast; what receivers got is kept."""
@@ -94,16 +96,16 @@ class Client:
         info = {name: value for name, value in update_info.items() if value is not None and name != "ipc_handles"}
         if handles is not None:  # vLLM reads them back itself, where its process allows it
             info["ipc_handles_pickled"] = base64.b64encode(pickle.dumps(handles)).decode()
-        answers = self._ask("the update", lambda r: r.take({"update": info}, self.crowd.timeout_s))
-        known = {id(receiver): digests for receiver, digests in self.received}
-        self.received = [(receiver, {**known.get(id(receiver), {}), **digests}) for receiver, digests in answers]
+        answers = self._call("the update", lambda r: r.take({"update": info}, self.group.timeout_s))
+        earlier = {id(receiver): digests for receiver, digests in self.received}
+        self.received = [(receiver, {**earlier.get(id(receiver), {}), **digests}) for receiver, digests in answers]
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """The bridge finishes, with the version."""
 
-    def _ask(self, phase: str, call: Any) -> list[tuple[Receiver, Any]]:
+    def _call(self, phase: str, call: Any) -> list[tuple[Receiver, Any]]:
         try:
-            return self.crowd.ask(phase, call)
+            return self.group.call(phase, call)
         except BaseException as error:
             self.failure = error  # vLLM's sender may be stuck in a broadcast that nobody joins
             raise
@@ -118,30 +120,32 @@ class Native:
         device = device or torch.device("cuda", torch.cuda.current_device())
         self.kind, self.limit = kind, limit
         self.source = LearnerSource(learner, limit, dtype, device)
-        self._members: list[int] = []
+        self._receivers: list[int] = []
         self._trainer: Any = None
 
     def serves(self, kind: str, receivers: list[Receiver]) -> bool:
         """Whether its process group is of these receivers: a replaced one means a new group."""
-        return kind == self.kind and self._members == [id(receiver) for receiver in receivers]
+        return kind == self.kind and self._receivers == [id(receiver) for receiver in receivers]
 
-    def send(self, crowd: Crowd, plan: dict[str, Any]) -> tuple[list[tuple[Receiver, dict[str, int]]], dict[str, int]]:
+    def send(
+        self, group: ReceiverGroup, plan: dict[str, Any]
+    ) -> tuple[list[tuple[Receiver, dict[str, int]]], dict[str, int]]:
         """One pass over the weights; digests as received, by receiver, and as sent.
 
         Raises:
-            EngineError: a receiver failed or did not join within the crowd's time limit.
+            EngineError: a receiver failed or did not join within the group's time limit.
         """
-        client = Client(crowd, plan)
+        client = Client(group, plan)
         done: Future[None] = Future()
         threading.Thread(target=self._drive, args=(client, done), name="sync-native", daemon=True).start()
         try:
-            done.result(crowd.timeout_s * 3 + GRACE_S)  # meeting, begin, update
+            done.result(group.timeout_s * 3 + GRACE_S)  # meeting, begin, update
         except TimeoutError as error:
             if client.failure is not None:
                 raise client.failure from error
-            names = ", ".join(receiver.name for receiver in crowd.live)
+            names = ", ".join(receiver.name for receiver in group.live)
             raise EngineError(
-                f"the {self.kind} transfer to {names} did not end within {3 * crowd.timeout_s:g} s", where="weight sync"
+                f"the {self.kind} transfer to {names} did not end within {3 * group.timeout_s:g} s", where="weight sync"
             ) from error
         return client.received, self.source.digests
 
@@ -160,7 +164,7 @@ class Native:
             if self.source.device.type == "cuda":
                 torch.cuda.set_device(self.source.device)  # of this thread
             if self._trainer is None:
-                self._members = [id(receiver) for receiver in client.crowd.live]
+                self._receivers = [id(receiver) for receiver in client.group.live]
                 self._trainer = open_trainer(self.kind, self.source, client, limit=self.limit)
             self._trainer.client = client
             self._trainer.send_weights()
@@ -183,7 +187,7 @@ def open_trainer(kind: str, source: LearnerSource, client: Client, *, limit: int
     if kind == "nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        world = 1 + sum(receiver.shards for receiver in client.crowd.live)
+        world = 1 + sum(receiver.shards for receiver in client.group.live)
         info: Any = NCCLTrainerInitInfo(master_address=_address(), master_port=_free_port(), world_size=world, **wire)
     else:
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo

@@ -24,7 +24,8 @@ class Probe:
     """Compares engines with the learner, and with themselves one version earlier.
 
     Args:
-        tolerance: nats; in float32 of the worst token, otherwise of the mean over tokens (rounding makes single tokens differ by more).
+        tolerance: nats; in float32 of the worst token, otherwise of the mean over tokens (rounding makes single tokens
+            differ by more).
     """
 
     token_ids: list[int]
@@ -34,24 +35,27 @@ class Probe:
     _learner: list[float] = field(default_factory=list)
     _engines: dict[str, list[float]] = field(default_factory=dict)
 
-    def problem(self, name: str, found: list[float], wanted: list[float]) -> str | None:
+    def problem(self, name: str, logprobs: list[float], expected: list[float]) -> str | None:
         """What is wrong with an engine's log-probabilities, None where they are the learner's.
 
-        An update smaller than the tolerance would hide weights that never arrived: an engine must also move where the learner moved.
+        An update smaller than the tolerance would hide weights that never arrived: an engine must also move where the
+        learner moved.
         """
-        gaps = [abs(a - b) for a, b in zip(found, wanted, strict=True)]
+        gaps = [abs(a - b) for a, b in zip(logprobs, expected, strict=True)]
         gap = self._size(gaps)
         self.gap = max(self.gap, gap) if not math.isnan(gap) else gap
         if not gap <= self.tolerance:
             worst = max(range(len(gaps)), key=lambda i: math.inf if math.isnan(gaps[i]) else gaps[i])
-            seen = f"{found[worst]:.4f} on {name}, {wanted[worst]:.4f} on the learner"
-            return f"the probe's log-probabilities differ by {gap:.2g} nats (allowed {self.tolerance:g}); at position {worst + 1}: {seen}"
+            values = f"{logprobs[worst]:.4f} on {name}, {expected[worst]:.4f} on the learner"
+            text = f"the probe's log-probabilities differ by {gap:.2g} nats (allowed {self.tolerance:g})"
+            return f"{text}; at position {worst + 1}: {values}"
         before = self._engines.get(name)
         if before is None or not self._learner:
             return None
-        moved, followed = self._moved(self._learner, wanted), self._moved(before, found)
+        moved, followed = self._moved(self._learner, expected), self._moved(before, logprobs)
         if moved > self.tolerance / MOVED and followed < moved / MOVED:
-            return f"{name} answers the probe as before (moved {followed:.2g} nats) although the learner's moved by {moved:.2g}: the sync was not applied"
+            text = f"{name} answers the probe as before (moved {followed:.2g} nats) although the learner's moved by"
+            return f"{text} {moved:.2g}: the sync was not applied"
         return None
 
     def passed(self, engines: dict[str, list[float]], learner: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""Receivers driven side by side, every wait bounded and every culprit named."""
+"""What takes weights (a Receiver), and the receivers of a sync, driven side by side."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ GRACE_S = 1.0  # a receiver's own time limit comes first: its error says more
 
 
 class Receiver(Protocol):
-    """What the weight bridge asks of everything that takes weights: an engine in this process, or the proxy of a worker.
+    """What the weight bridge asks of everything that takes weights: an engine in this process, or the proxy of a
+    worker.
 
-    Every call is bounded by its timeout_s and raises EngineError (or WorkerError) naming itself. Arguments and results are JSON-able.
+    Every call is bounded by its timeout_s and raises EngineError (or WorkerError) naming itself. Arguments and results
+    are JSON-able.
     """
 
     name: str  # "engine", "worker 2 (vllm)"
@@ -29,19 +31,27 @@ class Receiver(Protocol):
         ...
 
     def begin(self, plan: dict[str, Any], timeout_s: float) -> None:
-        """Open an update: {"version", "transport", "digest"}, with "init" where a connection to the trainer has to be made first."""
+        """Open an update: {"version", "transport", "digest"}, with "init" where a connection to the trainer has to be
+        made first.
+        """
         ...
 
     def take(self, bucket: dict[str, Any], timeout_s: float) -> dict[str, int]:
-        """Load {"path": a safetensors file}, {"update": what vLLM's transfer engine wants} or {"adapter": a folder}; digests of what was received."""
+        """Load {"path": a safetensors file}, {"update": what vLLM's transfer engine wants} or {"adapter": a folder};
+        digests of what was received.
+        """
         ...
 
     def finish(self, version: int, timeout_s: float) -> list[int]:
-        """Make the weights live and flush every cache; a digest of the loaded weights for each shard, where the plan asked for it."""
+        """Make the weights live and flush every cache; a digest of the loaded weights for each shard, where the plan
+        calls for it.
+        """
         ...
 
     def probe(self, token_ids: list[int], timeout_s: float) -> list[float]:
-        """Log-probabilities at temperature 1 of token_ids[1:], each given what precedes it; of a receiver that is not paused."""
+        """Log-probabilities at temperature 1 of token_ids[1:], each given what precedes it; of a receiver that is not
+        paused.
+        """
         ...
 
     def resume(self, timeout_s: float) -> None: ...
@@ -55,73 +65,74 @@ class Receiver(Protocol):
         ...
 
 
-Calls = Sequence[tuple[str, Callable[[Receiver], Any]]]
+Phases = Sequence[tuple[str, Callable[[Receiver], Any]]]  # what is done, in words, and by which call
 
 
 @dataclass
-class Asked:
-    """What a receiver was asked, the phase it is in, and what it will have answered to the last call."""
+class Call:
+    """What one receiver is doing: the phase it is in, and the answer to its last call."""
 
     receiver: Receiver
     answer: Future[Any] = field(default_factory=Future)
     phase: str = ""
 
+    def run(self, phases: Phases) -> None:
+        """Make the calls, one after the other."""
+        result = None
+        try:
+            for self.phase, call in phases:
+                result = call(self.receiver)
+        except BaseException as error:
+            self.answer.set_exception(error)
+        else:
+            self.answer.set_result(result)
 
-class Crowd:
-    """The receivers of one sync. One that is lost (its fleet replaces it) leaves; any other failure ends the sync."""
+
+class ReceiverGroup:
+    """The receivers of one sync, driven side by side: every wait is bounded, and an error names who caused it.
+
+    A receiver that is lost (its fleet replaces it) leaves the group; any other failure ends the sync.
+    """
 
     def __init__(self, receivers: Sequence[Receiver], timeout_s: float):
         self.live, self.timeout_s = list(receivers), timeout_s
         self.lost: list[str] = []
 
-    def start(self, calls: Calls) -> list[Asked]:
+    def start(self, phases: Phases) -> list[Call]:
         """Begin calls, one after the other on each receiver, all receivers at once."""
-        asked = [Asked(receiver) for receiver in self.live]
-        for one in asked:  # daemons: a receiver that never answers must not keep the process alive
-            threading.Thread(target=_drive, args=(one, calls), name=f"sync-{one.receiver.name}", daemon=True).start()
-        return asked
+        calls = [Call(receiver) for receiver in self.live]
+        for call in calls:  # daemons: a receiver that never answers must not keep the process alive
+            threading.Thread(target=call.run, args=(phases,), name=f"sync-{call.receiver.name}", daemon=True).start()
+        return calls
 
-    def wait(self, asked: list[Asked], calls: int = 1) -> list[tuple[Receiver, Any]]:
+    def wait(self, calls: list[Call], phases: int = 1) -> list[tuple[Receiver, Any]]:
         """Every receiver's last answer.
 
         Raises:
             EngineError: names each receiver that failed or did not answer in time, and the phase.
         """
-        deadline = time.monotonic() + self.timeout_s * calls + GRACE_S
+        deadline = time.monotonic() + self.timeout_s * phases + GRACE_S
         answers, problems = [], []
         cause: Exception | None = None
-        for one in asked:
+        for call in calls:
+            name = call.receiver.name
             try:
-                answers.append((one.receiver, one.answer.result(max(0.0, deadline - time.monotonic()))))
+                answers.append((call.receiver, call.answer.result(max(0.0, deadline - time.monotonic()))))
             except WorkerLost:
-                self.live = [receiver for receiver in self.live if receiver is not one.receiver]
-                self.lost.append(one.receiver.name)
+                self.live = [receiver for receiver in self.live if receiver is not call.receiver]
+                self.lost.append(name)
             except TimeoutError as error:
-                problems.append(f"{one.receiver.name} did not answer {one.phase} within {self.timeout_s:g} s")
+                problems.append(f"{name} did not answer {call.phase} within {self.timeout_s:g} s")
                 cause = error
             except Exception as error:  # whatever an engine raises ends the sync, under its name
-                said = error.message if isinstance(error, SpearError) else f"{type(error).__name__}: {error}"
-                problems.append(f"{one.receiver.name} failed at {one.phase}: {said}")
+                text = error.message if isinstance(error, SpearError) else f"{type(error).__name__}: {error}"
+                problems.append(f"{name} failed at {call.phase}: {text}")
                 cause = error
         if problems:
-            raise EngineError(
-                "; ".join(problems),
-                where="weight sync",
-                hint="see the engine's log; sync.timeout_s bounds every part of a sync",
-            ) from cause
+            hint = "see the engine's log; sync.timeout_s bounds every part of a sync"
+            raise EngineError("; ".join(problems), where="weight sync", hint=hint) from cause
         return answers
 
-    def ask(self, phase: str, call: Callable[[Receiver], Any]) -> list[tuple[Receiver, Any]]:
+    def call(self, phase: str, call: Callable[[Receiver], Any]) -> list[tuple[Receiver, Any]]:
         """`start` and `wait` for one call."""
         return self.wait(self.start([(phase, call)]))
-
-
-def _drive(one: Asked, calls: Calls) -> None:
-    result = None
-    try:
-        for one.phase, call in calls:
-            result = call(one.receiver)
-    except BaseException as error:
-        one.answer.set_exception(error)
-    else:
-        one.answer.set_result(result)

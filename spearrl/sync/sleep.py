@@ -1,4 +1,4 @@
-"""Colocated runs: engines give their GPU memory back before the learner works, and take it again for its new weights."""
+"""Colocated runs: engines give their GPU memory back before the learner works, and take it again for new weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from spearrl.errors import WorkerLost
 from spearrl.sync.receivers import Receiver
 
 GIB = 1 << 30
-RETURNED = 0.6  # least share of what an engine may take that a sleeping one must give back; CUDA's context, graphs and workspace stay
+# The least share of what an engine may take that a sleeping one gives back; CUDA's context, graphs and workspace stay.
+RETURNED = 0.6
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ def put_to_sleep(
     expected: float,
     free: Callable[[int], int | None] | None = None,
 ) -> Slept:
-    """All engines at once to sleep at level 2 (weights and cache given up: only a sync wakes them again), and whether memory really came back.
+    """All engines at once to sleep at level 2 (weights and cache given up: only a sync wakes them again), and whether
+    memory really came back.
 
     Args:
         gpus: of each receiver's engine.
@@ -43,8 +45,8 @@ def put_to_sleep(
         gpu: after - held for gpu, held in before.items() if held is not None and (after := read(gpu)) is not None
     }
     warnings = [
-        f"{receiver.name} sleeps, but GPU {gpu} got {gained[gpu] / GIB:.1f} GiB back of at least {RETURNED * expected / GIB:.1f} GiB: "
-        "the learner may run out of memory"
+        f"{receiver.name} sleeps, but GPU {gpu} got {gained[gpu] / GIB:.1f} GiB back "
+        f"of at least {RETURNED * expected / GIB:.1f} GiB: the learner may run out of memory"
         for receiver, group in zip(receivers, gpus, strict=False)
         for gpu in group
         if gpu in gained and gained[gpu] < RETURNED * expected
@@ -53,7 +55,9 @@ def put_to_sleep(
 
 
 def wake_up(receivers: Sequence[Receiver]) -> None:
-    """All engines at once take memory for weights again, just before a sync fills it; its end takes that of their caches."""
+    """All engines at once take memory for weights again, just before a sync fills it; its end takes that of their
+    caches.
+    """
     _all([receiver.wake for receiver in receivers])
 
 

@@ -19,7 +19,7 @@ from spearrl.rollout import Request, Sampling, vllm_extension, vllm_options  # n
 from spearrl.rollout.vllm import VLLMEngine  # noqa: E402
 from spearrl.sync import Bridge, probe_prompt  # noqa: E402
 from spearrl.sync import bridge as bridge_module
-from spearrl.sync.digests import read_bucket, write_bucket  # noqa: E402
+from spearrl.sync.buckets import read_bucket, write_bucket  # noqa: E402
 from tests.support.engine_requests import VOCABULARY, all_begun
 from tests.support.engine_requests import serve as sample
 from tests.support.gates import LIMIT_S
@@ -289,7 +289,7 @@ def test_vllms_own_sender_speaks_to_all_receivers(learner, monkeypatch):
     from vllm.distributed.weight_transfer import nccl_engine
 
     from spearrl.sync import native
-    from spearrl.sync.receivers import Crowd
+    from spearrl.sync.receivers import ReceiverGroup
     from tests.sync.test_sync_native import PLAN, Peer
 
     peers, broadcast = [Peer("worker 0", shards=2), Peer("worker 1")], []
@@ -311,7 +311,7 @@ def test_vllms_own_sender_speaks_to_all_receivers(learner, monkeypatch):
     monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: opened.append(info) or "group")
     monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", producer)
     sender = native.Native("nccl", learner, limit=1 << 14, dtype=torch.bfloat16, device=torch.device("cpu"))
-    received, sent = sender.send(Crowd(peers, 20), PLAN)
+    received, sent = sender.send(ReceiverGroup(peers, 20), PLAN)
     assert [dict(digests) == sent for _, digests in received] == [True, True] and len(sent) == len(
         list(learner.full_parameters())
     )

@@ -270,7 +270,7 @@ def test_requests_that_cannot_be_served():
     ]
     cases += [
         ((Image(b"no picture"),), prompt, "no picture"),
-        ((picture(1),), prompt[: prompt.index(engine._vision.image_id) + 4], "ends inside a picture"),
+        ((picture(1),), prompt[: prompt.index(engine.forward.vision.image_id) + 4], "ends inside a picture"),
     ]
     for images, ids, text in cases:
         with pytest.raises(EngineError, match=text):

@@ -12,6 +12,7 @@ import torch
 from spearrl.batching.keys import counter_uniforms
 from spearrl.errors import ConfigError, EngineError
 from spearrl.rollout import Completion, LocalEngine, Request, Sampling
+from spearrl.rollout.local.forward import Forward
 from spearrl.rollout.local.sampling import draw
 from spearrl.rollout.local.scheduler import common
 from tests.support.engine_requests import VOCABULARY, prompt, requests, serve
@@ -137,9 +138,9 @@ def test_two_runs_are_bit_identical():
 
 def test_admission_follows_request_ids_not_submission(monkeypatch: pytest.MonkeyPatch):
     engine, admitted = engine_of(tiny(), slots=2), []
-    place = engine._table.place
+    assign = engine._table.assign
     monkeypatch.setattr(
-        engine._table, "place", lambda jobs: admitted.extend(job.request.id for job in jobs) or place(jobs)
+        engine._table, "assign", lambda jobs: admitted.extend(job.request.id for job in jobs) or assign(jobs)
     )
     serve(engine, *requests(8)[::-1])
     assert admitted == sorted(admitted) and len(admitted) == 8
@@ -319,7 +320,7 @@ def test_failures_of_the_model_become_engine_errors_and_leave_the_engine_usable(
     model = tiny()
     engine = engine_of(model)
     with monkeypatch.context() as broken:
-        broken.setattr(LocalEngine, "_pass", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        broken.setattr(Forward, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
         with pytest.raises(EngineError, match="RuntimeError: out of memory"):
             serve(engine, requests()[0])
     assert_matches(model, requests()[1], serve(engine, requests()[1])[0])

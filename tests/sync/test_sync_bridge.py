@@ -12,7 +12,7 @@ from spearrl.config import SyncSection
 from spearrl.errors import ConfigError, EngineError, StorageError, WorkerLost
 from spearrl.sync import Bridge, InProcess, probe_prompt
 from spearrl.sync import buckets as buckets_module
-from spearrl.sync import digests as weights
+from spearrl.sync import buckets as weights
 from spearrl.sync.buckets import PORTIONS, bucket_folder, buckets
 from spearrl.sync.probe import Probe
 

@@ -16,7 +16,7 @@ from spearrl.learner import LocalLearner
 from spearrl.rollout.local.receiver import LocalWeights
 from spearrl.sync import Bridge, probe_prompt
 from spearrl.sync import buckets as buckets_module
-from spearrl.sync.digests import write_bucket
+from spearrl.sync.buckets import write_bucket
 from tests.rollout.test_local_engine import engine_of, tiny
 from tests.support.engine_requests import requests, serve
 

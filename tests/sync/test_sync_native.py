@@ -18,9 +18,9 @@ from spearrl.rollout.vllm.extension import WeightReceiver
 from spearrl.sync import Bridge, native
 from spearrl.sync import bridge as bridge_module
 from spearrl.sync import buckets as buckets_module
-from spearrl.sync import digests as weights
+from spearrl.sync import buckets as weights
 from spearrl.sync.native import Client, LearnerSource, Native
-from spearrl.sync.receivers import Crowd
+from spearrl.sync.receivers import ReceiverGroup
 
 CPU = torch.device("cpu")
 PLAN = {"version": 3, "transport": "nccl", "digest": False}
@@ -76,7 +76,7 @@ class Trainer:
     def __init__(self, peers, source, client, limit):
         self.peers, self.source, self.client, self.limit, self.shut = peers, source, client, limit, False
         client.init_weight_transfer_engine(
-            {"rank_offset": 1, "world_size": 1 + sum(peer.shards for peer in client.crowd.live)}
+            {"rank_offset": 1, "world_size": 1 + sum(peer.shards for peer in client.group.live)}
         )
 
     def send_weights(self):
@@ -107,7 +107,7 @@ def trainers(monkeypatch, tmp_path):
     opened = []
 
     def open_trainer(kind, source, client, *, limit):
-        opened.append(Trainer([peer for peer in client.crowd.live], source, client, limit))
+        opened.append(Trainer([peer for peer in client.group.live], source, client, limit))
         return opened[-1]
 
     monkeypatch.setattr(native, "open_trainer", open_trainer)
@@ -196,7 +196,7 @@ def test_a_bucket_is_gathered_whole_before_any_of_it_is_sent():
 def test_ipc_handles_travel_as_text_and_no_rank_is_given_out():
     peer = Peer("engine")
     peer.take = lambda bucket, timeout_s: peer.taken.append(bucket) or {}
-    client = Client(Crowd([peer], 5), {**PLAN, "transport": "ipc"})
+    client = Client(ReceiverGroup([peer], 5), {**PLAN, "transport": "ipc"})
     client.init_weight_transfer_engine({"packed": True})
     assert peer.plans == [{**PLAN, "transport": "ipc", "init": {"packed": True}}]
     handles = {"GPU-1": (torch.float32, b"handle")}
@@ -228,14 +228,14 @@ def test_an_engine_that_does_not_take_part_is_named_though_the_sender_hangs(trai
     )
     start = time.monotonic()
     with pytest.raises(EngineError, match="worker 1" if stuck else "worker 1 failed at the update: out of memory"):
-        Native("nccl", Learner(), limit=1 << 20, dtype=None, device=CPU).send(Crowd([peer], 0.2), PLAN)
+        Native("nccl", Learner(), limit=1 << 20, dtype=None, device=CPU).send(ReceiverGroup([peer], 0.2), PLAN)
     assert time.monotonic() - start < 40
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
 def test_without_vllm_the_error_says_what_to_install():
     with pytest.raises(ConfigError, match="no trainer side") as caught:
-        native.open_trainer("nccl", LearnerSource(Learner(), 1, None, CPU), Client(Crowd([], 1), PLAN), limit=1)
+        native.open_trainer("nccl", LearnerSource(Learner(), 1, None, CPU), Client(ReceiverGroup([], 1), PLAN), limit=1)
     assert "shared_memory" in caught.value.hint
 
 

@@ -15,8 +15,8 @@ MIB = 1 << 20
 class SlotCache:
     """Keys and values of every layer, [slots, heads, tokens, head_dim] each.
 
-    Passed to a transformers model as `past_key_values`: its layers call `update`, which writes this pass's tokens where `aim` says and
-    returns what the rows of the pass may look at.
+    Passed to a transformers model as `past_key_values`: its layers call `update`, which writes this pass's tokens where
+    `aim` says and returns what the rows of the pass may look at.
 
     Raises:
         ConfigError: not even one slot fits `cache_mib`.
@@ -44,7 +44,8 @@ class SlotCache:
         self._rows: torch.Tensor | slice = slice(0, 0)
 
     def aim(self, rows: list[int], starts: torch.Tensor, counts: torch.Tensor, width: int) -> torch.Tensor:
-        """Prepare a pass over `width` new tokens of each row, of which the first `counts` are real; returns its attention mask, bool [b, 1, width, span].
+        """Prepare a pass over `width` new tokens of each row, of which the first `counts` are real; returns its
+        attention mask, bool [b, 1, width, span].
 
         Args:
             rows: b distinct slots. 0 .. b−1 in order is read without copying.

@@ -1,7 +1,7 @@
 """The embedded engine: continuous batching over a transformers model in this process, with a static key-value cache.
 
-Requests are admitted in the order of their ids and only when every coroutine that could submit one has done so; the same requests
-therefore meet the same batches, and two runs are bit-identical on a CPU.
+Requests are admitted in the order of their ids and only when every coroutine that could submit one has done so; the
+same requests therefore meet the same batches, and two runs are bit-identical on a CPU.
 """
 
 from __future__ import annotations
@@ -11,25 +11,23 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from spearrl.errors import ConfigError, EngineError
-from spearrl.models.vision import FORBIDDEN_LOGIT, vision_of
+from spearrl.errors import EngineError
+from spearrl.models.vision import FORBIDDEN_LOGIT
 from spearrl.rollout.local.cache import SlotCache
+from spearrl.rollout.local.forward import Forward
 from spearrl.rollout.local.prompt import image_prompt, whole_pictures
 from spearrl.rollout.local.sampling import draw
-from spearrl.rollout.local.scheduler import CacheSlot, Job, SlotTable
+from spearrl.rollout.local.scheduler import Job, CacheSlot, SlotTable
 from spearrl.rollout.protocol import Completion, Request, request_problem
 
 PREFILL_TOKENS = 8192  # padded tokens of one prefill pass
 CHUNK = 2048  # new tokens of one sequence in one pass: bounds the attention mask
 WAVE = 4  # prefill when 1 / WAVE of the sequences in flight wait, or nothing is decoding
 SETTLE = 3  # turns of the event loop in which whoever got a reply can submit the next request
-PROBE = 6  # tokens on which the engine is compared with the model's own forward
 
 
 class LocalEngine:
@@ -50,40 +48,36 @@ class LocalEngine:
         self.version = 0
         self.context_tokens = context_tokens
         self.device = torch.device(device)
-        self._vision = vision_of(model)
-        config = self.model.config.get_text_config()
-        self._dtype = next(model.parameters()).dtype
         self.cache = SlotCache(
-            config, slots=slots, tokens=context_tokens, cache_mib=cache_mib, dtype=self._dtype, device=self.device
+            model.config.get_text_config(),
+            slots=slots,
+            tokens=context_tokens,
+            cache_mib=cache_mib,
+            dtype=next(model.parameters()).dtype,
+            device=self.device,
         )
         self.slots = self.cache.slots
         if self.slots < slots:
             each = self.cache.bytes_per_slot / (1 << 20)
-            text = f"rollout.cache_mib={cache_mib} holds {self.slots} of {slots} sequences ({each:.1f} MiB each at {context_tokens} tokens)"
-            warnings.warn(text, stacklevel=2)
-        self.counters: dict[str, float] = {
-            "prefilled_tokens": 0,
-            "cached_tokens": 0,
-            "sampled_tokens": 0,
-            "passes": 0,
-            "seconds": 0.0,
-        }
-        self._additive = getattr(config, "_attn_implementation", None) == "eager"
-        # Such rotary embeddings replace their buffers in the forward pass; under inference_mode the trainer could not use them.
-        scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-        self._mode = torch.no_grad if "dynamic" in str(scaling) or "longrope" in str(scaling) else torch.inference_mode
+            holds = f"rollout.cache_mib={cache_mib} holds {self.slots} of {slots} sequences"
+            warnings.warn(f"{holds} ({each:.1f} MiB each at {context_tokens} tokens)", stacklevel=2)
+        names = ("prefilled_tokens", "cached_tokens", "sampled_tokens", "seconds")
+        self.counters: dict[str, float] = dict.fromkeys(names, 0.0)
         self._table = SlotTable(self.cache)
+        self.forward = Forward(model, self.cache, self._table.slots, self.device)
         self._waiting: list[Job] = []
         self._task: asyncio.Task[None] | None = None
         self._paused = self._closed = False
         self.passing = threading.Lock()  # held during a pass; who pauses from another thread waits for it
-        self._verify()
 
     async def generate(self, request: Request) -> Completion:
-        """Sample one reply. Raises EngineError: malformed request, prompt and reply exceed the context, deadline, engine failed or closed."""
+        """Sample one reply.
+
+        Raises EngineError: malformed request, prompt and reply exceed the context, deadline, engine failed or closed.
+        """
         self._check(request)
         loop = asyncio.get_running_loop()
-        images = image_prompt(request, self._vision)
+        images = image_prompt(request, self.forward.vision)
         prompt = images.token_ids if images else list(request.token_ids)
         job = Job(request, prompt, loop.create_future(), time.monotonic(), images=images)
         self._waiting.append(job)
@@ -133,7 +127,7 @@ class LocalEngine:
                     await asyncio.sleep(0.002)
                     continue
                 start = time.perf_counter()
-                with self.passing, self.evaluating():
+                with self.passing, self.forward.evaluating():
                     self._admit()
                     self._decode()
                 self.counters["seconds"] += time.perf_counter() - start
@@ -142,19 +136,6 @@ class LocalEngine:
             raise
         except Exception as error:  # whatever the model raises becomes every request's error
             self._fail_all(f"{type(error).__name__}: {error}")
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """A trainer leaves the model in training mode, where dropout and gradient checkpointing (which drops the cache) are active."""
-        training = self.model.training
-        if training:
-            self.model.eval()
-        try:
-            with self._mode():
-                yield
-        finally:
-            if training:
-                self.model.train()
 
     def _admit(self) -> None:
         """Prefill waiting requests into free slots, those with one prompt only once."""
@@ -165,18 +146,18 @@ class LocalEngine:
         self._waiting.sort(key=lambda job: job.request.id)
         admitted, self._waiting = self._waiting[:free], self._waiting[free:]
         alike: dict[tuple[int, ...], list[CacheSlot]] = {}
-        for job, slot in self._table.place(admitted):
+        for job, slot in self._table.assign(admitted):
             job.min_version = self.version
             alike.setdefault(tuple(job.prompt), []).append(slot)
-        leaders = [max(members, key=lambda s: len(s.held)) for members in alike.values()]
+        leaders = [max(slots, key=lambda s: len(s.held)) for slots in alike.values()]
         logits = self._prefill(leaders)
         rows: list[int] = []
-        for row, (leader, members) in enumerate(zip(leaders, alike.values(), strict=True)):
-            rows += [row] * len(members)
-            for slot in members:
+        for row, (leader, followers) in enumerate(zip(leaders, alike.values(), strict=True)):
+            rows += [row] * len(followers)
+            for slot in followers:
                 if slot is not leader:
                     self._table.share(leader, slot, len(leader.held))
-        slots = [slot for members in alike.values() for slot in members]
+        slots = [slot for same_prompt in alike.values() for slot in same_prompt]
         self.counters["cached_tokens"] += sum(slot.job.cached for slot in slots if slot.job)
         self._sample(slots, logits[rows])
 
@@ -187,7 +168,7 @@ class LocalEngine:
         for slot, tokens in zip(slots, new, strict=True):
             while len(tokens) > CHUNK:
                 cut = whole_pictures(tokens, CHUNK)
-                self._pass([slot], [tokens[:cut]])
+                self.forward.run([slot], [tokens[:cut]])
                 slot.held += tokens[:cut]
                 del tokens[:cut]
         order = sorted(range(len(slots)), key=lambda i: len(new[i]))
@@ -202,7 +183,7 @@ class LocalEngine:
             ):
                 size += 1
             part, order = sorted(order[:size], key=lambda i: slots[i].index), order[size:]
-            logits.update(zip(part, self._pass([slots[i] for i in part], [new[i] for i in part]), strict=True))
+            logits.update(zip(part, self.forward.run([slots[i] for i in part], [new[i] for i in part]), strict=True))
         for slot, tokens in zip(slots, new, strict=True):
             slot.held += tokens
         return torch.stack([logits[i] for i in range(len(slots))])
@@ -213,68 +194,16 @@ class LocalEngine:
         if not active:
             return
         last = [slot.job.tokens[-1] for slot in active if slot.job]
-        logits = self._pass(active, [[token] for token in last])
+        logits = self.forward.run(active, [[token] for token in last])
         for slot, token in zip(active, last, strict=True):
             slot.held.append(token)
         self._sample(active, logits)
 
-    def _pass(self, slots: list[CacheSlot], new: list[list[int]]) -> torch.Tensor:
-        """Run the model over new tokens of slots (ascending); [len(slots), V] logits after each slot's last token.
-
-        In a decoding pass where most slots up to the highest one take part, the others ride along with one idle token, written behind what they
-        hold, so that the cache is read in place.
-        """
-        self.counters["passes"] += 1
-        width, reach = max(map(len, new)), slots[-1].index + 1
-        rows, places = slots, list(range(len(slots)))
-        if width == 1 and reach <= 2 * len(slots):
-            rows, places = self._table.slots[:reach], [s.index for s in slots]
-            fed = dict(zip(places, new, strict=True))
-            new = [fed.get(row, [0]) for row in range(reach)]
-        limit = self.cache.tokens - 1
-        starts = torch.tensor([min(len(s.held), limit) for s in rows], device=self.device)
-        counts = torch.tensor([len(tokens) for tokens in new], device=self.device)
-        ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in new], device=self.device)
-        mask = self.cache.aim([s.index for s in rows], starts, counts, width)
-        if self._additive:
-            mask = torch.zeros(mask.shape, dtype=self._dtype, device=self.device).masked_fill_(
-                ~mask, torch.finfo(self._dtype).min
-            )
-        positions = (starts[:, None] + torch.arange(width, device=self.device)).clamp(max=limit)
-        given = {"input_ids": ids, "position_ids": positions}
-        if self._vision is not None and any(slot.job and slot.job.images for slot in rows):
-            given = self._image_inputs(rows, ids, positions)
-        hidden = self.model.base_model(
-            **given, attention_mask=mask, past_key_values=self.cache, use_cache=True
-        ).last_hidden_state
-        last = hidden[:, 0] if width == 1 else hidden[torch.arange(len(rows), device=self.device), counts - 1]
-        return self.model.get_output_embeddings()(last if len(places) == len(rows) else last[places])
-
-    def _image_inputs(
-        self, rows: list[CacheSlot], ids: torch.Tensor, positions: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """What a pass gives the model where some prompts have pictures: positions that follow from them, and embeddings where some are new."""
-        prompts = [slot.job.images if slot.job else None for slot in rows]
-        after_all = all(not p or len(slot.held) + 1 >= len(p.token_ids) for slot, p in zip(rows, prompts, strict=True))
-        if ids.shape[1] == 1 and after_all:
-            shifts = torch.tensor([[p.shift if p else 0] for p in prompts], device=self.device)
-            return {"input_ids": ids, "position_ids": positions + shifts}
-        positions, width, images = positions.repeat(3, 1, 1), ids.shape[1], []
-        for row, (slot, prompt) in enumerate(zip(rows, prompts, strict=True)):
-            if prompt:
-                begin = len(slot.held)
-                part = prompt.positions[:, begin : begin + width]
-                positions[:, row, : part.shape[1]] = part.to(self.device)
-                images += prompt.within(begin, begin + width)
-        if not images or self._vision is None:
-            return {"input_ids": ids, "position_ids": positions}
-        tensors = (tensor.to(self.device) for tensor in self._vision.join(images))
-        embedded = self._vision.embed(self.model, ids.masked_fill(ids < 0, self._vision.image_id), *tensors)
-        return {"inputs_embeds": embedded, "position_ids": positions}
-
     def _sample(self, slots: list[CacheSlot], logits: torch.Tensor) -> None:
-        if self._vision is not None:
-            logits = logits.index_fill(1, torch.tensor(self._vision.forbidden, device=self.device), FORBIDDEN_LOGIT)
+        if self.forward.vision is not None:
+            logits = logits.index_fill(
+                1, torch.tensor(self.forward.vision.forbidden, device=self.device), FORBIDDEN_LOGIT
+            )
         jobs = [slot.job for slot in slots if slot.job]
         tokens, logprobs = draw(logits, [j.request.sampling for j in jobs], [len(j.tokens) for j in jobs])
         self.counters["sampled_tokens"] += len(jobs)
@@ -304,58 +233,6 @@ class LocalEngine:
             problem = "the engine is closed"
         if problem:
             raise EngineError(problem, where=f"request {request.id}")
-
-    def _verify(self) -> None:
-        """Compare cached passes with the model's own forward: architectures with other layers or scaled logits must not sample wrongly unseen."""
-        config = self.model.config.get_text_config()
-        kind, window = type(self.model).__name__, getattr(config, "sliding_window", None)
-        hint = "use rollout.engine=vllm for this model"
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"} or (
-            window and getattr(config, "use_sliding_window", True) and window < self.context_tokens
-        ):
-            raise ConfigError(
-                f"{kind} has attention layers that the local engine does not run ({sorted(kinds)})",
-                where="model.path",
-                hint=hint,
-            )
-        count = min(PROBE, self.context_tokens)
-        ids = [1 + i % max(1, self.model.get_input_embeddings().num_embeddings - 1) for i in range(count)]
-        slot = self._table.slots[0]
-        try:
-            with self.evaluating():
-                self._pass([slot], [ids[:-1]])
-                slot.held = ids[:-1]
-                found = torch.log_softmax(self._pass([slot], [ids[-1:]])[0].float(), -1)
-                wanted = torch.log_softmax(
-                    self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
-                    .logits[0, -1]
-                    .float(),
-                    -1,
-                )
-        except (
-            AttributeError,
-            IndexError,
-            KeyError,
-            NotImplementedError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-        ) as error:
-            raise ConfigError(
-                f"{kind} does not run with the local engine's cache: {type(error).__name__}: {error}",
-                where="model.path",
-                hint=hint,
-            ) from error
-        slot.held, self.counters["passes"] = [], 0
-        bound = 1e-3 if self._dtype == torch.float32 else 0.5
-        difference = float((found - wanted).abs().max())
-        if not difference <= bound and bool(wanted.isfinite().all()):
-            raise ConfigError(
-                f"{kind}: the local engine's log-probabilities are off by {difference:.3g}",
-                where="model.path",
-                hint=hint,
-            )
 
     def _jobs(self) -> list[Job]:
         return [*self._waiting, *(slot.job for slot in self._table.slots if slot.job)]

@@ -8,7 +8,7 @@ import torch
 
 from spearrl.errors import EngineError
 from spearrl.rollout.local import LocalEngine
-from spearrl.sync.digests import digest, model_digest, read_bucket
+from spearrl.sync.buckets import digest, model_digest, read_bucket
 
 
 class LocalWeights:
@@ -20,7 +20,7 @@ class LocalWeights:
     def __init__(self, engine: LocalEngine, name: str = "engine"):
         self.engine, self.name = engine, name
         self._own: dict[str, torch.Tensor] = dict(engine.model.named_parameters(remove_duplicate=False))
-        self._seen: set[int] = set()
+        self._loaded: set[int] = set()
         self._digest = False
 
     def pause(self, timeout_s: float) -> None:
@@ -30,7 +30,7 @@ class LocalWeights:
         self.engine.passing.release()
 
     def begin(self, plan: dict[str, Any], timeout_s: float) -> None:
-        self._seen, self._digest = set(), bool(plan.get("digest"))
+        self._loaded, self._digest = set(), bool(plan.get("digest"))
 
     def take(self, bucket: dict[str, Any], timeout_s: float) -> dict[str, int]:
         tensors = read_bucket(bucket["path"])
@@ -44,11 +44,11 @@ class LocalWeights:
         with self.engine.passing:
             for name, tensor in tensors.items():
                 self._own[name].data.copy_(tensor)
-                self._seen.add(id(self._own[name]))
+                self._loaded.add(id(self._own[name]))
         return {name: digest(tensor) for name, tensor in tensors.items()}
 
     def finish(self, version: int, timeout_s: float) -> list[int]:
-        missing = [name for name, parameter in self._own.items() if id(parameter) not in self._seen]
+        missing = [name for name, parameter in self._own.items() if id(parameter) not in self._loaded]
         if missing:
             raise EngineError(
                 f"{len(missing)} weights did not come, {missing[0]} among them",
@@ -60,7 +60,7 @@ class LocalWeights:
 
     def probe(self, token_ids: list[int], timeout_s: float) -> list[float]:
         ids = torch.tensor(token_ids, device=self.engine.device)
-        with self.engine.passing, self.engine.evaluating():
+        with self.engine.passing, self.engine.forward.evaluating():
             logits = self.engine.model(input_ids=ids[None, :-1], use_cache=False).logits[0]
         return torch.log_softmax(logits.float(), -1).gather(-1, ids[1:, None])[:, 0].tolist()
 

@@ -56,15 +56,18 @@ def _invert(logprobs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
 def _restrict(scores: torch.Tensor, rows: list[int], samplings: Sequence[Sampling]) -> torch.Tensor:
     """Minus infinity for what a row's allowed_ids leave out."""
-    kept = torch.ones_like(scores, dtype=torch.bool)
-    kept[rows] = False
+    allowed = torch.ones_like(scores, dtype=torch.bool)
+    allowed[rows] = False
     for row in rows:
-        kept[row, list(samplings[row].allowed_ids or ())] = True
-    return scores.masked_fill(~kept, -torch.inf)
+        allowed[row, list(samplings[row].allowed_ids or ())] = True
+    return scores.masked_fill(~allowed, -torch.inf)
 
 
 def _nucleus(logprobs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Keep the smallest set of tokens whose probability reaches top_p (arXiv 1904.09751), renormalised; rows of top_p = 1 stay as they are."""
+    """The smallest set of tokens whose probability reaches top_p (arXiv 1904.09751), renormalised.
+
+    Rows of top_p = 1 stay as they are.
+    """
     ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
     before = ordered.exp().double().cumsum(-1) - ordered.exp().double()
     dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p[:, None])

@@ -29,7 +29,7 @@ class Job:
 
 @dataclass
 class CacheSlot:
-    """One sequence's place in the cache; it keeps what it holds after its job is done."""
+    """The cache of one sequence; it keeps what it holds after its job is done."""
 
     index: int
     held: list[int] = field(default_factory=list)  # tokens whose keys and values are there
@@ -67,32 +67,34 @@ class SlotTable:
             if slot.job is None:
                 slot.held = []
 
-    def place(self, jobs: list[Job]) -> list[tuple[Job, CacheSlot]]:
-        """A free slot for each job (at most `free()` of them): the one that holds its conversation, else an empty or the least recently used one.
+    def assign(self, jobs: list[Job]) -> list[tuple[Job, CacheSlot]]:
+        """A free slot for each job (at most `free()` of them): the one that holds its conversation, else an empty or
+        the least recently used one.
 
-        Afterwards `slot.held` is the beginning of the prompt that need not be computed; at least one token is left to compute.
+        Afterwards `slot.held` is the beginning of the prompt that need not be computed; at least one token is left to
+        compute.
         """
         homes: list[CacheSlot | None] = []
-        kept: set[int] = set()
+        taken: set[int] = set()
         for job in jobs:
             home = self._home(job)
-            homes.append(home if home and home.index not in kept else None)
-            kept |= {home.index} if home else set()
+            homes.append(home if home and home.index not in taken else None)
+            taken |= {home.index} if home else set()
         rest = iter(
             sorted(
-                (s for s in self.slots if s.job is None and s.index not in kept),
+                (s for s in self.slots if s.job is None and s.index not in taken),
                 key=lambda s: (s.used if s.held else -1, s.index),
             )
         )
-        placed = []
+        assigned = []
         for job, home in zip(jobs, homes, strict=True):
             slot = home or next(rest)
             self._reuse(job, slot)
             self._clock += 1
             slot.job, slot.used, slot.owner = job, self._clock, job.request.id[:-1]
             self._homes[job.request.id[:-1]] = self._donors[job.request.id[:-2]] = self._latest = slot
-            placed.append((job, slot))
-        return placed
+            assigned.append((job, slot))
+        return assigned
 
     def share(self, source: CacheSlot, target: CacheSlot, tokens: int) -> None:
         """Give `target` the first `tokens` tokens of `source`, of which it may hold a beginning already."""
@@ -119,11 +121,11 @@ class SlotTable:
 
     def _reuse(self, job: Job, slot: CacheSlot) -> None:
         """Keep of `slot.held` what the prompt begins with, or copy a longer beginning from a sibling."""
-        most = len(job.prompt) - 1
-        own = min(most, common(slot.held, job.prompt))
+        limit = len(job.prompt) - 1
+        own = min(limit, common(slot.held, job.prompt))
         best, held = slot, own
         for donor in (self._donors.get(job.request.id[:-2]), self._latest):
-            if donor is not None and (length := min(most, common(donor.held, job.prompt))) >= held + WORTH_COPYING:
+            if donor is not None and (length := min(limit, common(donor.held, job.prompt))) >= held + WORTH_COPYING:
                 best, held = donor, length
         slot.held = slot.held[:own]
         if best is not slot:

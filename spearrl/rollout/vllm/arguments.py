@@ -1,4 +1,6 @@
-"""What vLLM is asked for: the supported versions, an engine's arguments and environment, and one request's sampling parameters."""
+"""What vLLM is asked for: the supported versions, an engine's arguments and environment, and one request's sampling
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,8 @@ def engine_arguments(
     }
     if device == "cpu":
         arguments |= {"kv_cache_memory_bytes": rollout.cache_mib << 20, "gpu_memory_utilization": 0.1}
-        # Where a prompt is computed in parts, 0.32 rewinds its seeded generator, which on a processor raises and ends the engine.
+        # Where a prompt is computed in parts, 0.32 rewinds its seeded generator, which on a processor raises and ends
+        # the engine.
         arguments |= {
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(rollout.context_tokens, PREFILL_TOKENS),
@@ -92,7 +95,9 @@ def takes_images(model_dir: str | Path) -> bool:
 
 
 def image_tokens(model_dir: str | Path) -> tuple[int, ...]:
-    """The image token of a model that spearrl.models.vision knows, and the other tokens that no reply may hold; none for any other model."""
+    """The image token of a model that spearrl.models.vision knows, and the other tokens that no reply may hold; none
+    for any other model.
+    """
     config = model_config(model_dir)
     return (config["image_token_id"], config["video_token_id"]) if config.get("model_type") in KINDS else ()
 
@@ -147,7 +152,9 @@ def process_environment(
 
 
 def sampling_arguments(sampling: Sampling, forbidden: Sequence[int] = ()) -> dict[str, Any]:
-    """Keyword arguments of SamplingParams. Greedy requests ignore top_p, as vLLM has it: their log-probabilities are of the whole vocabulary.
+    """Keyword arguments of SamplingParams.
+
+    Greedy requests ignore top_p, as vLLM has it: their log-probabilities are of the whole vocabulary.
 
     Args:
         forbidden: tokens that no reply may hold.

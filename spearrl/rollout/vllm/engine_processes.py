@@ -1,4 +1,6 @@
-"""The processes of a vLLM engine: started with an environment of their own, marked, and gone when the engine or this process is gone."""
+"""The processes of a vLLM engine: started with an environment of their own, marked, and gone when the engine or this
+process is gone.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ _tracker: list[subprocess.Popen[bytes]] = []
 
 
 def _start_tracker() -> None:
-    """multiprocessing's own, in a session of its own: what kills this process's group must not kill what then removes the engine's shared memory."""
+    """multiprocessing's own, in a session of its own: what kills this process's group must not kill what then removes
+    the engine's shared memory.
+    """
     tracker: Any = resource_tracker._resource_tracker  # type: ignore[attr-defined]
     if tracker._fd is None:
         read, tracker._fd = os.pipe()
@@ -56,7 +60,9 @@ class Processes:
 
     @contextmanager
     def environment(self, wanted: Mapping[str, str]) -> Iterator[None]:
-        """Set environment variables; afterwards all are as before, those that vLLM changed too (it preloads libraries, which no other process should)."""
+        """Set environment variables; afterwards all are as before, those that vLLM changed too (it preloads libraries,
+        which no other process should).
+        """
         _start_tracker()  # shared by everything that uses multiprocessing: not to be marked
         before = dict(os.environ)
         os.environ.update(wanted)

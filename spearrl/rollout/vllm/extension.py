@@ -1,9 +1,9 @@
 """What runs inside vLLM's own worker processes when weights arrive.
 
-vLLM's weight-transfer calls return nothing, and the check of every sync needs to know what each worker read. A worker extension
-(`worker_extension_cls`) is vLLM's own way to add calls that do answer: `collective_rpc("spearrl_take", ...)`, also over a server's
-/collective_rpc route. It needs no registration and inherits from nothing that moves between versions; NCCL and CUDA IPC go through vLLM's
-transfer engines underneath.
+vLLM's weight-transfer calls return nothing, and the check of every sync needs to know what each worker read. A worker
+extension (`worker_extension_cls`) is vLLM's own way to add calls that do answer: `collective_rpc("spearrl_take", ...)`,
+also over a server's /collective_rpc route. It needs no registration and inherits from nothing that moves between
+versions; NCCL and CUDA IPC go through vLLM's transfer engines underneath.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from spearrl.sync.digests import digest, model_digest, read_bucket
+from spearrl.sync.buckets import digest, model_digest, read_bucket
 
 EXTENSION = "spearrl.rollout.vllm.extension.WeightReceiver"
 
@@ -87,7 +87,9 @@ def _in_context(worker: Any, step: str, *arguments: Any) -> None:
 
 
 def refresh_head(model: Any) -> None:
-    """On processors the head keeps a packed copy of its weights; where it is tied to the embedding, a reload renews the embedding's only."""
+    """On processors the head keeps a packed copy of its weights; where it is tied to the embedding, a reload renews the
+    embedding's only.
+    """
     head = getattr(
         getattr(model, "language_model", model), "lm_head", None
     )  # that of a model that sees belongs to its language model

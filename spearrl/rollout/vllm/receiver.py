@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from spearrl.errors import EngineError
-from spearrl.sync.digests import digest, read_bucket
+from spearrl.sync.buckets import digest, read_bucket
 
 ASK_S = 30.0  # for what a server says about itself
 
@@ -18,8 +18,8 @@ ASK_S = 30.0  # for what a server says about itself
 class VLLMWeights:
     """The receiver of a VLLMEngine.
 
-    Running requests are recomputed under new weights: vLLM does not drop cached keys and values while requests hold them, and a new request with
-    the same beginning would be served those of the old weights.
+    Running requests are recomputed under new weights: vLLM does not drop cached keys and values while requests hold
+    them, and a new request with the same beginning would be served those of the old weights.
     """
 
     def __init__(self, engine: Any):
@@ -106,7 +106,8 @@ class VLLMWeights:
         self.engine.asleep = False
 
     def _take_adapter(self, folder: str, timeout_s: float) -> dict[str, int]:
-        # Every version has a folder, so a name and an id, of its own: requests in flight keep theirs, cached prefixes are kept apart.
+        # Every version has a folder, so a name and an id, of its own: requests in flight keep theirs, cached prefixes
+        # are kept apart.
         llm, self._adapter = self.engine.llm, self.engine.adapter_request(folder)
         self.engine.run(lambda: llm.add_lora(self._adapter), timeout_s, doing="adapter")
         return {
@@ -118,7 +119,9 @@ class VLLMWeights:
         return [float(found[i][token].logprob) for i, token in enumerate(token_ids) if i]
 
     async def _prefix_logprobs(self, token_ids: list[int]) -> list[float]:
-        """A request for every beginning: on processors, prompt log-probabilities end a vLLM that was started with adapters."""
+        """A request for every beginning: on processors, prompt log-probabilities end a vLLM that was started with
+        adapters.
+        """
         asked = [
             self._generate(token_ids[:i], {"logprob_token_ids": [token]}) for i, token in enumerate(token_ids) if i
         ]

@@ -1,9 +1,10 @@
 """A running vLLM server as a rollout engine: token ids over HTTP.
 
-The server: VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model DIR --api-key TOKEN --enable-scale-out
---logprobs-mode processed_logprobs --enable-prompt-tokens-details --worker-extension-cls spearrl.rollout.vllm.extension.WeightReceiver
-(on a processor also --no-enable-chunked-prefill: see vllm_options.py). vLLM asks for the token only below /v1 and /inference: its routes that pause
-it and change its weights are open to whoever reaches the port.
+The server: VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model DIR --api-key TOKEN
+--enable-scale-out --logprobs-mode processed_logprobs --enable-prompt-tokens-details --worker-extension-cls
+spearrl.rollout.vllm.extension.WeightReceiver (on a processor also --no-enable-chunked-prefill: see vllm_options.py).
+vLLM asks for the token only below /v1 and /inference: its routes that pause it and change its weights are open to
+whoever reaches the port.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class RemoteEngine(BackgroundEngine):
 
     Args:
         url: "http://host:8000".
-        model_dir: the model it serves; says how large the vocabulary is, which the server does not check: a token beyond it would end it.
+        model_dir: the model it serves; says how large the vocabulary is, which the server does not check: a token
+            beyond it would end it.
         settings: token_variable names the environment variable that holds the server's token.
     Raises:
         ConfigError: the server's version or its settings do not serve.
@@ -76,7 +78,7 @@ class RemoteEngine(BackgroundEngine):
         self.receiver = ServerWeights(self)
 
     def _meet(self, rollout: RolloutSection) -> None:
-        """Check what would otherwise go wrong unseen: version, context, and which log-probabilities the server gives."""
+        """Check what would go wrong unnoticed: version, context, and which log-probabilities the server gives."""
         check_version("the server's vLLM", self.get("/version", ASK_S)["version"], where=self.name)
         holds = self.get("/v1/models", ASK_S)["data"][0].get("max_model_len")
         if holds and holds < rollout.context_tokens:
@@ -105,7 +107,8 @@ class RemoteEngine(BackgroundEngine):
         """The parsed answer of a route; None where it is empty.
 
         Raises:
-            EngineError: no connection, no answer within timeout_s, token refused, or the server's own error; names the server and the route.
+            EngineError: no connection, no answer within timeout_s, token refused, or the server's own error; names the
+                server and the route.
         """
         return self.run(lambda: self._ask("POST", route, body), timeout_s, doing=route)
 
@@ -152,9 +155,8 @@ class RemoteEngine(BackgroundEngine):
                 f"the server's answer has no {error}", hint=f"it must be vLLM with the route {GENERATE}"
             ) from error
         if reply["finish_reason"] not in ("stop", "length") or len(logprobs) != len(tokens):
-            raise EngineError(
-                f'the server ended the request with "{reply["finish_reason"]}", {len(tokens)} tokens, {len(logprobs)} log-probabilities'
-            )
+            counts = f"{len(tokens)} tokens, {len(logprobs)} log-probabilities"
+            raise EngineError(f'the server ended the request with "{reply["finish_reason"]}", {counts}')
         span = versions(reply.get("weight_versions"), begun, self.version)
         return Completion(tokens, logprobs, reply["finish_reason"], *span, cached)
 
