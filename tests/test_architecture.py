@@ -47,6 +47,7 @@ SAME_MODULES = {
     "prompts": "its prompt texts",
     "generate": "what makes its tasks",
     "compact": "its short texts for tiny models",
+    "answers": "how it judges an answer",
     "data": "its reader of real data",
     "protocol": "what every engine, and every learner, offers",
     "engine": "the Engine of a kind of engine",
