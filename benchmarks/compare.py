@@ -1,10 +1,12 @@
 """Compare algorithms from one cold-started model: arms x seeds, two runs at a time, one torch thread each.
 
-    python -m benchmarks.compare --model models/shop --steps 60 --seeds 1 2 3 --output runs/compare [section.key=value …]
-    python -m benchmarks.compare eval.every=4 learner.precision=fp32 --model models/shop --steps 12 --output runs/engines --arms local+local vllm+deepspeed
+    python -m benchmarks.compare --model models/shop --steps 60 --seeds 1 2 3 --output runs/compare [key=value …]
+    python -m benchmarks.compare eval.every=4 learner.precision=fp32 --model models/shop --steps 12 \\
+        --output runs/engines --arms local+local vllm+deepspeed
 
-Prints the evaluation curve of every run, the mean per arm, the optimiser steps each arm took and the wall time. The third arm gives
-GRPO more on-policy mini-batches, so that it takes at least as many optimiser steps as self-imitation does with its replay steps.
+Prints the evaluation curve of every run, the mean per arm, the optimiser steps each arm took and the wall time. The
+third arm gives GRPO more on-policy mini-batches, so that it takes at least as many optimiser steps as self-imitation
+does with its replay steps.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ ARMS = {
     "grpo+spear": ("grpo+spear", []),
     "grpo, 3 mini-batches": ("grpo", ["learner.mini_batches=3"]),
 }
-# The same algorithm on other engines (make engines): they sample other tokens, so the curves agree in distribution, not number by number.
+# The same algorithm on other engines (make engines): they sample other tokens, so the curves agree in distribution, not
+# number by number.
 ENGINES = {
     "local+local": ("grpo+spear", []),
     "vllm+deepspeed": (
@@ -105,7 +108,8 @@ def _print(args: argparse.Namespace, results: dict, seconds: float) -> None:
     for (arm, seed), r in results.items():
         cells = " | ".join(f"{100 * r['curve'][p]:.1f}" for p in points)
         print(
-            f"| {arm} | {seed} | {cells} | {r['optimiser_steps']:.0f} | {100 * r['train_success']:.1f} | {r['seconds']:.0f} |"
+            f"| {arm} | {seed} | {cells} | {r['optimiser_steps']:.0f} | {100 * r['train_success']:.1f} | "
+            f"{r['seconds']:.0f} |"
         )
     for arm in args.arms:
         rows = [r for (name, _), r in results.items() if name == arm]
@@ -114,7 +118,8 @@ def _print(args: argparse.Namespace, results: dict, seconds: float) -> None:
         print(f"| **{arm}** | mean | {cells} | {steps:.0f} | {train:.1f} | {_mean([r['seconds'] for r in rows]):.0f} |")
         curves = [_mean([r["curve"][p] for p in points]) for r in rows]
         print(
-            f"| {arm} | mean of curve | {100 * _mean(curves):.1f} {_interval(curves)} (per seed {', '.join(f'{100 * c:.1f}' for c in curves)}) |"
+            f"| {arm} | mean of curve | {100 * _mean(curves):.1f} {_interval(curves)} (per seed "
+            f"{', '.join(f'{100 * c:.1f}' for c in curves)}) |"
         )
     print(f"\n{len(results)} runs, {args.jobs} at a time, {seconds:.0f} s in all")
 

@@ -2,9 +2,9 @@
 
     python benchmarks/logprobs.py [--positions 256 1024] [--chunk 256] [--threads 2]
 
-Time is forward and backward with a trained head. Memory is with a frozen head, whose gradient would hide the logits: the growth of a fresh
-process's resident set over its inputs. With --check the exit code is 1 unless the error is <= 1e-5 and the chunked peak grows by less than one
-chunk of logits from the fewest to the most positions.
+Time is forward and backward with a trained head. Memory is with a frozen head, whose gradient would hide the logits:
+the growth of a fresh process's resident set over its inputs. With --check the exit code is 1 unless the error is <=
+1e-5 and the chunked peak grows by less than one chunk of logits from the fewest to the most positions.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def report(options: argparse.Namespace) -> int:
     logits, head = options.chunk * VOCABULARY * 4 / MIB, VOCABULARY * WIDTH * 4 / MIB
     worst = fresh("--one", "error", "--positions", "16", *common)["error"]
     print(
-        f"V={VOCABULARY} d={WIDTH} chunk={options.chunk}; one chunk of logits is {logits:.0f} MiB, the head {head:.0f} MiB"
+        f"V={VOCABULARY} d={WIDTH} chunk={options.chunk}; one chunk of logits is {logits:.0f} MiB, the head "
+        f"{head:.0f} MiB"
     )
     print(f"largest error against float64: {worst:.1e}")
     peaks = []
@@ -108,14 +109,17 @@ def report(options: argparse.Namespace) -> int:
         seconds = {way: fresh("--one", way, *arguments)["seconds"] for way in ("plain", "chunked")}
         peaks.append(memory["chunked"])
         print(
-            f"n={positions}: memory plain {memory['plain']:.0f} MiB, chunked {memory['chunked']:.0f} MiB, ratio {memory['chunked'] / memory['plain']:.2f}; ",
+            f"n={positions}: memory plain {memory['plain']:.0f} MiB, chunked {memory['chunked']:.0f} MiB, ratio "
+            f"{memory['chunked'] / memory['plain']:.2f}; ",
             end="",
         )
         print(
-            f"time plain {seconds['plain']:.1f} s, chunked {seconds['chunked']:.1f} s, ratio {seconds['chunked'] / seconds['plain']:.2f}"
+            f"time plain {seconds['plain']:.1f} s, chunked {seconds['chunked']:.1f} s, ratio "
+            f"{seconds['chunked'] / seconds['plain']:.2f}"
         )
     print(
-        f"growth of the chunked peak from n={options.positions[0]} to n={options.positions[-1]}: {peaks[-1] - peaks[0]:.0f} MiB"
+        f"growth of the chunked peak from n={options.positions[0]} to n={options.positions[-1]}: "
+        f"{peaks[-1] - peaks[0]:.0f} MiB"
     )
     return int(options.check and (worst > 1e-5 or peaks[-1] - peaks[0] > logits))
 

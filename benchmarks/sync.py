@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.sync [--million 21] [--dtype float32] [--syncs 12] [--bucket-mib 256]
 
-Phases as the bridge passes them, so that overlapping work shows once: `write` runs while the engine pauses, digests of what is sent are
-computed while it loads. Every sync is verified (digests, probe); the first is left out of the table.
+Phases as the bridge passes them, so that overlapping work shows once: `write` runs while the engine pauses, digests of
+what is sent are computed while it loads. Every sync is verified (digests, probe); the first is left out of the table.
 """
 
 from __future__ import annotations
@@ -75,16 +75,19 @@ def main() -> None:
             engine.close()
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(
-        f"{size:.1f} M parameters, {given.dtype}, {measured[0]['sync/bytes'] / 2**20:.0f} MiB in {measured[0]['sync/buckets']:.0f} bucket(s)"
+        f"{size:.1f} M parameters, {given.dtype}, {measured[0]['sync/bytes'] / 2**20:.0f} MiB in "
+        f"{measured[0]['sync/buckets']:.0f} bucket(s)"
     )
     for name in measured[0]:
         values = [line[name] for line in measured]
         if name.startswith("ms "):
             print(
-                f"  {name[3:]:8} median {statistics.median(values):7.1f} ms   best {min(values):7.1f}   worst {max(values):7.1f}"
+                f"  {name[3:]:8} median {statistics.median(values):7.1f} ms   best {min(values):7.1f}   worst "
+                f"{max(values):7.1f}"
             )
     print(
-        f"  probe gap at most {max(line['sync/probe_gap'] for line in measured):.2g} nats, sent again {sum(line['sync/resent'] for line in measured):.0f} times"
+        f"  probe gap at most {max(line['sync/probe_gap'] for line in measured):.2g} nats, sent again "
+        f"{sum(line['sync/resent'] for line in measured):.0f} times"
     )
 
 

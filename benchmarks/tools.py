@@ -1,9 +1,11 @@
-"""Does the intrinsic reward do its work? Tool calls per episode over training, with the bonus (μ > 0) and without, from one cold-started model.
+"""Does the intrinsic reward do its work? Tool calls per episode over training, with the bonus (μ > 0) and without, from
+one cold-started model.
 
     spearrl sft --env math sft.noise=0.65 --output models/guesser run.threads=1      # a model that mostly guesses
     python -m benchmarks.tools --model models/guesser --output runs/tools [section.key=value …]
 
-Trains both arms on every seed, prints a table and writes docs/tool-calls.svg. A run that is there already is not run again.
+Trains both arms on every seed, prints a table and writes docs/tool-calls.svg. A run that is there already is not run
+again.
 """
 
 from __future__ import annotations
@@ -124,7 +126,8 @@ def picture(curves: dict[str, list[list[float]]], label: str) -> str:
     for i in range(5):
         y = (HEIGHT - BOTTOM) * (1 - i / 4) + 8
         parts.append(
-            f'<path d="M{LEFT} {y:.1f}H{WIDTH - 12}" stroke="#ddd"/><text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{top * i / 4:.2f}</text>'
+            f'<path d="M{LEFT} {y:.1f}H{WIDTH - 12}" stroke="#ddd"/><text x="{LEFT - 6}" y="{y + 4:.1f}" '
+            f'text-anchor="end">{top * i / 4:.2f}</text>'
         )
     for (arm, lines), color in zip(curves.items(), COLORS, strict=True):
         parts += [

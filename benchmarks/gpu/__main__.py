@@ -3,8 +3,9 @@
     python -m benchmarks.gpu [--json FILE] [--only NAME ...] [--timeout 900]
     python -m benchmarks.gpu --tiny --device cpu        the same script on processors, with toy shapes
 
-Every check runs in a process of its own: one that fails, hangs or dies is a row of the table. Exit code 0: all that could run here
-held; 1: a check failed; 3: there is no GPU. Models have random weights at Qwen2.5 shapes; nothing is downloaded.
+Every check runs in a process of its own: one that fails, hangs or dies is a row of the table. Exit code 0: all that
+could run here held; 1: a check failed; 3: there is no GPU. Models have random weights at Qwen2.5 shapes; nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -180,7 +181,10 @@ def line(row: dict[str, Any]) -> str:
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in row.get("figures", {}).items()
     )
-    return f"| {row['check']} | {row['result']} | {figures or row.get('error', '').replace(chr(10), ' / ')} | {row['seconds']:.0f} |"
+    return (
+        f"| {row['check']} | {row['result']} | {figures or row.get('error', '').replace(chr(10), ' / ')} | "
+        f"{row['seconds']:.0f} |"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the GPU checks share: models of real shapes with random weights (nothing is downloaded), requests, rows, memory."""
+"""What the GPU checks share: models of real shapes with random weights (no downloads), requests, rows, memory."""
 
 from __future__ import annotations
 
@@ -118,7 +118,9 @@ class Bench:
     def engine(
         self, model: Path, *, environment: Mapping[str, str] | None = None, **options: Any
     ) -> Iterator[VLLMEngine]:
-        """A vLLM engine on the model, its processes with other variables than this one; beside a learner it gets a third of the GPU."""
+        """A vLLM engine on the model, its processes with other variables than this one; beside a learner it gets a
+        third of the GPU.
+        """
         settings, before = VllmSection(memory_fraction=ENGINE_SHARE, eager=self.tiny), dict(os.environ)
         os.environ.update(environment or {})
         try:

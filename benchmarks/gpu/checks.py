@@ -75,7 +75,8 @@ def parity(precision: str) -> Callable[[Bench], Figures]:
         mean, largest = float(gap.mean()), float(gap.max())
         if (largest if precision == "fp32" else mean) > PARITY[precision]:
             raise CheckFailed(
-                f"log-probabilities differ by {largest:.2g} at most, {mean:.2g} on average; expected {PARITY[precision]:g}"
+                f"log-probabilities differ by {largest:.2g} at most, {mean:.2g} on average; expected "
+                f"{PARITY[precision]:g}"
             )
         return {"tokens": len(gap), "largest gap": largest, "mean gap": mean}
 

@@ -1,4 +1,6 @@
-"""The DeepSpeed learner on 1 and 2 processes against the local one, which the gradient tests of tests/learner/test_learner.py hold to plain autograd."""
+"""The DeepSpeed learner on 1 and 2 processes against the local one, which the gradient tests of
+tests/learner/test_learner.py hold to plain autograd.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +117,10 @@ def batches(learner: LocalLearner) -> tuple[Batch, Batch]:
 
 @pytest.mark.parametrize(("stage", "joint"), [(0, False), (1, True), (2, False), (3, False), (3, True)])
 def test_gradients_are_those_of_the_local_learner(ranks, folder, reference, stage, joint):
-    """One SGD step at rate 1 moves the weights by the gradient. All objectives, replay, covariance selection over the mini-batch, several passes."""
+    """One SGD step at rate 1 moves the weights by the gradient.
+
+    All objectives, replay, covariance selection over the mini-batch, several passes.
+    """
     local, other = both(ranks, folder, settings(stage, lr=1.0), reference=reference, critic=head(), joint=joint)
     on_policy, replay = batches(local)
     before = weights(local)

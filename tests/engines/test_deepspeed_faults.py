@@ -1,4 +1,4 @@
-"""Learner processes that die, hang, fail or never start: rank 0 says which, within the bound, and leaves nobody behind."""
+"""Learner processes that die, hang, fail or never start: rank 0 says which, in time, and leaves nobody behind."""
 
 from __future__ import annotations
 

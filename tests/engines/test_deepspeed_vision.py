@@ -1,4 +1,6 @@
-"""Pictures on a DeepSpeed learner of two processes: the local learner's log-probabilities and gradient, also where a rank's pass shows none."""
+"""Pictures on a DeepSpeed learner of two processes: the local learner's log-probabilities and gradient, also where a
+rank's pass shows none.
+"""
 
 from __future__ import annotations
 

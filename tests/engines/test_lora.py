@@ -1,4 +1,6 @@
-"""Adapters: what they train, what they leave alone, and that a run with them can be saved, resumed, exported and sampled from."""
+"""Adapters: what they train, what they leave alone, and that a run with them can be saved, resumed, exported and
+sampled from.
+"""
 
 from __future__ import annotations
 
@@ -220,7 +222,9 @@ def test_packing_and_checkpointing_leave_the_gradient_as_it_is():
 
 
 def test_the_local_engine_samples_with_the_adapters():
-    """It shares the model: what it samples after an update has the learner's log-probabilities, as the reference has not."""
+    """It shares the model: what it samples after an update has the learner's log-probabilities, as the reference has
+    not.
+    """
     import asyncio
 
     from spearrl.rollout import LocalEngine
@@ -260,7 +264,9 @@ def test_a_resumed_run_is_the_run(model, tmp_path):
 
 
 def test_a_run_with_adapters_learns(model, tmp_path):
-    """The Fetch toy from an imperfect cold start: success rises (0.5 → 0.75 here and with every weight trained), the base stays."""
+    """The Fetch toy from an imperfect cold start: success rises (0.5 → 0.75 here and with every weight trained), the
+    base stays.
+    """
     changes = (
         "learner.lora.rank=8",
         "learner.lr=3e-3",

@@ -115,7 +115,9 @@ def test_two_workers_run_ahead_and_stay_within_the_bound(tmp_path: Path):
 
 
 def test_a_worker_killed_in_mid_episode_costs_nothing(tmp_path: Path):
-    """kill -9 of a worker while it plays: its episodes are played by others, with the same seeds, and every step is whole."""
+    """kill -9 of a worker while it plays: its episodes are played by others, with the same seeds, and every step is
+    whole.
+    """
     folder = tmp_path / "killed"
     gate = Gate(tmp_path / "gate")
     command = [

@@ -1,4 +1,6 @@
-"""The vLLM engine: the local engine's tokens, the learner's log-probabilities, per-request seeds, bounds, faults, adapters; no process stays behind."""
+"""The vLLM engine: the local engine's tokens, the learner's log-probabilities, per-request seeds, bounds, faults,
+adapters; no process stays behind.
+"""
 
 from __future__ import annotations
 

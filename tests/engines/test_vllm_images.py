@@ -1,4 +1,6 @@
-"""Pictures through vLLM: a tiny random BLIP-2 against transformers' own forward (the processors of Qwen-VL need torchvision)."""
+"""Pictures through vLLM: a tiny random BLIP-2 against transformers' own forward (the processors of Qwen-VL need
+torchvision).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A running vLLM server as the engine: the same tokens and log-probabilities over HTTP, its token asked for, new weights through its routes."""
+"""A running vLLM server as the engine: the same tokens and log-probabilities over HTTP, its token asked for, new
+weights through its routes.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,10 @@ from tests.engines.test_vllm_engine import CONTEXT, assert_matches, endless, tin
 from tests.support.engine_requests import prompt, requests, send_weights, serve
 
 SWITCHES = (
-    "--skip-tokenizer-init --enable-scale-out --enable-prompt-tokens-details --logprobs-mode processed_logprobs --dtype float32 --enforce-eager "
-    f"--max-model-len {CONTEXT} --no-enable-chunked-prefill --max-num-batched-tokens 4096 --gpu-memory-utilization 0.1 --worker-extension-cls {EXTENSION}"
+    "--skip-tokenizer-init --enable-scale-out --enable-prompt-tokens-details --logprobs-mode processed_logprobs "
+    "--dtype float32 --enforce-eager "
+    f"--max-model-len {CONTEXT} --no-enable-chunked-prefill --max-num-batched-tokens 4096 "
+    f"--gpu-memory-utilization 0.1 --worker-extension-cls {EXTENSION}"
 )
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",

@@ -1,4 +1,7 @@
-"""The bridge to a real vLLM engine: right weights, caught corruption, requests in flight, bounds. One engine for all of it."""
+"""The bridge to a real vLLM engine: right weights, caught corruption, requests in flight, bounds.
+
+One engine for all of it.
+"""
 
 from __future__ import annotations
 

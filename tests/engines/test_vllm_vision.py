@@ -1,4 +1,6 @@
-"""A tiny Qwen2.5-VL in vLLM, whose processor of this family needs torchvision: installed, or unpacked below build/ (docs/vision.md says how)."""
+"""A tiny Qwen2.5-VL in vLLM, whose processor of this family needs torchvision: installed, or unpacked below build/
+(docs/vision.md says how).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Run by test_vllm_vision.py in a process of its own: a tiny Qwen2.5-VL in vLLM against transformers' own forward, before and after a weight sync."""
+"""Run by test_vllm_vision.py in a process of its own: a tiny Qwen2.5-VL in vLLM against transformers' own forward,
+before and after a weight sync.
+"""
 
 from __future__ import annotations
 

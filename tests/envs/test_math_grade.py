@@ -69,11 +69,7 @@ def test_what_is_no_plain_number(text):
 
 @given(st.integers(-(10**30), 10**30))
 def test_integers_are_read_exactly(value):
-    assert (
-        number(str(value)) == value
-        and number(f"{value:,}") == value
-        and is_right(f"${value:,}$", str(value), None)
-    )
+    assert number(str(value)) == value and number(f"{value:,}") == value and is_right(f"${value:,}$", str(value), None)
     assert not is_right(str(value + 1), str(value), None)
 
 

@@ -170,7 +170,9 @@ EVERYTHING = {
 @pytest.mark.parametrize("kind", list(EVERYTHING))
 @pytest.mark.parametrize("joint", [False, True])
 def test_no_objective_depends_on_batching_or_order(kind, mode, joint):
-    """Policy, SIL with token weights, entropy, KL and value together, two mini-batches, micro-batches from all rows down to one, shuffled rows."""
+    """Policy, SIL with token weights, entropy, KL and value together, two mini-batches, micro-batches from all rows
+    down to one, shuffled rows.
+    """
     shape = {"aggregation": mode, "horizon": 20}
     objectives = [
         Objective("policy", **EVERYTHING[kind], **shape),
@@ -203,7 +205,9 @@ def test_no_objective_depends_on_batching_or_order(kind, mode, joint):
 
 
 def test_passes_that_are_held_select_what_a_pass_of_their_own_selects(monkeypatch):
-    """Rows of very different lengths go in several passes even where all fit: their graphs are kept until the selection is made."""
+    """Rows of very different lengths go in several passes even where all fit: their graphs are kept until the selection
+    is made.
+    """
     monkeypatch.setattr(partition, "WORTHWHILE_TOKENS", 1)
     runs = [[1, 2], [3], [9, 9, 9], [5], [1, 1], [7, 2, 8, 8], [3, 3]]
     rule = [
@@ -230,7 +234,9 @@ def test_passes_that_are_held_select_what_a_pass_of_their_own_selects(monkeypatc
 
 
 def test_released_denominator_depends_on_micro_batches_as_the_release_does():
-    """Token sums over L, averaged over micro-batches by rows: m / N of the per-row mean, so twice the micro-batch is twice the gradient (spear.md 1.3)."""
+    """Token sums over L, averaged over micro-batches by rows: m / N of the per-row mean, so twice the micro-batch is
+    twice the gradient (spear.md 1.3).
+    """
     objective = [Objective("policy", aggregation="seq-mean-token-sum-norm", horizon=20, denominator="micro_batch")]
     rows = make_rows([[3], [3], [3], [3]])
     norms = []
@@ -387,7 +393,9 @@ def test_metrics_do_not_depend_on_micro_batches():
 
 
 def test_covariance_selection_sees_current_logprobs():
-    """The first mini-batch is selected on old_logprobs without a forward pass; later ones and replay need one, unless they fit into memory anyway."""
+    """The first mini-batch is selected on old_logprobs without a forward pass; later ones and replay need one, unless
+    they fit into memory anyway.
+    """
     assert selection_forwards(micro_batch_tokens=1) == [4, 3]
     assert selection_forwards(micro_batch_tokens=1000) == []
 

@@ -98,7 +98,9 @@ def test_log_probabilities_are_those_of_padded_rows(kind, attention):
 @pytest.mark.parametrize("scope", ["mini_batch", "plain"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_padded_rows(scope, checkpointing):
-    """Every kind of objective, on-policy and replayed, in one pass and in many; also where layers run again in the backward pass."""
+    """Every kind of objective, on-policy and replayed, in one pass and in many; also where layers run again in the
+    backward pass.
+    """
     rules = {
         "mini_batch": {"clip_cov": ClipCov(0.3, -60.0, 60.0)},
         "plain": {"surrogate": "kl_cov", "kl_cov": KlCov(0.3, 0.5)},

@@ -1,4 +1,6 @@
-"""Models that see: patches and positions are transformers' own, and engine and learner compute what its forward computes."""
+"""Models that see: patches and positions are transformers' own, and engine and learner compute what its forward
+computes.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def test_the_encoder_makes_as_many_image_tokens_as_the_processor_patches():
         image = picture(1, width, height)
         ids = encoder.start([user("look ", image, " again")])
         assert (
-            ids.count(vision.image_id) == vision.count(image) == len(vision.process(image.digest, image.data).patches) // 4
+            ids.count(vision.image_id)
+            == vision.count(image)
+            == len(vision.process(image.digest, image.data).patches) // 4
         )
     first, second = picture(1), picture(2, 84, 56)
     start = encoder.start([user("look", first)])
@@ -174,7 +178,9 @@ def assert_own(model, chats: list[Conversation]) -> None:
 
 @pytest.mark.parametrize("slots", [16, 3])
 def test_the_engine_samples_from_transformers_own_distribution(slots: int):
-    """Several pictures in conversations of several turns, together with some that have none; slots are reused and evicted."""
+    """Several pictures in conversations of several turns, together with some that have none; slots are reused and
+    evicted.
+    """
     model, tokenizer = vision_model()
     engine = engine_of(model, slots=slots)
     chats = played(engine, ChatEncoder(tokenizer), *range(6))

@@ -1,4 +1,6 @@
-"""Training with pictures through the real trainer: cold start, success that rises, exact resume, and every learner's pass."""
+"""Training with pictures through the real trainer: cold start, success that rises, exact resume, and every learner's
+pass.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Playing ahead of the learner: what is taken is complete, in no doubt about its age, and nothing is lost or played twice."""
+"""Playing ahead of the learner: what is taken is complete, in no doubt about its age, and nothing is lost or played
+twice.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What the controller does with workers, shown on workers that only pretend: who gets which episode, what is refused, played again or given up."""
+"""What the controller does with workers, shown on workers that only pretend: who gets which episode, what is refused,
+played again or given up.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +135,10 @@ class Pretender:
 
 
 class Crew:
-    """Launches pretenders. `kinds` are the settings of the first workers by index, then of replacements in the order of their launch."""
+    """Launches pretenders.
+
+    `kinds` are the settings of the first workers by index, then of replacements in the order of their launch.
+    """
 
     def __init__(self, *kinds: dict, workers: int = 2):
         self.kinds, self.workers = kinds, workers
@@ -318,7 +323,8 @@ def test_used_up_restarts_end_the_run_and_name_the_worker(open_fleet):
     try:
         with pytest.raises(
             WorkerError,
-            match=r"worker \d \(fake\): rollout.worker_restarts=2 replacements are used up; .*exit code 3; the end of the log",
+            match=r"worker \d \(fake\): rollout.worker_restarts=2 replacements are used up; .*exit code 3; the end of "
+            r"the log",
         ):
             play(fleet)
         with pytest.raises(WorkerError, match="used up"):

@@ -1,4 +1,6 @@
-"""vLLM engines against a vLLM and a server made for the test: what they ask for, versions, sleep, faults; no vLLM needed."""
+"""vLLM engines against a vLLM and a server made for the test: what they ask for, versions, sleep, faults; no vLLM
+needed.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ class FakeLLM:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A vllm package whose engine is FakeLLM; what it was started with, environment included, or how starting goes wrong."""
+    """A vllm package whose engine is FakeLLM; what it was started with, environment included, or how starting goes
+    wrong.
+    """
     seen: dict[str, Any] = {}
 
     def start(arguments: Any) -> FakeLLM:

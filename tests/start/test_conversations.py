@@ -70,8 +70,10 @@ def test_a_conversation_becomes_turns(tmp_path):
 def test_tool_calls_are_written_as_the_models_own_template_writes_them():
     """Qwen2.5's template renders a call so; an environment with tools reads it back."""
     own = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.content %}{{ '\n' + m.content }}{% endif %}{% for c in m.tool_calls or [] %}"
-        "{{ '\n<tool_call>\n{\"name\": \"' + c.function.name + '\", \"arguments\": ' + (c.function.arguments | tojson) + '}\n</tool_call>' }}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.content %}{{ '\n' + m.content }}{% endif %}"
+        "{% for c in m.tool_calls or [] %}"
+        '{{ \'\n<tool_call>\n{"name": "\' + c.function.name + \'", "arguments": \' + (c.function.arguments | '
+        "tojson) + '}\n</tool_call>' }}"
         "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     )
     parsed = {**CALLED, "tool_calls": [{"function": {"name": "run", "arguments": {"code": "2+3 # é"}}}]}
@@ -199,7 +201,9 @@ def test_data_without_a_cold_start_is_pointed_out(capsys):
 
 
 def test_sft_from_a_file_through_the_command_line(tmp_path):
-    """A model built and trained on the file alone says what the file taught it; a bad line stops before anything is written."""
+    """A model built and trained on the file alone says what the file taught it; a bad line stops before anything is
+    written.
+    """
     words = {"red": "up", "green": "down", "blue": "left", "white": "right"}
     rows = [
         {"messages": [{"role": "user", "content": color}, {"role": "assistant", "content": way}]}

@@ -1,4 +1,6 @@
-"""Faults at a known moment: what is to be killed stands at a gate meanwhile, so that no test races a timer against work."""
+"""Faults at a known moment: what is to be killed stands at a gate meanwhile, so that no test races a timer against
+work.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ class Gate:
 
 @contextmanager
 def killed_in_mid_episode(fleet, gate: Gate, kill: Callable[[], object], *, deaths: int):
-    """While the body plays: once every worker is in mid-episode, `kill` is called; steps go on when the fleet has missed `deaths` workers."""
+    """While the body plays: once every worker is in mid-episode, `kill` is called; steps go on when the fleet has
+    missed `deaths` workers.
+    """
     pids, before, faults = [worker.pid for worker in fleet], fleet.totals()["rollout/worker_deaths"], []
 
     def run() -> None:

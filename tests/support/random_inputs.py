@@ -1,7 +1,8 @@
-"""Random inputs that tests/test_reference*.py and tests/mathematics/test_invariance.py share, and how closely the package must agree.
+"""Random inputs that tests/test_reference*.py and tests/mathematics/test_invariance.py share, and how closely the
+package must agree.
 
-Hypothesis draws shapes, options and a seed; the numbers come from that seed, continuous where a formula has an edge (max, clip, a threshold), so that no
-case sits on one. Everything outside a mask is NaN or infinite.
+Hypothesis draws shapes, options and a seed; the numbers come from that seed, continuous where a formula has an edge
+(max, clip, a threshold), so that no case sits on one. Everything outside a mask is NaN or infinite.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def compare(actual, expected, *, floor=1e-12):
 
 
 class Turns:
-    """N turns of interleaved trajectories and groups: lone groups, groups of equal rewards, turns with a penalty. Rewards are eighths, so sums are exact."""
+    """N turns of interleaved trajectories and groups: lone groups, groups of equal rewards, turns with a penalty.
+
+    Rewards are eighths, so sums are exact.
+    """
 
     def __init__(self, count: int, seed: int):
         rng = np.random.default_rng(seed)
@@ -55,7 +59,10 @@ turn_tables = st.builds(Turns, st.integers(1, 20), seeds)
 
 
 class Tokens:
-    """[B, T] tables, float64. Tokens at the given share of clamped ratios are far off-policy; some advantages are 0; some rows are empty."""
+    """[B, T] tables, float64.
+
+    Tokens at the given share of clamped ratios are far off-policy; some advantages are 0; some rows are empty.
+    """
 
     def __init__(self, shape: tuple[int, int], seed: int, spread: float = 0.5):
         rng = np.random.default_rng(seed)

@@ -22,7 +22,8 @@ ENGINE_OFFSET = (
 
 
 class Graded(Fetch):
-    """Fetch whose rewards have ties and whose machinery fails: two tasks in three pay 5 for any word, the third 10, 5 or 0.
+    """Fetch whose rewards have ties and whose machinery fails: two tasks in three pay 5 for any word, the third 10, 5
+    or 0.
 
     A wrong "gray" breaks it; a wrong "pink" is a fault that it survives.
     """

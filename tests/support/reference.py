@@ -1,8 +1,9 @@
 """The mathematics once more, in plain Python floats and explicit loops, from the papers and not from the package.
 
-Rows are lists, tokens are read only where the mask is true. Losses accept complex log-probabilities: `gradient` differentiates by a complex step
-(doi:10.1145/838250.838251), which has no cancellation, so a gradient here is exact to machine precision and no derivative is worked out by hand.
-Comparisons (max, clip) look at the real part; `frozen` stops a gradient.
+Rows are lists, tokens are read only where the mask is true. Losses accept complex log-probabilities: `gradient`
+differentiates by a complex step (doi:10.1145/838250.838251), which has no cancellation, so a gradient here is exact to
+machine precision and no derivative is worked out by hand. Comparisons (max, clip) look at the real part; `frozen` stops
+a gradient.
 """
 
 from __future__ import annotations
@@ -130,7 +131,10 @@ def gae(rewards: Table, values: Table, mask: Mask, *, gamma, lam) -> tuple[list[
 
 
 def whiten(values: Row, weights: Row) -> list[float]:
-    """Weighted by integer counts, with the released guards; 0 where the weight is 0. Not for a single token, which has no deviation."""
+    """Weighted by integer counts, with the released guards; 0 where the weight is 0.
+
+    Not for a single token, which has no deviation.
+    """
     total = math.fsum(weights)
     if not total:
         return [0.0] * len(values)

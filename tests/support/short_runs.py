@@ -25,7 +25,9 @@ def cold_started(folder: Path) -> Path:
 
 
 def from_model(model: Path, folder: Path, *changes: str, algo: str = "grpo", name: str = "run"):
-    """The small run's config, begun from a model directory; hot enough that replies differ in length and some are no action."""
+    """The small run's config, begun from a model directory; hot enough that replies differ in length and some are no
+    action.
+    """
     settings = (
         f"model.path={model}",
         "sft.enabled=false",
@@ -84,7 +86,9 @@ def events(trainer: Trainer, kind: str) -> list[dict]:
 
 
 def assert_sound(trainer: Trainer, *, updates: bool = True) -> None:
-    """Every number of every step is finite, so is every parameter, and (unless nothing could be learnt) every step made updates."""
+    """Every number of every step is finite, so is every parameter, and (unless nothing could be learnt) every step made
+    updates.
+    """
     steps = events(trainer, "step")
     assert steps
     for line in steps:
@@ -112,7 +116,9 @@ def whole_fingerprint(trainer: Trainer) -> str:
 def change_logprobs(
     trainer: Trainer, change: Callable[[tuple[int, ...], tuple[float, ...]], tuple[float, ...]]
 ) -> None:
-    """From now on the engine reports change(request id, log-probabilities) in place of what it sampled with; evaluation included."""
+    """From now on the engine reports change(request id, log-probabilities) in place of what it sampled with; evaluation
+    included.
+    """
     engine = trainer.parts.players.engine
     generate = engine.generate
 

@@ -1,4 +1,5 @@
-"""Self-imitation in plain Python, from trajectories alone: rewards, advantages, rows, buffer, losses (arXiv 2509.22601).
+"""Self-imitation in plain Python, from trajectories alone: rewards, advantages, rows, buffer, losses (arXiv
+2509.22601).
 
 Nothing of the package computes here.
 """

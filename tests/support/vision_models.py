@@ -39,7 +39,9 @@ def vision_model(seed: int = 0, *, gain: float = 3.0) -> tuple[Any, Any]:
 
 
 def own_logprobs(model: Any, ids: Sequence[int], images: Sequence[Image]) -> torch.Tensor:
-    """Log-probabilities of ids[1:] by transformers alone: its processor's patches, its positions; image tokens can not be said."""
+    """Log-probabilities of ids[1:] by transformers alone: its processor's patches, its positions; image tokens can not
+    be said.
+    """
     import PIL.Image
 
     vision = model.vision
@@ -67,7 +69,10 @@ COLOURS = {
 
 
 class Colours(Environment):
-    """Two turns: each shows a square on a white ground, and its colour is to be named. Reward 5 for each; only the picture tells."""
+    """Two turns: each shows a square on a white ground, and its colour is to be named.
+
+    Reward 5 for each; only the picture tells.
+    """
 
     max_turns = 2
 

@@ -1,4 +1,6 @@
-"""A fleet of real worker processes over a tiny model, for tests; `python -m tests.support.worker_fleet <folder>` plays on one until it is stopped."""
+"""A fleet of real worker processes over a tiny model, for tests; `python -m tests.support.worker_fleet <folder>` plays
+on one until it is stopped.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The weight bridge against scripted receivers: order of phases, bounds, culprits named, checks that catch what they are for, engines never left paused."""
+"""The weight bridge against scripted receivers: order of phases, bounds, culprits named, checks that catch what they
+are for, engines never left paused.
+"""
 
 from __future__ import annotations
 

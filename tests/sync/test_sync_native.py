@@ -1,4 +1,7 @@
-"""The sending half of vLLM's transfer against scripted peers: who meets whom, names, types, shapes and order, bounds. No GPU and no vLLM needed."""
+"""The sending half of vLLM's transfer against scripted peers: who meets whom, names, types, shapes and order, bounds.
+
+No GPU and no vLLM needed.
+"""
 
 from __future__ import annotations
 

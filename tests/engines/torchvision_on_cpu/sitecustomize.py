@@ -1,6 +1,7 @@
 """On PYTHONPATH: lets PyPI's torchvision, built for CUDA, be imported beside a CPU build of torch.
 
-Its compiled operations do not load there, and importing it fails because two of them are described without being declared. Nothing that is used calls them.
+Its compiled operations do not load there, and importing it fails because two of them are described without being
+declared. Nothing that is used calls them.
 """
 
 import sys
