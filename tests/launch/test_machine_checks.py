@@ -41,13 +41,13 @@ def test_a_server_is_named_by_its_address():
 
 def test_generation_ahead_is_corrected_for_unless_told_otherwise():
     ahead = ["rollout.max_staleness=2", "rollout.workers=1"]
-    found = resolve(None, ahead, preset="tiny")
-    assert found.config.algo.correction.mode == "tis"
-    assert found.sources["algo.correction.mode"] == "rollout.max_staleness=2"
+    resolved = resolve(None, ahead, preset="tiny")
+    assert resolved.config.algo.correction.mode == "tis"
+    assert resolved.sources["algo.correction.mode"] == "rollout.max_staleness=2"
     assert load_config(None, ahead, preset="tiny", algo="grpo+spear+mis").algo.correction.mode == "mis"
-    told = load_config(None, [*ahead, "algo.correction.mode=none"], preset="tiny")
-    assert told.algo.correction.mode == "none"
-    assert any("old samples count as fresh" in str(problem) for problem in advice(told))
+    uncorrected = load_config(None, [*ahead, "algo.correction.mode=none"], preset="tiny")
+    assert uncorrected.algo.correction.mode == "none"
+    assert any("old samples count as fresh" in str(problem) for problem in advice(uncorrected))
     assert load_config(None, [], preset="tiny").algo.correction.mode == "none"
 
 

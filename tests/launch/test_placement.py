@@ -29,39 +29,39 @@ def machine(gpus: int, **kinds) -> Machine:
 
 def placed(host: Machine, *settings: str, parameters: int = QWEN_1_5B, preset: str = "webshop-1.5b"):
     """As `spearrl train` does it: what nobody set is worked out before the settings are checked."""
-    found = []
+    placements = []
 
     def derive(config, unset):
-        found.append(place(config, host, derive=unset, parameters=parameters))
-        return found[0].derived
+        placements.append(place(config, host, derive=unset, parameters=parameters))
+        return placements[0].derived
 
     resolved = resolve(None, settings, preset=preset, derive=derive)
-    assert resolved.config == found[0].config
-    return found[0]
+    assert resolved.config == placements[0].config
+    return placements[0]
 
 
 def test_processors_leave_the_settings_alone():
-    found = placed(machine(0), "learner.backend=deepspeed", "learner.processes=2", "rollout.workers=2")
+    placement = placed(machine(0), "learner.backend=deepspeed", "learner.processes=2", "rollout.workers=2")
     assert (
-        found.derived == {}
-        and found.learner == ()
-        and found.engines == ()
-        and found.rank_environment(1) == {}
-        and found.worker_environment(0) == {}
+        placement.derived == {}
+        and placement.learner == ()
+        and placement.engines == ()
+        and placement.rank_environment(1) == {}
+        and placement.worker_environment(0) == {}
     )
-    assert "processors only" in describe(found) and "2 ranks" in describe(found)
+    assert "processors only" in describe(placement) and "2 ranks" in describe(placement)
     laptop = placed(machine(0))
-    assert describe(laptop) == arithmetic(laptop.config)  # nothing was placed: nothing to tell
+    assert describe(laptop) == arithmetic(laptop.config)  # nothing was placed: nothing to say
 
 
 def test_one_gpu_needs_no_configuration():
-    found = placed(machine(1))
-    assert found.derived == {
+    placement = placed(machine(1))
+    assert placement.derived == {
         "rollout.engine": "vllm",
         "vllm.memory_fraction": 0.65,
     }  # 80 - 23 (learner) - 3 (kept) of 80, rounded down
-    assert (found.learner, found.engines, found.colocated, found.sleeps) == ((0,), ((0,),), True, True)
-    assert found.config.learner.backend == "local" and found.config.rollout.workers == 0
+    assert (placement.learner, placement.engines, placement.colocated, placement.sleeps) == ((0,), ((0,),), True, True)
+    assert placement.config.learner.backend == "local" and placement.config.rollout.workers == 0
     without = placed(machine(1, extras=()))
     assert (
         without.config.rollout.engine == "local"
@@ -92,31 +92,33 @@ def test_every_engine_gets_what_the_placement_decided(monkeypatch, tmp_path, hos
     monkeypatch.setattr(assembly, "processes", lambda start, *_: start)
     start = launcher_of(with_settings(config, {"rollout.launcher": "processes"}), "model", placement, tmp_path)
     assert (start.colocated, start.sleeps) == (placement.colocated, placement.sleeps)
-    for told in (start, placement):
-        engine = parts.make_engine(config, "model", device="cuda", colocated=told.colocated, sleeps=told.sleeps)
+    for decided in (start, placement):
+        engine = parts.make_engine(config, "model", device="cuda", colocated=decided.colocated, sleeps=decided.sleeps)
         assert engine == (transport, sleeps)
 
 
 def test_a_model_built_from_scratch_stays_on_one_gpu_unless_asked():
-    found = placed(machine(8), preset="tiny", parameters=0)
-    assert found.derived == {} and found.learner == (0,)
-    asked = placed(machine(8), "placement.gpus=8", preset="tiny", parameters=0)
-    assert asked.config.learner.processes == 8 and asked.config.rollout.engine == "vllm"
+    placement = placed(machine(8), preset="tiny", parameters=0)
+    assert placement.derived == {} and placement.learner == (0,)
+    on_eight = placed(machine(8), "placement.gpus=8", preset="tiny", parameters=0)
+    assert on_eight.config.learner.processes == 8 and on_eight.config.rollout.engine == "vllm"
 
 
 def test_eight_gpus_take_turns():
-    found = placed(machine(8))
-    assert found.derived == {
+    placement = placed(machine(8))
+    assert placement.derived == {
         "rollout.engine": "vllm",
         "learner.backend": "deepspeed",
         "learner.processes": 8,
         "rollout.workers": 8,
         "vllm.memory_fraction": 0.85,
     }
-    assert found.learner == tuple(range(8)) and found.engines == tuple((i,) for i in range(8)) and found.sleeps
-    assert found.rank_environment(3) == found.worker_environment(3) == {"CUDA_VISIBLE_DEVICES": "3"}
-    assert found.config.learner.zero_stage == 3 and any(
-        "learner.zero_stage=1 would fit too" in note for note in found.notes
+    assert (
+        placement.learner == tuple(range(8)) and placement.engines == tuple((i,) for i in range(8)) and placement.sleeps
+    )
+    assert placement.rank_environment(3) == placement.worker_environment(3) == {"CUDA_VISIBLE_DEVICES": "3"}
+    assert placement.config.learner.zero_stage == 3 and any(
+        "learner.zero_stage=1 would fit too" in note for note in placement.notes
     )
     two = placed(machine(8), "vllm.tensor_parallel=4")
     assert two.engines == ((0, 1, 2, 3), (4, 5, 6, 7)) and two.worker_environment(1) == {
@@ -136,12 +138,16 @@ def test_eight_gpus_take_turns():
     ],
 )
 def test_engines_that_run_ahead_have_gpus_of_their_own(settings, learner, engines):
-    found = placed(machine(8), "rollout.max_staleness=1", *settings)
-    assert (len(found.learner), len(found.engines)) == (learner, engines) and not found.colocated and not found.sleeps
-    used = [*found.learner, *(gpu for group in found.engines for gpu in group)]
+    placement = placed(machine(8), "rollout.max_staleness=1", *settings)
+    assert (
+        (len(placement.learner), len(placement.engines)) == (learner, engines)
+        and not placement.colocated
+        and not placement.sleeps
+    )
+    used = [*placement.learner, *(gpu for group in placement.engines for gpu in group)]
     assert len(used) == len(set(used)) and max(used) < 8
-    assert (len(used) < 8) == any("nothing to do" in note for note in found.notes)
-    assert found.config.learner.processes == learner and found.config.rollout.workers == engines
+    assert (len(used) < 8) == any("nothing to do" in note for note in placement.notes)
+    assert placement.config.learner.processes == learner and placement.config.rollout.workers == engines
 
 
 def test_several_machines():
@@ -262,9 +268,9 @@ def test_several_machines():
     ],
 )
 def test_contradictions_name_the_fix(host, settings, message, fix):
-    given = ("placement.gpus=16", *settings) if not host.present else settings
+    changes = ("placement.gpus=16", *settings) if not host.present else settings
     with pytest.raises(ConfigError) as error:
-        placed(host, *given)
+        placed(host, *changes)
     assert message in str(error.value) and fix in str(error.value.hint)
 
 
@@ -278,11 +284,11 @@ def test_what_does_not_fit_is_told():
 
 
 def test_explicit_settings_win():
-    found = placed(machine(8), "rollout.engine=local", "learner.processes=4", "vllm.memory_fraction=0.3")
+    placement = placed(machine(8), "rollout.engine=local", "learner.processes=4", "vllm.memory_fraction=0.3")
     assert (
-        found.config.rollout.engine == "local"
-        and found.config.learner.processes == 4
-        and found.config.vllm.memory_fraction == 0.3
+        placement.config.rollout.engine == "local"
+        and placement.config.learner.processes == 4
+        and placement.config.vllm.memory_fraction == 0.3
     )
     assert placed(machine(2), "vllm.memory_fraction=0.3").derived.keys() == {
         "rollout.engine",
@@ -290,8 +296,8 @@ def test_explicit_settings_win():
         "learner.processes",
         "rollout.workers",
     }
-    again = place(found.config, machine(8))  # a saved config sets everything: the same GPUs for the same parts
-    assert (again.learner, again.engines, again.derived) == (found.learner, found.engines, {})
+    again = place(placement.config, machine(8))  # a saved config sets everything: the same GPUs for the same parts
+    assert (again.learner, again.engines, again.derived) == (placement.learner, placement.engines, {})
 
 
 def test_arithmetic_spells_out_the_batch():

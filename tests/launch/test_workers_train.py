@@ -21,9 +21,9 @@ def test_a_run_ahead_stays_within_its_bound_and_resumes(tmp_path):
     config = small_config(tmp_path, *WORKERS, "rollout.max_staleness=2", "run.steps=6", algo="grpo+spear", name="ahead")
     assert config.algo.correction.mode == "tis"
     trainer = stopped_and_resumed(config, 3)
-    found = events(trainer, "step")
-    ages = [step["policy/staleness_max"] for step in found]
-    assert [step["step"] for step in found] == [1, 2, 3, 4, 5, 6]
+    steps = events(trainer, "step")
+    ages = [step["policy/staleness_max"] for step in steps]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
     assert max(ages) <= 2 and ages[0] == 0 and ages[2] >= 1, ages
     assert ages[3] == 0, "what was under way when the run stopped is played again with the weights of the resumed run"
     assert trainer.episodes.groups_played == 6 * config.rollout.groups_per_step

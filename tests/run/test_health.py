@@ -46,8 +46,8 @@ def play(*parts: tuple[dict[str, float], int], health: Health | None = None, fir
     return [(step, alarm) for step, metrics in enumerate(steps, first) for alarm in health.observe(step, metrics)]
 
 
-def steps_of(found: list[tuple[int, Alarm]]) -> list[tuple[int, str]]:
-    return [(step, alarm.flag) for step, alarm in found]
+def steps_of(alarms: list[tuple[int, Alarm]]) -> list[tuple[int, str]]:
+    return [(step, alarm.flag) for step, alarm in alarms]
 
 
 @pytest.mark.parametrize("flag", SIMPLE)
@@ -174,10 +174,10 @@ def test_truncation_says_which_limit(context, overlong, key):
 
 
 def every_text() -> list[Alarm]:
-    found = [play((well, 10), (ill, 10)) for well, ill in [*SIMPLE.values(), *WINDOWED.values()]]
-    found += [play(({"rollout/mixed_groups": 0.1, "rollout/success": success}, 1)) for success in (0.1, 0.9)]
-    found += [play((FARM[0], 10), ({**FARM[1], "mu": 0.0}, 10)), play(({"status/overlong": 1.0}, 1))]
-    return [alarm for alarms in found for _, alarm in alarms]
+    played = [play((well, 10), (ill, 10)) for well, ill in [*SIMPLE.values(), *WINDOWED.values()]]
+    played += [play(({"rollout/mixed_groups": 0.1, "rollout/success": success}, 1)) for success in (0.1, 0.9)]
+    played += [play((FARM[0], 10), ({**FARM[1], "mu": 0.0}, 10)), play(({"status/overlong": 1.0}, 1))]
+    return [alarm for alarms in played for _, alarm in alarms]
 
 
 SECTIONS = "|".join(RunConfig.model_fields)
@@ -185,33 +185,33 @@ SETTING = re.compile(rf'\b((?:{SECTIONS})(?:\.[a-z_]+)+)(?: = (true|false|[0-9.]
 
 
 def settings_in(text: str) -> list[re.Match[str]]:
-    found = list(SETTING.finditer(text))
-    for match in found:
+    matches = list(SETTING.finditer(text))
+    for match in matches:
         assert tuple(match[1].split(".")) in leaves(), f"{match[1]} is not a setting"
         if match[2]:
             RunConfig.model_validate(tomllib.loads(f"{match[1]} = {match[2]}"))
-    return found
+    return matches
 
 
 def test_every_text_ends_with_a_setting_that_exists():
     alarms = every_text()
     assert {alarm.flag for alarm in alarms} == set(FLAGS)
     for alarm in alarms:
-        found = settings_in(alarm.text)
-        assert found and found[-1].end() == len(alarm.text) and "{" not in alarm.text, alarm
+        settings = settings_in(alarm.text)
+        assert settings and settings[-1].end() == len(alarm.text) and "{" not in alarm.text, alarm
 
 
 def test_the_page_lists_every_flag_and_names_settings_that_exist():
     page = (Path(__file__).parents[2] / "docs" / "health.md").read_text()
     entries = re.findall(r"^- (`.*(?:\n  .*)*)", page, re.MULTILINE)
     assert sorted(entry.split("`")[1] for entry in entries) == sorted(FLAGS)
-    told = {
+    named = {
         flag: {match[1] for alarm in every_text() if alarm.flag == flag for match in settings_in(alarm.text)}
         for flag in FLAGS
     }
     for entry in entries:
         assert all(settings_in(code) for code in re.findall(r"`([a-z_.]+\.[a-z_.]+[^`]*)`", entry)), entry
-        assert {match[1] for match in SETTING.finditer(entry)} >= told[entry.split("`")[1]], entry
+        assert {match[1] for match in SETTING.finditer(entry)} >= named[entry.split("`")[1]], entry
 
 
 def test_a_reloaded_watch_goes_on_exactly():
