@@ -52,7 +52,7 @@ def receive(reader: BinaryIO) -> dict[str, Any]:
     """The next message of a peer's makefile("rb"). Raises ConnectionClosed at its end."""
     if not (line := reader.readline()):
         raise ConnectionClosed
-    return json.loads(line)  # type: ignore[no-any-return]
+    return json.loads(line)
 
 
 class OutputBuffer:

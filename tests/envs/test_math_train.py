@@ -38,7 +38,7 @@ def test_no_more_threads_than_the_sandbox_lets_in():
     environment = Math(grader="plain", sandbox=sandbox)
     for workers, threads in ((0, 3), (5, 5)):
         pool = open_pool(environment.spawn(), style="chat", workers=workers)
-        assert pool._threads == threads
+        assert pool.count == threads
         pool.close()
 
 

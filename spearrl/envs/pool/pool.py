@@ -75,11 +75,11 @@ class Pool:
         """
         slot.task_id = task.id
         seed = seed if self._episode_seed is None else self._episode_seed
-        return await self._call(slot, "start", (task, seed), f"reset of task {task.id}")  # type: ignore[no-any-return]
+        return await self._call(slot, "start", (task, seed), f"reset of task {task.id}")
 
     async def act(self, slot: PooledSlot, reply: Reply, last: bool) -> StepResult:
         """Parse and step a reply; `last`: no further prompt is needed."""
-        return await self._call(slot, "act", (reply, last), f"step of task {slot.task_id}")  # type: ignore[no-any-return]
+        return await self._call(slot, "act", (reply, last), f"step of task {slot.task_id}")
 
     def discard(self, slot: PooledSlot) -> None:
         """Close a slot that is not trusted any more."""
@@ -116,7 +116,7 @@ class WorkerPool(Pool):
         super().__init__(environment, **settings)
         self.deadline_s, self.deterministic = deadline_s, deterministic
         self.workers: list[SupervisedWorker] = []
-        self._count = workers
+        self.count = workers
         self._pending: list[tuple[Future[Any], asyncio.Future[Any]]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -134,7 +134,7 @@ class WorkerPool(Pool):
             settings: dict[str, Any] = {"deadline_s": self.deadline_s, "batch": self.batch}
             self.workers = [
                 SupervisedWorker(build, calls or SimpleQueue(), self.budget, name=f"env-{i}", **settings)
-                for i in range(self._count)
+                for i in range(self.count)
             ]
         return self.workers
 
@@ -148,7 +148,7 @@ class WorkerPool(Pool):
         """The call's result, and the generation of the worker it came from."""
         worker.calls.put(call)
         if not self.deterministic:
-            return await asyncio.wrap_future(call.future)  # type: ignore[no-any-return]
+            return await asyncio.wrap_future(call.future)
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[Any] = loop.create_future()
         if self._loop is not loop:  # another rollout; what an aborted one left is of no use
@@ -156,7 +156,7 @@ class WorkerPool(Pool):
         if not self._pending:
             loop.call_soon(self._deliver)
         self._pending.append((call.future, waiter))
-        return await waiter  # type: ignore[no-any-return]
+        return await waiter
 
     def _deliver(self) -> None:
         pending, self._pending = self._pending, []
