@@ -10,7 +10,7 @@ from typing import Any
 from spearrl.types import Group, Task, Trajectory
 
 TICK_S = 0.1  # between two looks at who plays
-# (task, group id, sibling, (step, place of the task in its step)) → the episode, played by some worker
+# (task, group id, sibling, (step, position of the task in its step)) → the episode, played by some worker
 Submit = Callable[[Task, int, int, tuple[int, int]], "Future[Trajectory]"]
 
 
@@ -74,23 +74,22 @@ class Ahead:
         Raises:
             WorkerError: of a worker that cannot be replaced.
         """
-        room = self._count * (self._staleness + 1) - len(
-            self._begun
-        )  # a resumed run may run less far ahead than before
+        # A resumed run may run less far ahead than before.
+        room = self._count * (self._staleness + 1) - len(self._begun)
         for number in self._waiting[:room]:
             self._begin(number, version)
         self._waiting = self._waiting[room:]
         while self._next < min(step + self._staleness, self._last_step) * self._count:
             self._begin(self._next, version)
             self._next += 1
-        while (chosen := self._chosen(version)) is None:
+        while (numbers := self._finished(version)) is None:
             wait(
                 [f for b in self._begun.values() for f in b.episodes if not f.done()],
                 timeout=TICK_S,
                 return_when=FIRST_COMPLETED,
             )
             self._poll()
-        taken = {number: self._begun.pop(number) for number in chosen}
+        taken = {number: self._begun.pop(number) for number in numbers}
         for begun in taken.values():
             begun.group.trajectories = [future.result() for future in begun.episodes]
         return [begun.group for begun in taken.values()]
@@ -119,22 +118,22 @@ class Ahead:
                 future.cancel()
         self._begun.clear()
 
-    def _chosen(self, version: int) -> list[int] | None:
+    def _finished(self, version: int) -> list[int] | None:
         """The oldest finished groups, as many as a step takes; None while they leave more old ones behind than the
         steps before their limit can take.
         """
-        wanted = min(self._count, len(self._begun))
-        chosen = [number for number, begun in self._begun.items() if begun.done][:wanted]
+        needed = min(self._count, len(self._begun))
+        numbers = [number for number, begun in self._begun.items() if begun.done][:needed]
         for limit in {begun.version for begun in self._begun.values()}:
             old = {number for number, begun in self._begun.items() if begun.version <= limit}
-            if len(old.difference(chosen)) > self._count * (limit + self._staleness - version):
+            if len(old.difference(numbers)) > self._count * (limit + self._staleness - version):
                 return None
-        return chosen if len(chosen) == wanted else None
+        return numbers if len(numbers) == needed else None
 
     def _begin(self, number: int, version: int) -> None:
-        step, place = number // self._count + 1, number % self._count
-        task = self._tasks_of(step)[place]
+        step, position = number // self._count + 1, number % self._count
+        task = self._tasks_of(step)[position]
         group = Group(self._first_id + number, task)
         self._begun[number] = _Begun(
-            group, version, [self._submit(task, group.id, sibling, (step, place)) for sibling in range(self._size)]
+            group, version, [self._submit(task, group.id, sibling, (step, position)) for sibling in range(self._size)]
         )

@@ -21,7 +21,7 @@ from spearrl.rollout.local.cache import SlotCache
 from spearrl.rollout.local.forward import Forward
 from spearrl.rollout.local.prompt import image_prompt, whole_pictures
 from spearrl.rollout.local.sampling import draw
-from spearrl.rollout.local.scheduler import Job, CacheSlot, SlotTable
+from spearrl.rollout.local.scheduler import CacheSlot, Job, SlotTable
 from spearrl.rollout.protocol import Completion, Request, request_problem
 
 PREFILL_TOKENS = 8192  # padded tokens of one prefill pass

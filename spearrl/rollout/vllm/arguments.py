@@ -40,9 +40,11 @@ def installed_version() -> str:
 def check_version(what: str, version: str, *, where: str) -> None:
     """Raises ConfigError for a vLLM version outside the supported range."""
     if not OLDEST <= tuple(map(int, re.findall(r"\d+", version)[:2])) <= NEWEST:
-        wanted = " to ".join(".".join(map(str, bound)) for bound in (OLDEST, NEWEST))
+        supported = " to ".join(".".join(map(str, bound)) for bound in (OLDEST, NEWEST))
         raise ConfigError(
-            f"{what} {version} is installed; this version of spearrl works with {wanted}", where=where, hint=_install()
+            f"{what} {version} is installed; this version of spearrl works with {supported}",
+            where=where,
+            hint=_install(),
         )
 
 
@@ -67,7 +69,7 @@ def engine_arguments(
         "enforce_eager": settings.eager or device == "cpu",
         "gpu_memory_utilization": settings.memory_fraction,
         "logprobs_mode": "processed_logprobs",  # at the temperature, renormalised over what top_p and allowed ids leave
-        "generation_config": "vllm",  # the model's own sampling defaults would change requests unseen
+        "generation_config": "vllm",  # the model's own sampling defaults would change requests unnoticed
         "worker_extension_cls": EXTENSION,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
@@ -127,28 +129,27 @@ def process_environment(
     settings: VllmSection, *, device: str, threads: int = 0, transfer_backend: str | None = None
 ) -> dict[str, str]:
     """Environment variables an engine's processes start with; those that a user may have set himself come first."""
-    wanted = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(settings.start_timeout_s) + 1)}
-    wanted["TORCHELASTIC_USE_AGENT_STORE"] = (
-        "False"  # torchrun's store is the learner's: where vLLM meets over TCP it would wait for that
-    )
+    ours = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(settings.start_timeout_s) + 1)}
+    # torchrun's store is the learner's: where vLLM meets over TCP it would wait for that.
+    ours["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     if transfer_backend == "ipc":
-        wanted["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # memory handles travel pickled, between processes of ours
-    gentle = {
+        ours["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # memory handles travel pickled, between processes of ours
+    defaults = {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
     # vLLM's search through all modules touches old names of torch's.
-    gentle["PYTHONWARNINGS"] = "ignore::FutureWarning:vllm.triton_utils.dispatcher"
-    gentle["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # standard output is for results
+    defaults["PYTHONWARNINGS"] = "ignore::FutureWarning:vllm.triton_utils.dispatcher"
+    defaults["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # standard output is for results
     if device == "cpu":
-        wanted["TORCH_COMPILE_DISABLE"] = "1"
+        ours["TORCH_COMPILE_DISABLE"] = "1"
         # vLLM's own choice pins every engine of a machine to the same cores; torch would report which memory they use.
-        gentle |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         if threads:
-            wanted["OMP_NUM_THREADS"] = str(threads)
-    return wanted | {name: os.environ.get(name, value) for name, value in gentle.items()}
+            ours["OMP_NUM_THREADS"] = str(threads)
+    return ours | {name: os.environ.get(name, value) for name, value in defaults.items()}
 
 
 def sampling_arguments(sampling: Sampling, forbidden: Sequence[int] = ()) -> dict[str, Any]:

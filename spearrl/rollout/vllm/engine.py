@@ -1,7 +1,7 @@
 """vLLM as a rollout engine: an AsyncLLM on an event loop of its own, in a thread of this process; the model computes in
 vLLM's processes.
 
-Weights reach it through `receiver` (vllm_weights.py). A request's seed fixes its tokens for one set of weights up to
+Weights reach it through `receiver` (receiver.py). A request's seed fixes its tokens for one set of weights up to
 rounding: vLLM promises nothing bitwise.
 """
 
@@ -31,7 +31,6 @@ from spearrl.rollout.vllm.engine_processes import Processes
 from spearrl.rollout.vllm.receiver import VLLMWeights
 
 CLOSE_S = 20.0  # killed earlier, they would leave shared memory behind
-FIRST_ADAPTER = 1 << 30  # lower ids are those of synced adapters, numbered by version
 ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 512)  # what vLLM takes
 _starting = threading.Lock()  # the environment of new processes is this process's: one engine starts at a time
 
@@ -80,9 +79,8 @@ class VLLMEngine(BackgroundEngine):
         super().__init__(name, rollout.context_tokens)
         self.device, self.lora_rank, self.transfer_backend = device, lora_rank, transfer_backend
         self.shards, self.asleep, self._sleeps = settings.tensor_parallel, False, arguments["enable_sleep_mode"]
-        self.sees, self._image_tokens = takes_images(model_dir), image_tokens(model_dir)
-        self._adapters: dict[str, int] = {}
-        self._count = 0
+        self.takes_images, self._image_tokens = takes_images(model_dir), image_tokens(model_dir)
+        self._requests = self._adapters = 0
         self._processes = Processes()
         self.llm: Any = None
         try:
@@ -117,14 +115,11 @@ class VLLMEngine(BackgroundEngine):
             self.run(lambda: self.llm.wake_up(tags=["weights"]), timeout_s, doing="wake")
 
     def adapter_request(self, path: str) -> Any:
-        """vLLM's LoRARequest for a peft adapter directory; one path is one adapter for good."""
+        """vLLM's LoRARequest for a peft adapter directory, an adapter of its own at every call."""
         from vllm.lora.request import LoRARequest
 
-        return LoRARequest(
-            lora_name=path,
-            lora_int_id=self._adapters.setdefault(path, FIRST_ADAPTER + len(self._adapters)),
-            lora_path=path,
-        )
+        self._adapters += 1
+        return LoRARequest(lora_name=path, lora_int_id=self._adapters, lora_path=path)
 
     def _dead(self) -> bool:
         return self.llm is None or self.llm.errored
@@ -151,7 +146,7 @@ class VLLMEngine(BackgroundEngine):
     def _problem(self, request: Request) -> str | None:
         if problem := super()._problem(request):
             return problem
-        if request.images and not self.sees:
+        if request.images and not self.takes_images:
             return "the model takes no images"
         return request_problem(request, vocabulary=self._vocabulary, context_tokens=self.context_tokens)
 
@@ -174,11 +169,11 @@ class VLLMEngine(BackgroundEngine):
             }
         else:
             prompt["type"] = "token"
-        self._count += 1
+        self._requests += 1
         outputs = [
             output
             async for output in self.llm.generate(
-                prompt, parameters, f"{request.id}-{self._count}", lora_request=adapter
+                prompt, parameters, f"{request.id}-{self._requests}", lora_request=adapter
             )
         ]
         reply, cached = outputs[-1].outputs[0], outputs[-1].num_cached_tokens or 0
@@ -186,7 +181,7 @@ class VLLMEngine(BackgroundEngine):
         if reply.finish_reason not in ("stop", "length") or len(scored) != len(tokens):
             counts = f"{len(tokens)} tokens and {len(scored)} log-probabilities"
             raise EngineError(f'vLLM ended the request with "{reply.finish_reason}", {counts}')
-        logprobs = tuple(float(place[token].logprob) for place, token in zip(scored, tokens, strict=True))
+        logprobs = tuple(float(scores[token].logprob) for scores, token in zip(scored, tokens, strict=True))
         # A request keeps the adapter that it began with.
         span = (begun, begun) if adapter else versions(getattr(reply, "weight_versions", None), begun, self.version)
         return Completion(tokens, logprobs, reply.finish_reason, *span, cached)

@@ -59,13 +59,13 @@ class Processes:
             )
 
     @contextmanager
-    def environment(self, wanted: Mapping[str, str]) -> Iterator[None]:
+    def environment(self, variables: Mapping[str, str]) -> Iterator[None]:
         """Set environment variables; afterwards all are as before, those that vLLM changed too (it preloads libraries,
         which no other process should).
         """
         _start_tracker()  # shared by everything that uses multiprocessing: not to be marked
         before = dict(os.environ)
-        os.environ.update(wanted)
+        os.environ.update(variables)
         os.environ.update(
             {TAG: self.tag, "SPT_NOENV": "1"}
         )  # vLLM renames its processes; without the latter that wipes the mark
@@ -78,14 +78,14 @@ class Processes:
 
     def ids(self) -> list[int]:
         """Process ids of what is left of the engine."""
-        mark, found = f"{TAG}={self.tag}".encode(), []
+        mark, ids = f"{TAG}={self.tag}".encode(), []
         for file in Path("/proc").glob("[0-9]*/environ"):
             try:
                 if mark in file.read_bytes().split(b"\0") and int(file.parent.name) != os.getpid():
-                    found.append(int(file.parent.name))
+                    ids.append(int(file.parent.name))
             except OSError:  # ended meanwhile, or another user's
                 continue
-        return found
+        return ids
 
     def kill(self) -> None:
         """Kill what is left of the engine, and what that starts meanwhile."""

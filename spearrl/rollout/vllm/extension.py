@@ -41,12 +41,12 @@ class WeightReceiver:
     def spearrl_take(self, text: str) -> dict[str, int]:
         """Load one bucket; the digest of every tensor as it was received."""
         worker: Any = self
-        bucket, model, seen = json.loads(text), worker.model_runner.get_model(), {}
+        bucket, model, received = json.loads(text), worker.model_runner.get_model(), {}
         load = model.load_weights
 
         def recorded(weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
             pairs = list(weights)
-            seen.update({name: digest(tensor) for name, tensor in pairs})
+            received.update({name: digest(tensor) for name, tensor in pairs})
             return load(pairs)
 
         if "path" in bucket:
@@ -62,7 +62,7 @@ class WeightReceiver:
             worker.update_weights(bucket["update"])
         finally:
             del model.load_weights
-        return seen
+        return received
 
     def spearrl_finish(self, text: str) -> dict[str, int]:
         """Make what was loaded the model's weights; {"digest": of all parameters} where asked for."""
@@ -92,6 +92,6 @@ def refresh_head(model: Any) -> None:
     """
     head = getattr(
         getattr(model, "language_model", model), "lm_head", None
-    )  # that of a model that sees belongs to its language model
+    )  # that of a model with a vision part belongs to its language model
     if head is not None and head.weight.device.type == "cpu":
         head.quant_method.process_weights_after_loading(head)

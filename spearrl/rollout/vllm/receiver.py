@@ -98,7 +98,7 @@ class VLLMWeights:
             if slept:  # level 2 gave the caches' memory back too
                 await llm.wake_up(["kv_cache"])
             await llm.reset_prefix_cache(reset_running_requests=True)
-            if self.engine.sees:  # what the old vision tower made of pictures
+            if self.engine.takes_images:  # what the old vision tower made of pictures
                 await llm.reset_encoder_cache()
             await llm.update_weight_version(str(version))
 
@@ -115,17 +115,17 @@ class VLLMWeights:
         }
 
     async def _prompt_logprobs(self, token_ids: list[int]) -> list[float]:
-        found = (await self._generate(token_ids, {"prompt_logprobs": 0})).prompt_logprobs
-        return [float(found[i][token].logprob) for i, token in enumerate(token_ids) if i]
+        scores = (await self._generate(token_ids, {"prompt_logprobs": 0})).prompt_logprobs
+        return [float(scores[i][token].logprob) for i, token in enumerate(token_ids) if i]
 
     async def _prefix_logprobs(self, token_ids: list[int]) -> list[float]:
         """A request for every beginning: on processors, prompt log-probabilities end a vLLM that was started with
         adapters.
         """
-        asked = [
+        requests = [
             self._generate(token_ids[:i], {"logprob_token_ids": [token]}) for i, token in enumerate(token_ids) if i
         ]
-        outputs = await asyncio.gather(*asked)
+        outputs = await asyncio.gather(*requests)
         return [
             float(output.outputs[0].logprobs[0][token].logprob)
             for output, token in zip(outputs, token_ids[1:], strict=True)
@@ -180,6 +180,6 @@ class ServerWeights(VLLMWeights):
     def _settle(self, version: int, timeout_s: float) -> None:
         if not self.engine.post("/reset_prefix_cache?reset_running_requests=true", None, timeout_s)["success"]:
             raise EngineError("the server could not drop its prefix cache", where=self.name)
-        if self.engine.sees:
+        if self.engine.takes_images:
             self.engine.post("/reset_encoder_cache", None, timeout_s)
         self.engine.post("/update_weight_version", {"new_version": str(version)}, timeout_s)

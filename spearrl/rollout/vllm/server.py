@@ -2,7 +2,7 @@
 
 The server: VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model DIR --api-key TOKEN
 --enable-scale-out --logprobs-mode processed_logprobs --enable-prompt-tokens-details --worker-extension-cls
-spearrl.rollout.vllm.extension.WeightReceiver (on a processor also --no-enable-chunked-prefill: see vllm_options.py).
+spearrl.rollout.vllm.extension.WeightReceiver (on a processor also --no-enable-chunked-prefill: see arguments.py).
 vLLM asks for the token only below /v1 and /inference: its routes that pause it and change its weights are open to
 whoever reaches the port.
 """
@@ -56,7 +56,7 @@ class RemoteEngine(BackgroundEngine):
         text_config = config.get("text_config", config)
         super().__init__(name or f"server {url}", rollout.context_tokens)
         self.url, self.asleep, self._variable = url.rstrip("/"), False, settings.token_variable
-        self._vocabulary, self._image_tokens, self.sees = (
+        self._vocabulary, self._image_tokens, self.takes_images = (
             text_config["vocab_size"],
             image_tokens(model_dir),
             takes_images(model_dir),
@@ -138,17 +138,17 @@ class RemoteEngine(BackgroundEngine):
             "sampling_params": sampling_arguments(request.sampling, self._image_tokens),
         }
         if request.images:
-            pictures = (
+            urls = (
                 f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}" for image in request.images
             )
             if self._image_tokens:
                 body["token_ids"] = single_image_tokens(request.token_ids, self._image_tokens[0])
-            body["content_parts"] = [{"type": "image_url", "url": picture} for picture in pictures]
+            body["content_parts"] = [{"type": "image_url", "url": url} for url in urls]
         answer = await self._ask("POST", GENERATE, body)
         try:
             reply = answer["choices"][0]
             tokens = tuple(reply["token_ids"])
-            logprobs = tuple(float(place["logprob"]) for place in reply["logprobs"]["content"])
+            logprobs = tuple(float(token["logprob"]) for token in reply["logprobs"]["content"])
             cached = ((answer.get("usage") or {}).get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         except (KeyError, IndexError, TypeError) as error:
             raise EngineError(
@@ -177,12 +177,12 @@ class RemoteEngine(BackgroundEngine):
             except httpx.HTTPError as error:
                 raise EngineError(f"{self.url} broke off: {type(error).__name__}: {error}") from error
         if response.status_code == 401:
-            seen = (
+            text = (
                 f"refuses the token in {self._variable}"
                 if os.environ.get(self._variable)
                 else f"wants a token, and {self._variable} is not set"
             )
-            raise EngineError(f"the server {seen}", hint=f"export {self._variable}=... with the server's --api-key")
+            raise EngineError(f"the server {text}", hint=f"export {self._variable}=... with the server's --api-key")
         if response.status_code == 404:
             hint = "start it with VLLM_SERVER_DEV_MODE=1, of a supported version"
             raise EngineError(f"the server has no {route}", hint=hint)
