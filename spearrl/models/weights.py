@@ -43,7 +43,7 @@ class TensorFiles:
         if name not in self.files:
             hint = "load the checkpoint with the model and the learner settings it was saved with"
             raise CheckpointError(f"{self.what} holds no {name}", where=str(self.folder), hint=hint)
-        return self.files[name].get_tensor(name)  # type: ignore[no-any-return]
+        return self.files[name].get_tensor(name)
 
     def copy_to(self, parameters: Mapping[str, torch.Tensor], *, ignored: Iterable[str] = ()) -> None:
         """Copy every tensor into the parameter of its name, in place.
@@ -112,7 +112,7 @@ def write_tensors(folder: Path, stem: str, named: Iterable[tuple[str, torch.Tens
         pending[name] = tensor.detach().cpu().contiguous()
         size, total = size + tensor.nbytes, total + tensor.nbytes
     flush()
-    count, file_of = len(written), {}
+    count, file_of = len(written), dict[str, str]()
     for number, (path, names) in enumerate(written, 1):
         final = folder / (f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors")
         path.rename(final)

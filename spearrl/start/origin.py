@@ -66,7 +66,7 @@ class Origin:
     def width(self) -> int:
         """Numbers in a hidden state."""
         if self._model is not None:
-            return int(self._model.get_output_embeddings().weight.shape[1])  # type: ignore[operator,union-attr]
+            return int(self._model.get_output_embeddings().weight.shape[1])  # type: ignore[operator]
         config = json.loads((self.folder / "config.json").read_text())
         return int(config.get("text_config", config)["hidden_size"])
 

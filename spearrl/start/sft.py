@@ -68,9 +68,9 @@ def cold_start(
         settings=settings,
         seed=seed,
     )
-    figures = {"episodes": len(transcripts), "tokens": len(examples.rows.token_ids), "dropped": examples.too_long}
-    figures["success"] = sum(t.success for t in transcripts) / len(transcripts)
-    report("conversations" if settings.data else "expert", figures)
+    sizes = {"episodes": len(transcripts), "tokens": len(examples.rows.token_ids), "dropped": examples.too_long}
+    success = sum(transcript.success for transcript in transcripts) / len(transcripts)
+    report("conversations" if settings.data else "expert", sizes | {"success": success})
     fit(model, examples, settings, config.learner, seed=seed, report=lambda values: report("sft", values))
 
 

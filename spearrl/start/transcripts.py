@@ -118,7 +118,7 @@ def _episode(slot: Slot, task: Task, recovery: float, seed: int) -> Transcript:
             hint = "set sft.enabled=false and give --model a trained model"
             raise ConfigError(text, where="sft", hint=hint)
         if blunder := bool(admissible) and draw.random() < recovery:
-            action = draw.choice(admissible)
+            action = draw.choice(admissible or ())
         reply = environment.format(action)
         transcript.steps.append(Step(messages, reply, imitate=not blunder))
         result = slot.act(Reply(reply, (), "stop"), turn == environment.max_turns)

@@ -1,4 +1,4 @@
-"""Adapters in a model that sees: in its language model only, whose names the vision tower shares."""
+"""Adapters in a vision model: in its language model only, whose names the vision tower shares."""
 
 from __future__ import annotations
 

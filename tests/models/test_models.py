@@ -56,7 +56,8 @@ def test_the_tokenizer_is_lossless_and_lean():
     encoder.verify()
     assert not encoder.rewrites_history
     ids = encoder.start([Message("user", "a red lamp")])
-    assert tokenizer.convert_ids_to_tokens(list(ids)) == ["<|user|>", "a", "Ġred", "Ġlamp", "<|end|>", "<|assistant|>"]
+    tokens = ["<|user|>", "a", "Ġred", "Ġlamp", "<|end|>", "<|assistant|>"]
+    assert tokenizer.convert_ids_to_tokens(list(ids)) == tokens
     grown = encoder.extend(ids, encoder.reply_ids(" lamp"), [Message("user", "a")])
     assert tokenizer.convert_ids_to_tokens(list(grown[len(ids) :])) == [
         "Ġlamp",

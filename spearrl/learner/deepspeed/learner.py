@@ -84,15 +84,15 @@ class DeepSpeedLearner(BaseLearner):
     @property
     def shard(self) -> Shard:
         """This process's own."""
-        return self.ranks.execute.shard  # type: ignore[no-any-return,attr-defined]
+        return self.ranks.execute.shard  # type: ignore[attr-defined]
 
     @property
-    def model(self) -> Any:  # type: ignore[override]
+    def model(self) -> Any:
         """This rank's part of the model: its config, and with ZeRO below 3 its weights."""
         return self.shard.model
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
-        return self.ranks.call("probe", list(token_ids))[0]  # type: ignore[no-any-return]
+        return self.ranks.call("probe", list(token_ids))[0]
 
     def export(self, folder: str | Path) -> None:
         folder = Path(folder)

@@ -118,7 +118,7 @@ class Moments:
 
         master = key == "master"
         full = safe_get_full_fp32_param(parameter) if master else safe_get_full_optimizer_state(parameter, key)
-        return full.view(_shape(parameter))  # type: ignore[no-any-return]
+        return full.view(_shape(parameter))
 
     def write(self, parameter: torch.nn.Parameter, key: str, value: torch.Tensor) -> None:
         """The inverse of `read`, with the same value on every rank. Raises CheckpointError for another shape."""
