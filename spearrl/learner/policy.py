@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -73,7 +73,11 @@ class Policy(torch.nn.Module):
             states = self.model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
             logits = self.model(input_ids=token_ids, use_cache=False).logits
             return logits, self.model.get_output_embeddings()(states), None
-        with self._precision(token_ids.device.type):
+        device = token_ids.device.type
+        # A checkpointed layer runs again inside the backward pass, where the context of attention does not reach.
+        wide = self.bf16 and device == "cpu" and not self.checkpointing
+        autocast = torch.autocast(device, dtype=torch.bfloat16) if self.bf16 else nullcontext()
+        with autocast, Float32Attention() if wide else nullcontext():
             inputs = {"input_ids": token_ids, **packed_arguments(self.model, lengths, token_ids.device)}
             if self.vision is not None and images is not None:
                 embedded = self.vision.embed(self.model, token_ids, *images[1:])
@@ -94,16 +98,6 @@ class Policy(torch.nn.Module):
         with torch.no_grad():
             logits, _, _ = policy(ids, None, None)
         return logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1).tolist()
-
-    @contextmanager
-    def _precision(self, device: str) -> Iterator[None]:
-        with ExitStack() as stack:
-            if self.bf16:
-                stack.enter_context(torch.autocast(device, dtype=torch.bfloat16))
-            # A checkpointed layer runs again inside the backward pass, where no such context reaches.
-            if self.bf16 and device == "cpu" and not self.checkpointing:
-                stack.enter_context(Float32Attention())
-            yield
 
 
 class _Scorer(torch.nn.Module):
