@@ -8,7 +8,7 @@ import sympy
 from math_verify import parse, verify
 
 DIGITS, AGREE = 60, sympy.Float("1e-50")
-I = sympy.Symbol("i", real=False)  # what math-verify makes of an i
+IMAGINARY = sympy.Symbol("i", real=False)  # what math-verify makes of an i
 
 
 def equal(prediction: str, answer: str) -> bool:
@@ -23,7 +23,9 @@ def equal(prediction: str, answer: str) -> bool:
 def agree(first: object, second: object) -> bool | None:
     """Whether two values are exactly equal; None where that is not for this function to say."""
     if isinstance(first, sympy.Basic) and isinstance(second, sympy.Basic):
-        first, second = (side.subs(I, sympy.I) if side.free_symbols == {I} else side for side in (first, second))
+        first, second = (
+            side.subs(IMAGINARY, sympy.I) if side.free_symbols == {IMAGINARY} else side for side in (first, second)
+        )
         if all(side.is_number and not side.has(sympy.Float) for side in (first, second)):
             return same_number(first.doit(), second.doit())
     if type(first) is not type(second):
