@@ -4,6 +4,8 @@ math-verify reads both and compares them with a tolerance. Where both are exact 
 to 50 digits, since a tolerance takes 2^{-98} for 10^{-20} and 0 for 10^{-7}.
 """
 
+from typing import Any
+
 import sympy
 from math_verify import parse, verify
 
@@ -20,7 +22,7 @@ def equal(prediction: str, answer: str) -> bool:
     return bool(verify(sides[1], sides[0], timeout_seconds=None)) if exactly is None else exactly
 
 
-def agree(first: object, second: object) -> bool | None:
+def agree(first: Any, second: Any) -> bool | None:
     """Whether two values are exactly equal; None where that is not for this function to say."""
     if isinstance(first, sympy.Basic) and isinstance(second, sympy.Basic):
         first, second = (

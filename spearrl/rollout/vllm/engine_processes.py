@@ -29,7 +29,7 @@ def _start_tracker() -> None:
     """multiprocessing's own, in a session of its own: what kills this process's group must not kill what then removes
     the engine's shared memory.
     """
-    tracker: Any = resource_tracker._resource_tracker  # type: ignore[attr-defined]
+    tracker: Any = resource_tracker._resource_tracker
     if tracker._fd is None:
         read, tracker._fd = os.pipe()
         command = [sys.executable, "-c", f"from multiprocessing.resource_tracker import main; main({read})"]
