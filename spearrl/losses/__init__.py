@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from spearrl.losses.aggregate import AGGREGATIONS, aggregate, denominator
 from spearrl.losses.covariance import clip_cov_loss, covariance_selection, kl_cov_loss, kl_cov_selection
+from spearrl.losses.importance import importance_weights
+from spearrl.losses.kl import kl_divergence
 from spearrl.losses.objective import ClipCov, Correction, KlCov, Objective
 from spearrl.losses.surrogates import cispo_loss, clipped_policy_loss, clipped_tokens, gspo_loss
-from spearrl.losses.terms import importance_weights, kl_divergence, value_loss
+from spearrl.losses.value import value_loss
 
 __all__ = [
     "AGGREGATIONS",

@@ -17,8 +17,10 @@ from torch import Tensor
 from spearrl.errors import ContractError
 from spearrl.losses.aggregate import AGGREGATIONS, aggregate, token_means
 from spearrl.losses.covariance import covariance_selection, kl_cov_loss, kl_cov_selection
+from spearrl.losses.importance import importance_weights
+from spearrl.losses.kl import kl_divergence
 from spearrl.losses.surrogates import MAX_LOG_RATIO, cispo_loss, clipped_policy_loss, clipped_tokens, gspo_loss
-from spearrl.losses.terms import importance_weights, kl_divergence, value_loss
+from spearrl.losses.value import value_loss
 
 KINDS = ("policy", "sil", "entropy", "kl", "value", "sft")
 SURROGATES: dict[str, Callable[..., Any]] = {
