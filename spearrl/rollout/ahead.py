@@ -83,11 +83,8 @@ class Ahead:
             self._begin(self._next, version)
             self._next += 1
         while (numbers := self._finished(version)) is None:
-            wait(
-                [f for b in self._begun.values() for f in b.episodes if not f.done()],
-                timeout=TICK_S,
-                return_when=FIRST_COMPLETED,
-            )
+            playing = [f for begun in self._begun.values() for f in begun.episodes if not f.done()]
+            wait(playing, timeout=TICK_S, return_when=FIRST_COMPLETED)
             self._poll()
         taken = {number: self._begun.pop(number) for number in numbers}
         for begun in taken.values():
@@ -101,12 +98,8 @@ class Ahead:
 
     def state_dict(self) -> dict[str, Any]:
         """Which groups were begun but not taken; their episodes are played again, with the same seeds."""
-        return {
-            "count": self._count,
-            "next": self._next,
-            "first_id": self._first_id,
-            "waiting": sorted([*self._waiting, *self._begun]),
-        }
+        waiting = sorted([*self._waiting, *self._begun])
+        return {"count": self._count, "next": self._next, "first_id": self._first_id, "waiting": waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._next, self._first_id, self._waiting = state["next"], state["first_id"], list(state["waiting"])
@@ -134,6 +127,5 @@ class Ahead:
         step, position = number // self._count + 1, number % self._count
         task = self._tasks_of(step)[position]
         group = Group(self._first_id + number, task)
-        self._begun[number] = _Begun(
-            group, version, [self._submit(task, group.id, sibling, (step, position)) for sibling in range(self._size)]
-        )
+        episodes = [self._submit(task, group.id, sibling, (step, position)) for sibling in range(self._size)]
+        self._begun[number] = _Begun(group, version, episodes)

@@ -107,12 +107,8 @@ def write_bucket(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """
     header, end = {}, 0
     for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + tensor.nbytes],
-        }
-        end += tensor.nbytes
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     try:
@@ -123,11 +119,8 @@ def write_bucket(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
                     view = view[file.write(view) :]
             file.truncate()
     except OSError as error:
-        raise StorageError(
-            f"a bucket of weights could not be written: {error}",
-            where=str(path),
-            hint="lower sync.bucket_mib or free memory there",
-        ) from error
+        text, hint = f"a bucket of weights could not be written: {error}", "lower sync.bucket_mib or free memory there"
+        raise StorageError(text, where=str(path), hint=hint) from error
 
 
 def _bytes(tensor: torch.Tensor) -> Any:

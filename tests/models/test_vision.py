@@ -19,7 +19,7 @@ from spearrl.learner import LocalLearner
 from spearrl.losses import Objective
 from spearrl.models import load_model, load_tokenizer, save_model
 from spearrl.rollout import ChatEncoder, Completion, LocalEngine, Request, Sampling
-from spearrl.rollout.local.prompt import whole_pictures
+from spearrl.rollout.local.prompt import whole_images
 from spearrl.types import Action, Group, Image, Message, Task, Text, Trajectory, Turn
 from tests.support.vision_models import own_logprobs, picture, vision_model
 
@@ -235,11 +235,11 @@ def test_chunks_never_cut_a_picture(monkeypatch):
     model, tokenizer = vision_model()
     assert_own(model, played(engine_of(model), ChatEncoder(tokenizer), 0, 1))
     a, b = [-7] * 4, [-8] * 9
-    assert whole_pictures([1, 2, *a, 3, *b, 4], 5) == 2 and whole_pictures([*a, 3, *b, 4], 5) == 5
+    assert whole_images([1, 2, *a, 3, *b, 4], 5) == 2 and whole_images([*a, 3, *b, 4], 5) == 5
     assert (
-        whole_pictures([*b, 4], 5) == 9
-        and whole_pictures([1, 2, 3, 4, 5, 6], 5) == 5
-        and whole_pictures([*a, 1, *b], 4) == 4
+        whole_images([*b, 4], 5) == 9
+        and whole_images([1, 2, 3, 4, 5, 6], 5) == 5
+        and whole_images([*a, 1, *b], 4) == 4
     )
 
 

@@ -32,11 +32,9 @@ class SlotCache:
         self.slots = min(slots, cache_mib * MIB // self.bytes_per_slot)
         if self.slots < 1:
             needed = -(-self.bytes_per_slot // MIB)
-            raise ConfigError(
-                f"one sequence of {tokens} tokens needs {needed} MiB of cache, rollout.cache_mib is {cache_mib}",
-                where="rollout.cache_mib",
-                hint=f"set rollout.cache_mib to at least {needed}, or lower rollout.context_tokens",
-            )
+            text = f"one sequence of {tokens} tokens needs {needed} MiB of cache, rollout.cache_mib is {cache_mib}"
+            hint = f"set rollout.cache_mib to at least {needed}, or lower rollout.context_tokens"
+            raise ConfigError(text, where="rollout.cache_mib", hint=hint)
         self.bytes, self.tokens = self.slots * self.bytes_per_slot, tokens
         shape = (self.slots, heads, tokens, width)
         self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
@@ -56,14 +54,11 @@ class SlotCache:
         steps = torch.arange(width, device=device)
         positions = starts[:, None] + steps
         self._single = width == 1
-        if self._single:
-            self._write_rows, self._write_places = index, starts
-        else:
+        self._write_rows, self._write_positions = index, starts
+        if not self._single:
             self._real = steps < counts[:, None]
-            self._write_rows, self._write_places = (
-                index[:, None].expand_as(positions)[self._real],
-                positions[self._real],
-            )
+            self._write_rows = index[:, None].expand_as(positions)[self._real]
+            self._write_positions = positions[self._real]
         self._span = min(self.tokens, -(-int((starts + counts).max()) // SPAN_STEP) * SPAN_STEP)
         self._rows = slice(0, len(rows)) if rows == list(range(len(rows))) else index
         return (torch.arange(self._span, device=device) <= positions[:, :, None])[:, None]
@@ -85,5 +80,5 @@ class SlotCache:
 
     def _exchange(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         arranged = new[:, :, 0] if self._single else new.transpose(1, 2)[self._real]
-        store[self._write_rows, :, self._write_places] = arranged
+        store[self._write_rows, :, self._write_positions] = arranged
         return store[self._rows, :, : self._span]

@@ -19,7 +19,7 @@ from spearrl.errors import EngineError
 from spearrl.models.vision import FORBIDDEN_LOGIT
 from spearrl.rollout.local.cache import SlotCache
 from spearrl.rollout.local.forward import Forward
-from spearrl.rollout.local.prompt import image_prompt, whole_pictures
+from spearrl.rollout.local.prompt import image_prompt, whole_images
 from spearrl.rollout.local.sampling import draw
 from spearrl.rollout.local.scheduler import CacheSlot, Job, SlotTable
 from spearrl.rollout.protocol import Completion, Request, request_problem
@@ -167,7 +167,7 @@ class LocalEngine:
         self.counters["prefilled_tokens"] += sum(map(len, new))
         for slot, tokens in zip(slots, new, strict=True):
             while len(tokens) > CHUNK:
-                cut = whole_pictures(tokens, CHUNK)
+                cut = whole_images(tokens, CHUNK)
                 self.forward.run([slot], [tokens[:cut]])
                 slot.held += tokens[:cut]
                 del tokens[:cut]

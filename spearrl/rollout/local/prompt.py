@@ -43,13 +43,11 @@ def image_prompt(request: Request, vision: Vision | None) -> ImagePrompt | None:
         return None
     where = f"request {request.id}"
     if vision is None:
-        raise EngineError(
-            "the model takes no images", where=where, hint="give a model directory of the Qwen2-VL family"
-        )
+        hint = "give a model directory of the Qwen2-VL family"
+        raise EngineError("the model takes no images", where=where, hint=hint)
     if request.token_ids[-1] == vision.image_id:
-        raise EngineError(
-            "the prompt ends inside a picture", where=where, hint="a prompt ends with what asks for the reply"
-        )
+        hint = "a prompt ends with what asks for the reply"
+        raise EngineError("the prompt ends inside a picture", where=where, hint=hint)
     try:
         processed = [vision.process(image.digest, image.data) for image in request.images]
         positions = vision.positions(torch.tensor(request.token_ids), [image.grid for image in processed])
@@ -66,11 +64,11 @@ def image_prompt(request: Request, vision: Vision | None) -> ImagePrompt | None:
     return ImagePrompt(prompt, positions, int(positions[0, -1]) + 1 - len(prompt), images)
 
 
-def whole_pictures(tokens: list[int], most: int) -> int:
+def whole_images(tokens: list[int], most: int) -> int:
     """Where to cut tokens so that about `most` come before and no picture is cut in two."""
     cut = most
     while cut and tokens[cut - 1] < 0 and tokens[cut] == tokens[cut - 1]:
         cut -= 1
     if not cut:
-        cut = next(place for place in range(most, len(tokens)) if tokens[place] != tokens[0])
+        cut = next(index for index in range(most, len(tokens)) if tokens[index] != tokens[0])
     return cut

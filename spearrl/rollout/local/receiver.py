@@ -36,11 +36,8 @@ class LocalWeights:
         tensors = read_bucket(bucket["path"])
         for name, tensor in tensors.items():
             if name not in self._own or self._own[name].shape != tensor.shape:
-                raise EngineError(
-                    f"weight {name} {tuple(tensor.shape)} does not belong to its model",
-                    where=self.name,
-                    hint="sync the same architecture",
-                )
+                text = f"weight {name} {tuple(tensor.shape)} does not belong to its model"
+                raise EngineError(text, where=self.name, hint="sync the same architecture")
         with self.engine.passing:
             for name, tensor in tensors.items():
                 self._own[name].data.copy_(tensor)
@@ -50,11 +47,8 @@ class LocalWeights:
     def finish(self, version: int, timeout_s: float) -> list[int]:
         missing = [name for name, parameter in self._own.items() if id(parameter) not in self._loaded]
         if missing:
-            raise EngineError(
-                f"{len(missing)} weights did not come, {missing[0]} among them",
-                where=self.name,
-                hint="send every parameter of the model",
-            )
+            text = f"{len(missing)} weights did not come, {missing[0]} among them"
+            raise EngineError(text, where=self.name, hint="send every parameter of the model")
         self.engine.publish(version)
         return [model_digest(self.engine.model)] if self._digest else []
 

@@ -82,22 +82,15 @@ class RemoteEngine(BackgroundEngine):
         check_version("the server's vLLM", self.get("/version", ASK_S)["version"], where=self.name)
         holds = self.get("/v1/models", ASK_S)["data"][0].get("max_model_len")
         if holds and holds < rollout.context_tokens:
-            hint = (
-                f"set rollout.context_tokens={holds}, or start the server with --max-model-len {rollout.context_tokens}"
-            )
-            raise ConfigError(
-                f"the server holds {holds} tokens, rollout.context_tokens={rollout.context_tokens}",
-                where=self.name,
-                hint=hint,
-            )
+            expected = rollout.context_tokens
+            hint = f"set rollout.context_tokens={holds}, or start the server with --max-model-len {expected}"
+            text = f"the server holds {holds} tokens, rollout.context_tokens={expected}"
+            raise ConfigError(text, where=self.name, hint=hint)
         only = Request((), (1,), sampling=Sampling(max_tokens=1, allowed_ids=(1,)))
         if self.run(lambda: self._complete(only), ASK_S, doing="first request").logprobs[0] < -1e-6:
             hint = "start the server with --logprobs-mode processed_logprobs"
-            raise ConfigError(
-                "the server's log-probabilities are those before temperature, top_p and allowed ids",
-                where=self.name,
-                hint=hint,
-            )
+            text = "the server's log-probabilities are those before temperature, top_p and allowed ids"
+            raise ConfigError(text, where=self.name, hint=hint)
 
     def get(self, route: str, timeout_s: float) -> Any:
         """The parsed answer of a route. Raises EngineError: see `post`."""
