@@ -37,7 +37,7 @@ class Mutant(NamedTuple):
     meaning: str
 
 
-BUILD, REPLAY, BASELINE, TRAINER = "batching/build.py", "buffers/replay.py", "buffers/baseline.py", "trainer.py"
+BUILD, REPLAY, BASELINE, TRAINER = "batching/build_rows.py", "buffers/replay.py", "buffers/baseline.py", "trainer.py"
 REWARDS, CREDIT, MEMORY = "algorithm/rewards.py", "algorithm/credit.py", "algorithm/memory.py"
 
 # What the code says → the bugs that are tried there, by what they mean. Each text occurs once in its file.
@@ -73,7 +73,7 @@ TABLE: dict[tuple[str, str, str], dict[str, str]] = {
     ("group ids", REWARDS, 'if algo.groups.blocks == "consecutive"'): {
         "baselines by position, wrong where a group lost a sibling": "if True",
     },
-    ("group ids", "rollout/episodes.py", "first_group_id=self.groups_played"): {
+    ("group ids", "rollout/tasks_of_step.py", "first_group_id=self.groups_played"): {
         "ids begin again every step, so the buffer joins strangers": "first_group_id=0",
     },
     ("group ids", MEMORY, "in torch.unique(group_of_trajectory)]"): {
@@ -145,7 +145,7 @@ TABLE: dict[tuple[str, str, str], dict[str, str]] = {
             "        replay, seed = self.memory.due(step)"
         ),
     },
-    ("gamma", "learner/minibatch.py", "(gamma if objective.on_replay else 1.0)"): {
+    ("gamma", "learner/loss_inputs.py", "(gamma if objective.on_replay else 1.0)"): {
         "squared": "(gamma * gamma if objective.on_replay else 1.0)",
         "left out": "(1.0 if gamma else 0.0)",
         "on the policy's loss as well": "gamma",
@@ -161,10 +161,10 @@ TABLE: dict[tuple[str, str, str], dict[str, str]] = {
     ("gamma", "algorithm/curriculum.py", 'self._schedules["gamma"].peak * self'): {
         "peak left out": "self",
     },
-    ("gamma", "learner/partition.py", "    if not joint:"): {
+    ("gamma", "learner/minibatches.py", "    if not joint:"): {
         "joint: a step of its own all the same": "    if True:",
     },
-    ("gamma", "learner/partition.py", "return steps + [[share] for share in replayed]"): {
+    ("gamma", "learner/minibatches.py", "return steps + [[share] for share in replayed]"): {
         "replay before the policy's steps": "return [[share] for share in replayed] + steps",
     },
     ("recalibration", REPLAY, "return recalibrated_advantages(entry.rewards, level) / self.reward_scale"): {

@@ -18,7 +18,7 @@ import torch
 from spearrl.batching import Batch
 from spearrl.config import LearnerSection, TinySection
 from spearrl.learner import LocalLearner
-from spearrl.learner.partition import micro_batches
+from spearrl.learner.minibatches import micro_batches
 from spearrl.losses import Objective
 from spearrl.models import build_tiny
 from tests.batching.test_rows import make_rows

@@ -18,7 +18,7 @@ import threading
 import time
 
 from spearrl.sandbox import Sandbox, SandboxOptions, open_sandbox
-from spearrl.sandbox.command import ENVIRONMENT, interpreter, jail_command, package_paths
+from spearrl.sandbox.jail_command import ENVIRONMENT, interpreter, jail_command, package_paths
 
 PAUSE_S = 0.05
 

@@ -18,7 +18,7 @@ from typing import Any
 from spearrl.config import EvalSection, RunConfig
 from spearrl.envs import Environment, tasks_of
 from spearrl.launch.assembly import players_of
-from spearrl.launch.parts import make_environment
+from spearrl.launch.factories import make_environment
 from spearrl.models import prepare_torch
 from spearrl.rollout import Player
 from spearrl.run.metrics import mean, numeric_means

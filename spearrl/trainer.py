@@ -17,9 +17,9 @@ from spearrl.config import RunConfig, check, load_config
 from spearrl.envs import Environment, tasks_of
 from spearrl.evaluation import EvalResult, play_panel, tasks_of_panel
 from spearrl.launch.assembly import Assembly, assemble, check_extras
-from spearrl.launch.parts import make_environment
+from spearrl.launch.factories import make_environment
 from spearrl.models import prepare_torch
-from spearrl.rollout.episodes import Episodes
+from spearrl.rollout.tasks_of_step import Episodes
 from spearrl.run import Run
 from spearrl.run.checkpoint import clean, load_state, newest_checkpoint, save_checkpoint, save_state
 from spearrl.run.health import Health

@@ -58,7 +58,6 @@ SAME_MODULES = {
     "config": "the verb `spearrl config` and the room it shows",
     "sft": "the verb `spearrl sft` and what it runs",
     "study": "the verb `spearrl study` and what it runs",
-    "workers": "processes that take work: an environment pool's, a rollout's",
 }
 SAME_CLASSES = {"Expert": "the script that wins an environment's tasks", "Options": "an environment's settings"}
 

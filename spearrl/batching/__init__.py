@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from spearrl.batching.allowed import AllowedIds
+from spearrl.batching.allowed_tokens import AllowedIds
 from spearrl.batching.anchors import anchor_id
 from spearrl.batching.batch import Batch
-from spearrl.batching.build import rows_from_groups
+from spearrl.batching.build_rows import rows_from_groups
 from spearrl.batching.forward_inputs import ForwardInputs, forward_inputs
 from spearrl.batching.rows import Rows
-from spearrl.batching.turns import TurnTable
+from spearrl.batching.turn_table import TurnTable
 from spearrl.losses import denominator
 
 __all__ = [

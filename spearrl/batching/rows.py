@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from spearrl.batching.allowed import AllowedIds
-from spearrl.batching.turns import TurnTable, check_tensor
+from spearrl.batching.allowed_tokens import AllowedIds
+from spearrl.batching.turn_table import TurnTable, check_tensor
 from spearrl.errors import ContractError
 
 FORMAT = "spearrl.rows/1"

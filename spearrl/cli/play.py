@@ -186,7 +186,7 @@ def _by_model(
 ) -> dict[str, Any]:
     """The episode of a model, through the trainer's own collector; prompts are shown with their control tokens."""
     from spearrl.launch.assembly import players_of
-    from spearrl.launch.parts import make_collector, make_pool
+    from spearrl.launch.factories import make_collector, make_pool
     from spearrl.models import load_tokenizer, prepare_torch
 
     tokenizer = load_tokenizer(config.model.path)

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from spearrl.cli.progress import Progress
     from spearrl.config import to_toml
     from spearrl.evaluation import evaluate
-    from spearrl.launch.parts import make_environment
+    from spearrl.launch.factories import make_environment
     from spearrl.models import prepare_torch
     from spearrl.start.origin import starting_model
 

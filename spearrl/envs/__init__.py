@@ -1,7 +1,7 @@
 """Environments: the interface, tools as environments, and the built-in ones by name."""
 
 from spearrl.envs.base import Environment
-from spearrl.envs.complaints import option_errors
+from spearrl.envs.option_errors import option_errors
 from spearrl.envs.registry import import_path, instantiate, load, make, tasks_of
 from spearrl.envs.tool import Done, ToolEnvironment, call, tool
 

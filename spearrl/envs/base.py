@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from spearrl.envs.complaints import complaints
+from spearrl.envs.option_errors import complaints
 from spearrl.errors import ConfigError
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task, Text
 

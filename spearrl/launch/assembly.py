@@ -16,7 +16,7 @@ from spearrl.config import PlacementSection, RunConfig
 from spearrl.envs import Environment
 from spearrl.errors import ConfigError
 from spearrl.launch.devices import detect
-from spearrl.launch.parts import engine_dtype, make_collector, make_engine, make_learner, make_pool, receiver_of
+from spearrl.launch.factories import engine_dtype, make_collector, make_engine, make_learner, make_pool, receiver_of
 from spearrl.launch.placement import Placement, place
 from spearrl.launch.worker_process import processes
 from spearrl.learner import Learner

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spearrl.launch.parts import make_collector, make_engine, make_environment, make_pool, receiver_of
+from spearrl.launch.factories import make_collector, make_engine, make_environment, make_pool, receiver_of
 from spearrl.models import load_tokenizer, prepare_torch
 from spearrl.models.chat import ChatEncoder
 from spearrl.processes import connection_to_parent

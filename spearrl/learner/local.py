@@ -13,7 +13,7 @@ from spearrl.batching import Rows
 from spearrl.config import LearnerSection
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.lora import adapter_weights, add_adapters, load_adapters, model_weights
-from spearrl.learner.minibatch import LossInputs, Share, Tally
+from spearrl.learner.loss_inputs import LossInputs, Share, Tally
 from spearrl.learner.optimizer import load_optimizer, make_optimizer, save_optimizer, set_rate
 from spearrl.learner.passes import Outputs, Passes
 from spearrl.learner.policy import Policy, use_bf16

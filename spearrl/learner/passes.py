@@ -13,9 +13,9 @@ from spearrl.config import LearnerSection
 from spearrl.errors import ContractError
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.lora import without_adapters
-from spearrl.learner.minibatch import LossInputs, Share, Tally, covariance_tokens
-from spearrl.learner.packed import check_packing
-from spearrl.learner.partition import micro_batches
+from spearrl.learner.loss_inputs import LossInputs, Share, Tally, covariance_tokens
+from spearrl.learner.minibatches import micro_batches
+from spearrl.learner.packing import check_packing
 from spearrl.learner.policy import check_head
 from spearrl.models.vision import vision_of
 

@@ -12,7 +12,7 @@ from spearrl.config import LearnerSection
 from spearrl.errors import ConfigError
 from spearrl.learner.attention import Float32Attention
 from spearrl.learner.logprobs import token_logprobs
-from spearrl.learner.packed import HINT, attend_by_rows, packed_arguments
+from spearrl.learner.packing import HINT, attend_by_rows, packed_arguments
 from spearrl.models.vision import FORBIDDEN_LOGIT, ImageInputs, vision_of
 
 

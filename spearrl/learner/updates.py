@@ -15,9 +15,9 @@ from spearrl.batching import Batch, Rows
 from spearrl.config import LearnerSection
 from spearrl.errors import ContractError
 from spearrl.learner.lora import FOLDER, save_adapters
-from spearrl.learner.minibatch import Share, Tally, split_objectives
+from spearrl.learner.loss_inputs import Share, Tally, split_objectives
+from spearrl.learner.minibatches import plan
 from spearrl.learner.optimizer import learning_rate
-from spearrl.learner.partition import plan
 from spearrl.learner.protocol import Learner, UpdateResult
 from spearrl.losses import Objective
 

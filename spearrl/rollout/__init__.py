@@ -1,7 +1,7 @@
 """Rollout: engines, the chat encoder and the collector."""
 
 from spearrl.models.chat import ChatEncoder
-from spearrl.rollout.ahead import Ahead
+from spearrl.rollout.asynchronous import Ahead
 from spearrl.rollout.collector import Collector, Player
 from spearrl.rollout.local import LocalEngine
 from spearrl.rollout.protocol import Completion, Engine, Request, Sampling

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 
 from spearrl.errors import ConfigError
-from spearrl.sandbox.command import WAYS_OUT
-from spearrl.sandbox.jailed import JailedSandbox
+from spearrl.sandbox.jail import JailedSandbox
+from spearrl.sandbox.jail_command import WAYS_OUT
 from spearrl.sandbox.options import RunResult, Sandbox, SandboxOptions, SandboxSession
 from spearrl.sandbox.selftest import check_isolation
 
@@ -25,7 +25,7 @@ def open_sandbox(options: SandboxOptions) -> Sandbox:
             package is not installed, the server does not answer.
     """
     if options.kind == "fusion":
-        from spearrl.sandbox.fusion import FusionSandbox  # loads an HTTP client, which a jail does not need
+        from spearrl.sandbox.fusion_client import FusionSandbox  # loads an HTTP client, which a jail does not need
 
         return _tried(FusionSandbox(options))
     if sys.platform != "linux":

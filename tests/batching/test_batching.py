@@ -7,7 +7,7 @@ import torch
 
 from spearrl.batching import Batch, Rows, denominator, forward_inputs, rows_from_groups
 from spearrl.errors import ContractError
-from spearrl.learner.partition import micro_batches, mini_batches
+from spearrl.learner.minibatches import micro_batches, mini_batches
 from spearrl.types import Action, Group, Image, Status, Task, Trajectory, Turn
 from tests.batching.test_rows import make_rows
 

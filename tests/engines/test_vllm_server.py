@@ -21,8 +21,8 @@ pytest.importorskip("vllm")
 from spearrl.config import RolloutSection, VllmSection
 from spearrl.errors import ConfigError, EngineError
 from spearrl.rollout import LocalEngine, Request, Sampling
-from spearrl.rollout.vllm.extension import EXTENSION
 from spearrl.rollout.vllm.server import RemoteEngine
+from spearrl.rollout.vllm.worker_extension import EXTENSION
 from tests.engines.test_vllm_engine import CONTEXT, assert_matches, endless, tiny
 from tests.support.engine_requests import prompt, requests, send_weights, serve
 

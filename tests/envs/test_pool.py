@@ -11,7 +11,8 @@ import time
 import pytest
 
 from spearrl.envs import Environment, import_path, make
-from spearrl.envs.pool import open_pool, workers
+from spearrl.envs.pool import open_pool
+from spearrl.envs.pool import supervision as workers
 from spearrl.errors import ConfigError, ContractError, EnvironmentFault, WorkerError
 from spearrl.rollout import Collector, LocalEngine, ScriptedEngine
 from spearrl.types import Reply, Status, Task

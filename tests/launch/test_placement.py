@@ -12,7 +12,8 @@ import pytest
 from spearrl.cli.main import main
 from spearrl.config import resolve
 from spearrl.errors import ConfigError
-from spearrl.launch import assembly, parts
+from spearrl.launch import assembly
+from spearrl.launch import factories as parts
 from spearrl.launch.assembly import Assembly, Players, launcher_of
 from spearrl.launch.describe import arithmetic, describe
 from spearrl.launch.devices import EXTRAS, Gpu, Machine, detect, imagined, parameters_of, visible

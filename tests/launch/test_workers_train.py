@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spearrl.rollout.episodes import Episodes
+from spearrl.rollout.tasks_of_step import Episodes
 from tests.support.short_runs import events, run, stopped_and_resumed
 from tests.support.small_run import QUICK_START, fingerprint, small_config
 

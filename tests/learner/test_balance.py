@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spearrl.learner.deepspeed.wire import pack, unpack
-from spearrl.learner.partition import deal
+from spearrl.learner.minibatches import deal
 
 
 def test_rows_are_dealt_by_tokens_and_each_once():

@@ -11,7 +11,8 @@ import torch
 from spearrl.batching import Batch, Rows
 from spearrl.config.sections import LearnerSection
 from spearrl.errors import CheckpointError, ConfigError, ContractError
-from spearrl.learner import LocalLearner, ValueHead, partition
+from spearrl.learner import LocalLearner, ValueHead
+from spearrl.learner import minibatches as partition
 from spearrl.learner.optimizer import learning_rate
 from spearrl.losses import ClipCov, Correction, KlCov, Objective
 from tests.batching.test_rows import make_rows

@@ -11,8 +11,8 @@ from spearrl.batching import forward_inputs
 from spearrl.config.sections import LearnerSection
 from spearrl.errors import ConfigError
 from spearrl.learner import LocalLearner, ValueHead
-from spearrl.learner import packed as packing
-from spearrl.learner.partition import micro_batches
+from spearrl.learner import packing as packing
+from spearrl.learner.minibatches import micro_batches
 from spearrl.losses import ClipCov, KlCov, Objective
 from tests.batching.test_rows import make_rows
 from tests.learner.test_learner import RUNS, full_batch, gradient, settings, tiny

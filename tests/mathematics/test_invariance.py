@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from spearrl import losses
 from spearrl.batching import denominator
-from spearrl.batching.keys import counter_keys
+from spearrl.batching.token_hashes import counter_keys
 from tests.support.random_inputs import Tokens, checked, seeds
 
 HORIZON = 12.5

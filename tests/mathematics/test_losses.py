@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spearrl.batching.keys import counter_keys
+from spearrl.batching.token_hashes import counter_keys
 from spearrl.errors import ContractError
 from spearrl.losses import (
     AGGREGATIONS,

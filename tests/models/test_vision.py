@@ -237,9 +237,7 @@ def test_chunks_never_cut_a_picture(monkeypatch):
     a, b = [-7] * 4, [-8] * 9
     assert whole_images([1, 2, *a, 3, *b, 4], 5) == 2 and whole_images([*a, 3, *b, 4], 5) == 5
     assert (
-        whole_images([*b, 4], 5) == 9
-        and whole_images([1, 2, 3, 4, 5, 6], 5) == 5
-        and whole_images([*a, 1, *b], 4) == 4
+        whole_images([*b, 4], 5) == 9 and whole_images([1, 2, 3, 4, 5, 6], 5) == 5 and whole_images([*a, 1, *b], 4) == 4
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spearrl.rollout.ahead import Ahead
+from spearrl.rollout.asynchronous import Ahead
 from spearrl.types import Task, Trajectory
 
 

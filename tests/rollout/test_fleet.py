@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import save_file
 
 from spearrl.errors import ConfigError, ContractError, WorkerError
-from spearrl.launch.parts import make_collector, make_engine, make_environment, make_pool
+from spearrl.launch.factories import make_collector, make_engine, make_environment, make_pool
 from spearrl.models import load_model, load_tokenizer
 from spearrl.processes import child_environment
 from spearrl.rollout import ChatEncoder

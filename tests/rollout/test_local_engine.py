@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from spearrl.batching.keys import counter_uniforms
+from spearrl.batching.token_hashes import counter_uniforms
 from spearrl.errors import ConfigError, EngineError
 from spearrl.rollout import Completion, LocalEngine, Request, Sampling
 from spearrl.rollout.local.forward import Forward

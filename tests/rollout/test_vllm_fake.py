@@ -23,7 +23,7 @@ import pytest
 
 from spearrl.config import RolloutSection, VllmSection
 from spearrl.errors import ConfigError, EngineError
-from spearrl.launch.parts import make_engine
+from spearrl.launch.factories import make_engine
 from spearrl.models import prepare_torch
 from spearrl.rollout import Completion, Request, Sampling
 from spearrl.rollout.vllm import VLLMEngine

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from spearrl.errors import ConfigError
-from spearrl.sandbox import SandboxOptions, jailed, open_sandbox, selftest
+from spearrl.sandbox import SandboxOptions, open_sandbox, selftest
+from spearrl.sandbox import jail as jailed
 from spearrl.sandbox.seccomp import filter_program
 
 HOSTILE = tomllib.loads(Path(__file__).with_name("hostile.toml").read_text())
@@ -70,7 +71,7 @@ def at_rest(sandbox) -> bool:
     """Whether nothing runs in the jail but the interpreter, and a supervisor and a child for every run to come."""
     inside = processes(sandbox._jail._process.pid)
     return (
-        all("inside.py" in words for words in inside.values())
+        all("jail_program.py" in words for words in inside.values())
         and sum("bwrap" not in words for words in inside.values()) <= 1 + 2 * sandbox.concurrency
     )
 
@@ -231,7 +232,7 @@ def test_tracebacks_are_pythons_own(sandbox):
     assert result.stderr.startswith(
         'Traceback (most recent call last):\n  File "snippet.py", line 3, in <module>\n    f()\n'
     )
-    assert result.stderr.endswith("ZeroDivisionError: division by zero\n") and "inside.py" not in result.stderr
+    assert result.stderr.endswith("ZeroDivisionError: division by zero\n") and "jail_program.py" not in result.stderr
 
 
 @needs_isolation

@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from spearrl.errors import ConfigError
-from spearrl.sandbox import SandboxOptions, fusion, open_sandbox
+from spearrl.sandbox import SandboxOptions, open_sandbox
+from spearrl.sandbox import fusion_client as fusion
 
 
 def honest(body: dict) -> dict:

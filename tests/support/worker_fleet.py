@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from spearrl.config import RunConfig
-from spearrl.launch.parts import make_environment
+from spearrl.launch.factories import make_environment
 from spearrl.launch.worker_process import processes
 from spearrl.models import build_tiny, save_model
 from spearrl.rollout.workers.fleet import Fleet

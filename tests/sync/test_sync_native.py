@@ -17,7 +17,7 @@ import torch
 
 from spearrl.config import SyncSection
 from spearrl.errors import ConfigError, EngineError
-from spearrl.rollout.vllm.extension import WeightReceiver
+from spearrl.rollout.vllm.worker_extension import WeightReceiver
 from spearrl.sync import Bridge, native
 from spearrl.sync import bridge as bridge_module
 from spearrl.sync import buckets as buckets_module

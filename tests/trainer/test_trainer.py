@@ -11,7 +11,7 @@ import torch
 
 from spearrl.errors import ContractError, EngineError, RefusedError, SpearError
 from spearrl.launch.assembly import Assembly
-from spearrl.rollout.episodes import Episodes
+from spearrl.rollout.tasks_of_step import Episodes
 from spearrl.run import Run
 from spearrl.sync import Bridge
 from spearrl.trainer import Trainer

@@ -14,7 +14,7 @@ from spearrl.envs.alfworld.data import SPLITS, Games, generated_games, open_game
 from spearrl.envs.alfworld.expert import Expert
 from spearrl.envs.alfworld.world import CHANGING, NOTHING, World
 from spearrl.envs.text.environment import TextEnvironment
-from spearrl.envs.text.tagged import compact_window, projection
+from spearrl.envs.text.tagged_replies import compact_window, projection
 from spearrl.envs.tool_calls import after_thought
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive

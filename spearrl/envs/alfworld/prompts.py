@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spearrl.config.tables import table
-from spearrl.envs.text.tagged import PLAIN, REASON, TAGGED, past_steps
+from spearrl.envs.text.tagged_replies import PLAIN, REASON, TAGGED, past_steps
 
 _TEXT = table(__file__, "prompts.toml")
 HELP: str = _TEXT["help"]  # the engine's own

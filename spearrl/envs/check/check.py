@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spearrl.envs.check import interface, isolation
-from spearrl.envs.check.checked import BrokenRule, CheckedEnvironment
+from spearrl.envs.check.checked_environment import BrokenRule, CheckedEnvironment
 from spearrl.envs.check.guards import TooSlow
 from spearrl.envs.check.interface import Advice, NotApplicable, tasks
 from spearrl.errors import SpearError

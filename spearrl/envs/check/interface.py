@@ -9,7 +9,7 @@ import itertools
 import json
 from collections import Counter
 
-from spearrl.envs.check.checked import (
+from spearrl.envs.check.checked_environment import (
     BrokenRule,
     CheckedEnvironment,
     check_messages,

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from spearrl.envs.check.checked import (
+from spearrl.envs.check.checked_environment import (
     TURNS,
     BrokenRule,
     CheckedEnvironment,

@@ -9,7 +9,7 @@ import json
 import sys
 from contextlib import suppress
 
-from spearrl.envs.check.checked import BrokenRule, CheckedEnvironment
+from spearrl.envs.check.checked_environment import BrokenRule, CheckedEnvironment
 from spearrl.envs.check.interface import tasks
 
 

@@ -19,7 +19,14 @@ from typing import Any
 
 from spearrl.envs.base import Environment
 from spearrl.envs.pool.slot import EpisodeStart, Slot, StepResult
-from spearrl.envs.pool.workers import PoolCall, ProcessWorker, RestartBudget, SlotLost, SupervisedWorker, ThreadWorker
+from spearrl.envs.pool.supervision import (
+    PoolCall,
+    ProcessWorker,
+    RestartBudget,
+    SlotLost,
+    SupervisedWorker,
+    ThreadWorker,
+)
 from spearrl.envs.registry import import_path
 from spearrl.errors import ConfigError
 from spearrl.types import Reply, Task

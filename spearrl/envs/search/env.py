@@ -18,7 +18,7 @@ from spearrl.envs.search.files import Document, data_files, read_questions
 from spearrl.envs.search.retrieve import CorpusIndex, RetrievalServer, Unavailable, open_index
 from spearrl.envs.text.analyzer import STOP_WORDS, split_words
 from spearrl.envs.text.environment import TextEnvironment
-from spearrl.envs.text.tagged import has_reasoning
+from spearrl.envs.text.tagged_replies import has_reasoning
 from spearrl.envs.tool_calls import after_thought, without_thought
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive

@@ -14,7 +14,7 @@ from spearrl.envs.sokoban import picture
 from spearrl.envs.sokoban.expert import solve
 from spearrl.envs.sokoban.level import MOVES, Level, State, reverse_play
 from spearrl.envs.text.environment import TextEnvironment
-from spearrl.envs.text.tagged import PLAIN, REASON, TAGGED, compact_window, past_steps, projection
+from spearrl.envs.text.tagged_replies import PLAIN, REASON, TAGGED, compact_window, past_steps, projection
 from spearrl.envs.tool_calls import after_thought
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive

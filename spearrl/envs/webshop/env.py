@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from spearrl.envs.text.environment import TextEnvironment
-from spearrl.envs.text.tagged import compact_window, projection
+from spearrl.envs.text.tagged_replies import compact_window, projection
 from spearrl.envs.tool_calls import after_thought
 from spearrl.envs.webshop import prompts
 from spearrl.envs.webshop.compact import CompactRenderer, short_instruction

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spearrl.config.tables import table
-from spearrl.envs.text.tagged import PLAIN, TAGGED, past_steps
+from spearrl.envs.text.tagged_replies import PLAIN, TAGGED, past_steps
 
 LONGEST = 13_000  # characters; a longer windowed prompt drops its history, as verl-agent does
 

@@ -21,9 +21,9 @@ from spearrl.learner.critic import ValueHead
 from spearrl.learner.deepspeed.ranks import Ranks
 from spearrl.learner.deepspeed.shard import CommandRunner, Shard
 from spearrl.learner.deepspeed.zero import numel, require
-from spearrl.learner.minibatch import LossInputs, Share, Tally
+from spearrl.learner.loss_inputs import LossInputs, Share, Tally
+from spearrl.learner.minibatches import deal
 from spearrl.learner.optimizer import MASTER, STATE, named_state, save_counters
-from spearrl.learner.partition import deal
 from spearrl.learner.updates import BaseLearner
 from spearrl.models.vision import vision_of
 from spearrl.models.weights import write_tensors

@@ -22,7 +22,7 @@ from spearrl.learner.lora import (
     merged_ends,
     model_weights,
 )
-from spearrl.learner.minibatch import Share, Tally
+from spearrl.learner.loss_inputs import Share, Tally
 from spearrl.learner.optimizer import STATE, load_counters, load_optimizer, make_optimizer, set_rate
 from spearrl.learner.passes import Passes
 from spearrl.learner.policy import Policy, use_bf16

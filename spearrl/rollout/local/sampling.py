@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from spearrl.batching.keys import counter_uniforms
+from spearrl.batching.token_hashes import counter_uniforms
 from spearrl.rollout.protocol import Sampling
 
 

@@ -16,7 +16,7 @@ from spearrl.config import RolloutSection, VllmSection
 from spearrl.errors import ConfigError
 from spearrl.models.vision import KINDS
 from spearrl.rollout.protocol import Sampling
-from spearrl.rollout.vllm.extension import EXTENSION
+from spearrl.rollout.vllm.worker_extension import EXTENSION
 
 OLDEST, NEWEST = (0, 26), (0, 32)  # 0.32 is what the tests run
 PREFILL_TOKENS = 4096  # of one pass on a processor

@@ -26,8 +26,8 @@ from spearrl.rollout.vllm.arguments import (
     single_image_tokens,
     takes_images,
 )
-from spearrl.rollout.vllm.background import SYNC_S, BackgroundEngine, versions
 from spearrl.rollout.vllm.engine_processes import Processes
+from spearrl.rollout.vllm.event_loop import SYNC_S, BackgroundEngine, versions
 from spearrl.rollout.vllm.receiver import VLLMWeights
 
 CLOSE_S = 20.0  # killed earlier, they would leave shared memory behind

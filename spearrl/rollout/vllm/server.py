@@ -2,7 +2,7 @@
 
 The server: VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model DIR --api-key TOKEN
 --enable-scale-out --logprobs-mode processed_logprobs --enable-prompt-tokens-details --worker-extension-cls
-spearrl.rollout.vllm.extension.WeightReceiver (on a processor also --no-enable-chunked-prefill: see arguments.py).
+spearrl.rollout.vllm.worker_extension.WeightReceiver (on a processor also --no-enable-chunked-prefill: arguments.py).
 vLLM asks for the token only below /v1 and /inference: its routes that pause it and change its weights are open to
 whoever reaches the port.
 """
@@ -26,7 +26,7 @@ from spearrl.rollout.vllm.arguments import (
     single_image_tokens,
     takes_images,
 )
-from spearrl.rollout.vllm.background import BackgroundEngine, versions
+from spearrl.rollout.vllm.event_loop import BackgroundEngine, versions
 from spearrl.rollout.vllm.receiver import ServerWeights
 
 CONNECT_S, HEALTH_S, ASK_S = 10.0, 5.0, 30.0

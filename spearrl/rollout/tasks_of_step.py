@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from spearrl.config import RunConfig
-from spearrl.rollout.ahead import Ahead
+from spearrl.rollout.asynchronous import Ahead
 from spearrl.rollout.collector import Player
 from spearrl.rollout.workers.fleet import LOST
 from spearrl.seeds import derive

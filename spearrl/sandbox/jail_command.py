@@ -15,7 +15,7 @@ from pathlib import Path
 from spearrl.errors import ConfigError
 
 NOBODY = 65534
-PROGRAM = Path(__file__).with_name("inside.py")
+PROGRAM = Path(__file__).with_name("jail_program.py")
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "HOME": "/tmp",

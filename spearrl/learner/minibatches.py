@@ -15,9 +15,9 @@ import math
 import torch
 
 from spearrl.batching import Batch
-from spearrl.batching.keys import counter_keys
+from spearrl.batching.token_hashes import counter_keys
 from spearrl.config import LearnerSection
-from spearrl.learner.minibatch import Share, Weighted
+from spearrl.learner.loss_inputs import Share, Weighted
 from spearrl.seeds import derive
 
 WORTHWHILE_TOKENS = 3072  # a smaller pass spends its time on launching operations

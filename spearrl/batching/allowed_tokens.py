@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spearrl.batching.turns import check_tensor
+from spearrl.batching.turn_table import check_tensor
 from spearrl.errors import ContractError
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spearrl.errors import ConfigError, SpearError, WorkerError
-from spearrl.sandbox.command import (
+from spearrl.sandbox.jail_command import (
     ENVIRONMENT,
     NOBODY,
     PROGRAM,
@@ -27,7 +27,7 @@ from spearrl.sandbox.command import (
     package_paths,
     path_in_jail,
 )
-from spearrl.sandbox.inside import ConnectionClosed, receive, send
+from spearrl.sandbox.jail_program import ConnectionClosed, receive, send
 from spearrl.sandbox.options import RunResult, Sandbox, SandboxOptions, SandboxSession, refusal, status_of
 from spearrl.sandbox.seccomp import filter_program
 

@@ -11,7 +11,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spearrl.errors import ConfigError
-from spearrl.sandbox.inside import OutputBuffer
+from spearrl.sandbox.jail_program import OutputBuffer
 from spearrl.sandbox.options import RunResult, Sandbox, SandboxOptions, SandboxSession, refusal, status_of
 
 TRIES = 3

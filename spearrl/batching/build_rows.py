@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from spearrl.batching.allowed import AllowedIds
+from spearrl.batching.allowed_tokens import AllowedIds
 from spearrl.batching.anchors import anchor_id
 from spearrl.batching.rows import ROWS, TOKENS, Rows
-from spearrl.batching.turns import TurnTable, turn_dtype
+from spearrl.batching.turn_table import TurnTable, turn_dtype
 from spearrl.errors import ContractError
 from spearrl.types import Group, Trajectory, Turn
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from spearrl.batching import Batch, denominator
-from spearrl.batching.keys import counter_keys
+from spearrl.batching.token_hashes import counter_keys
 from spearrl.losses import Objective
 from spearrl.seeds import derive
 

@@ -17,7 +17,7 @@ import torch
 
 from spearrl.sync.buckets import digest, model_digest, read_bucket
 
-EXTENSION = "spearrl.rollout.vllm.extension.WeightReceiver"
+EXTENSION = "spearrl.rollout.vllm.worker_extension.WeightReceiver"
 
 
 class WeightReceiver:
