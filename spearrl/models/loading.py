@@ -1,6 +1,7 @@
 """Loading and saving any causal language model, and its tokenizer, as a plain transformers directory.
 
-A model loaded here, and its tokenizer, have the attribute `vision`: how the model takes images, or None.
+A model loaded here, and its tokenizer, have the attribute `vision`: how the model takes images, or None. A tokenizer
+loaded here has `declared_stops`: what the directory's files call eos.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from spearrl.errors import ConfigError
+from spearrl.models.stops import declared_stops
 from spearrl.models.vision import KINDS, load_vision, model_kind, vision_of
 
 
@@ -51,7 +53,7 @@ def load_tokenizer(path: str) -> Any:
     except (OSError, ValueError) as error:
         hint = "the directory needs tokenizer.json"
         raise ConfigError(f"no tokenizer can be loaded: {error}", where=path, hint=hint) from error
-    tokenizer.vision = load_vision(path)
+    tokenizer.vision, tokenizer.declared_stops = load_vision(path), declared_stops(path)
     return tokenizer
 
 

@@ -282,7 +282,7 @@ class Collector:
         self.measures["sampled_tokens"] += len(tokens)
         self.measures["cached_tokens"] += completion.cached_tokens
         self.measures["prefilled_tokens"] += len(prompt) - completion.cached_tokens
-        text = self.encoder.decode(tokens)
+        text = self.encoder.reply_text(tokens)
         reply = Reply(text, tokens, completion.finish_reason)
         played = await self._timed(self.pool.act(episode.slot, reply, number + 1 == self.max_turns))
         outcome = played.outcome
