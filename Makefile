@@ -87,7 +87,7 @@ type: $(VENV)/dev.stamp
 	$(BIN)/mypy spearrl
 
 docs: $(VENV)/dev.stamp
-	$(BIN)/spearrl config schema --markdown > docs/config.md
+	$(BIN)/python docs/config_page.py > docs/config.md
 
 bench: $(VENV)/core.stamp
 	$(BIN)/python -m benchmarks.webshop
