@@ -107,7 +107,7 @@ class Trainer:
     def train(self) -> EvalResult | None:
         """Train to the last step; returns the last evaluation. A requested stop ends after the running step, saved."""
         run, every = self.config.run, self.config.eval.every
-        due = (self.step == 0 or self._due(every)) and self.step not in self.run.steps_of("eval")
+        due = self._due(every) and self.step not in self.run.steps_of("eval")
         result = self.evaluate_policy() if due else None
         while self.step < run.steps and not self.stop_requested:
             self.step += 1

@@ -214,7 +214,7 @@ class SftSection(Section):
 
 
 class EvalSection(Section):
-    every: int = Field(10, ge=0, description="Training steps between evaluations; 0: only at the end.")
+    every: int = Field(10, ge=0, description="Training steps between evaluations, from step 0 on; 0: only at the end.")
     tasks: int = Field(128, ge=1, description="Size of the fixed panel: the first tasks of the split.")
     split: str = Field("val", pattern=PLAIN_TEXT, description="Split the panel comes from.")
     attempts: int = Field(1, ge=1, description="Episodes per task.")

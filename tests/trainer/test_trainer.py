@@ -224,10 +224,16 @@ def test_any_causal_model_directory_trains(tmp_path, architecture):
         "eval.tasks=4",
     )
     trainer = run(small_config(tmp_path, *settings))
-    assert all(e["policy/updates"] >= 1 for e in events(trainer, "step"))
+    assert all(e["policy/updates"] + e["policy/without_signal"] >= 1 for e in events(trainer, "step"))
     reloaded = Trainer.resume(trainer.run.path)
     assert fingerprint(reloaded.parts.model) == fingerprint(trainer.parts.model)
     reloaded.close()
+
+
+@pytest.mark.parametrize(("every", "at"), [(0, [3]), (2, [0, 2, 3]), (9, [0, 3])])
+def test_evaluations_are_where_the_config_says(model, tmp_path, every, at):
+    trainer = run(from_model(model, tmp_path, f"eval.every={every}", "run.steps=3"))
+    assert [line["step"] for line in events(trainer, "eval")] == at
 
 
 def test_a_run_that_never_began_leaves_nothing(tmp_path):
