@@ -18,8 +18,12 @@ from spearrl.config import LearnerSection, RolloutSection, SyncSection, VllmSect
 from spearrl.errors import EngineError  # noqa: E402
 from spearrl.learner import LocalLearner  # noqa: E402
 from spearrl.models import save_weights  # noqa: E402
-from spearrl.rollout import Request, Sampling, vllm_extension, vllm_options  # noqa: E402
-from spearrl.rollout.vllm import VLLMEngine  # noqa: E402
+from spearrl.rollout import Request, Sampling  # noqa: E402
+from spearrl.rollout.vllm import (  # noqa: E402
+    VLLMEngine,  # noqa: E402
+    arguments,
+    worker_extension,
+)
 from spearrl.sync import Bridge, probe_prompt  # noqa: E402
 from spearrl.sync import bridge as bridge_module
 from spearrl.sync.buckets import read_bucket, write_bucket  # noqa: E402
@@ -30,7 +34,7 @@ from tests.support.gates import LIMIT_S
 CONTEXT, LONG = 512, 400
 
 
-class FaultyReceiver(vllm_extension.WeightReceiver):
+class FaultyReceiver(worker_extension.WeightReceiver):
     """vLLM's side with a fault that a test asks for by a file."""
 
     def spearrl_finish(self, text):
@@ -43,11 +47,11 @@ class FaultyReceiver(vllm_extension.WeightReceiver):
             while fault.exists() and time.monotonic() < end:
                 time.sleep(0.05)
         if said == "stale head":  # what vLLM's own reload does to a tied head on processors
-            vllm_extension.refresh_head, kept = (lambda model: None), vllm_extension.refresh_head
+            worker_extension.refresh_head, kept = (lambda model: None), worker_extension.refresh_head
             try:
                 return super().spearrl_finish(text)
             finally:
-                vllm_extension.refresh_head = kept
+                worker_extension.refresh_head = kept
         return super().spearrl_finish(text)
 
 
@@ -89,10 +93,10 @@ def folder(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    kept, vllm_options.EXTENSION = vllm_options.EXTENSION, "tests.engines.test_vllm_sync.FaultyReceiver"
+    kept, arguments.EXTENSION = arguments.EXTENSION, "tests.engines.test_vllm_sync.FaultyReceiver"
     rollout = RolloutSection(context_tokens=CONTEXT, slots=16, cache_mib=64)
     engine = VLLMEngine(folder, VllmSection(), rollout, precision="fp32", name="worker 1 (vllm)", threads=1)
-    vllm_options.EXTENSION = kept
+    arguments.EXTENSION = kept
     yield engine
     engine.close()
 
