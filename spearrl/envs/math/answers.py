@@ -60,6 +60,8 @@ def boxed(text: str) -> str | None:
         token = UNBRACED.match(text, begin)
         return token[0] if token else None
     end = _closing(text, begin)
+    if end is None:  # a backslash that is no TeX may stand before the brace
+        end = _closing(text, begin, escapes=False)
     return None if end is None else text[begin + 1 : end]
 
 
@@ -153,11 +155,11 @@ def _undressed(text: str) -> str:
     return BEHIND.sub("", BEFORE.sub("", text, count=1) if BEFORE.match(text) else text)
 
 
-def _closing(text: str, begin: int) -> int | None:
-    r"""Where the brace closes that opens at `begin`; \{ and \} are characters. None: it does not."""
+def _closing(text: str, begin: int, *, escapes: bool = True) -> int | None:
+    r"""Where the brace closes that opens at `begin`; \{ and \} are characters, with `escapes`. None: it does not."""
     depth, position = 0, begin
     while position < len(text):
-        if text[position] == "\\":
+        if escapes and text[position] == "\\":
             position += 2
             continue
         depth += {"{": 1, "}": -1}.get(text[position], 0)
