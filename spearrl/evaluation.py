@@ -90,7 +90,7 @@ class EvalResult:
 
 
 def evaluate(config: RunConfig) -> EvalResult:
-    """Play the configured panel with the model of `config.model.path`, a directory; nothing is trained or written.
+    """Play the configured panel with the model of `config.model.path`; nothing is trained or written.
 
     Raises:
         SpearError: the model cannot be loaded, or nothing plays its episodes.

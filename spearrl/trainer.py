@@ -25,7 +25,7 @@ from spearrl.run.checkpoint import clean, load_state, newest_checkpoint, save_ch
 from spearrl.run.health import Health
 from spearrl.run.metrics import Clock, bonus_of, first_fault, rollout_metrics, sampler_gap, staleness, states_met
 from spearrl.seeds import derive
-from spearrl.start.origin import Report, models_of_run, silent
+from spearrl.start.origin import Report, models_of_run, silent, with_pinned_model
 from spearrl.types import Group
 
 STATEFUL = ("memory", "curriculum", "health")  # attributes of a trainer that a checkpoint holds, beside its counters
@@ -47,7 +47,7 @@ class Trainer:
         check(config)
         check_extras(config)
         algorithm.check_advantage(config.algo)
-        self.config, self._report = config, report
+        self._report = report
         self.stop_requested = False
         self.step = self.policy_version = 0
         self.states_met: list[int] = []
@@ -55,8 +55,9 @@ class Trainer:
         environment = make_environment(config)
         self.tasks = tasks_of(environment, config.rollout.train_split, setting="rollout.train_split")
         self.panel = tasks_of_panel(environment, config.eval)
+        self.config = config if _run else with_pinned_model(config)
         with ExitStack() as stack:
-            self.run = _run or Run.create(config)
+            self.run = _run or Run.create(self.config)
             stack.push(lambda kind, *_: self.run.close(discard=kind is not None and _run is None))
             self._begin(environment, stack, resumed=_run is not None)
             self._resources = stack.pop_all()

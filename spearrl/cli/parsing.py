@@ -26,7 +26,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--env", metavar="NAME", help=env_help)
     algo_help = f"base[+module...]: {', '.join(BASES)} + {', '.join(MODULES)}; e.g. grpo+spear"
     parser.add_argument("--algo", metavar="NAME", help=algo_help)
-    parser.add_argument("--model", metavar="DIR", help='model directory, or "tiny": build one for this environment')
+    model_help = 'directory, or name (Qwen/Qwen2.5-0.5B-Instruct, org/name@revision, smollm2-135m); "tiny": build one'
+    parser.add_argument("--model", metavar="MODEL", help=model_help)
 
 
 def add_gpus(parser: argparse.ArgumentParser) -> None:
@@ -71,14 +72,20 @@ def check_environment(resolved: Resolved) -> None:
 
 
 def placed_from(args: argparse.Namespace, machine: Callable[[], Machine]) -> tuple[Resolved, Placement]:
-    """The config with what follows from the machine's GPUs, and which of them do what. Raises ConfigError."""
+    """The config with what follows from the machine's GPUs, and which of them do what. Raises ConfigError.
+
+    A model of the hub is downloaded, unless the machine is only thought of.
+    """
     from spearrl.launch.devices import parameters_of
     from spearrl.launch.placement import place
+    from spearrl.models import directory_of
 
     placements: list[Placement] = []
 
     def derive(config: RunConfig, unset: Collection[str]) -> Mapping[str, Any]:
-        placements.append(place(config, machine(), derive=unset, parameters=parameters_of(config.model.path)))
+        host, model = machine(), config.model.path
+        folder = directory_of(model) if host.present and model != "tiny" else model
+        placements.append(place(config, host, derive=unset, parameters=parameters_of(str(folder))))
         return placements[0].derived
 
     return resolved_from(args, derive), placements[0]

@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     style_help = "how prompts are made (default: the config's env.style)"
     parser.add_argument("--style", choices=("chat", "windowed"), help=style_help)
     parser.add_argument("--expert", action="store_true", help="the environment's scripted expert plays")
-    model_help = "a model plays: a run directory (its newest checkpoint) or a model directory"
-    parser.add_argument("--model", metavar="DIR", help=model_help)
+    model_help = "a model plays: a run directory (its newest checkpoint), a model directory or a model's name"
+    parser.add_argument("--model", metavar="MODEL", help=model_help)
     raw_help = "by hand: what you type is the whole reply, not the action in it"
     parser.add_argument("--raw", action="store_true", help=raw_help)
     parser.add_argument("--json", action="store_true", help="print the episode as one JSON object instead")
@@ -188,7 +188,9 @@ def _by_model(
     from spearrl.launch.assembly import players_of
     from spearrl.launch.factories import make_collector, make_pool
     from spearrl.models import load_tokenizer, prepare_torch
+    from spearrl.start.origin import with_pinned_model
 
+    config = with_pinned_model(config)
     tokenizer = load_tokenizer(config.model.path)
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"workers": 0})})
     with ExitStack() as stack:

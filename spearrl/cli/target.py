@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,7 +30,7 @@ def config_of(target: str, overrides: Sequence[str], *, model: str | None = None
 
 
 def model_of(directory: str | Path, step: int | None = None) -> Path:
-    """The model directory of a run (its newest checkpoint, or that of `step`), or the directory itself.
+    """The model directory of a run (its newest checkpoint, or that of `step`); any other directory or name as it is.
 
     Raises CheckpointError.
     """
@@ -57,3 +61,31 @@ def empty_folder(output: str) -> Path:
     except OSError as error:
         raise StorageError(f"cannot make {folder}: {error.strerror}", where="--output") from error
     return folder
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, which takes its place when the block ends; where that fails, nothing is left.
+
+    Raises:
+        RefusedError: `folder` is there and not an empty folder. StorageError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    from spearrl.errors import RefusedError, StorageError
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RefusedError(f"{folder} exists and is not an empty folder", hint="give a new one; nothing was written")
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        yield temporary
+        temporary.chmod(0o755)
+        os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        hint = "free disk space, or choose a folder you may write to"
+        raise StorageError(f"cannot write {folder}: {error}", hint=hint) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -62,7 +62,11 @@ class TinySection(Section):
 
 
 class ModelSection(Section):
-    path: str = Field("tiny", pattern=PLAIN_TEXT, description='Model directory, or "tiny": built from scratch.')
+    path: str = Field(
+        "tiny",
+        pattern=PLAIN_TEXT,
+        description='Model directory, name (org/name, org/name@revision, smollm2-135m), or "tiny": built from scratch.',
+    )
     tiny: TinySection = Field(TinySection(), description="Shape of the tiny model.")
 
 

@@ -98,14 +98,14 @@ def assemble(
     environment: Environment,
     device: str,
     *,
-    reference: Path | None = None,
+    reference: Path | str | None = None,
     run_folder: Path,
     report: Report = silent,
 ) -> Assembly:
     """Make the parts around a model and wire them; where one fails, those made before it are closed.
 
     Args:
-        reference: directory of the frozen model, where the algorithm needs one.
+        reference: directory or name of the frozen model, where the algorithm needs one.
         run_folder: the run directory: logs of workers, weights they start with.
     """
     placement = place(config, detect())
@@ -123,7 +123,7 @@ def assemble(
         stack.callback(learner.close)
         if placement.colocated:  # a cold start's memory; an engine takes its share as it starts
             learner.release()
-        model = learner.model if one_model else str(origin.folder)  # type: ignore[attr-defined]
+        model = learner.model if one_model else _address(config, origin)  # type: ignore[attr-defined]
         bridge: Publisher  # made after the workers, which ask for weights only once episodes are played
         players = _players(
             config,
@@ -146,12 +146,12 @@ def assemble(
 
 
 def players_of(config: RunConfig, environment: Environment, device: str, stack: ExitStack) -> Players:
-    """Players of the model directory that the config names; nothing learns.
+    """Players of the model that the config names; nothing learns.
 
     Args:
         stack: closes what is made here.
     Raises:
-        ConfigError: the config names no directory.
+        ConfigError: the config names none.
     """
     if config.model.path == "tiny":
         raise ConfigError(
@@ -164,7 +164,7 @@ def players_of(config: RunConfig, environment: Environment, device: str, stack: 
     encoder = ChatEncoder(origin.tokenizer)
     encoder.verify()
     logs = Path(stack.enter_context(TemporaryDirectory()))
-    model = origin.model.to(device) if _in_process(config) else str(origin.folder)
+    model = origin.model.to(device) if _in_process(config) else _address(config, origin)
     placement = place(config, detect())
     return _players(config, environment, encoder, placement, model=model, device=device, logs=logs, stack=stack)
 
@@ -189,6 +189,11 @@ def _in_process(config: RunConfig) -> bool:
     return config.rollout.engine == "local" and not config.rollout.workers
 
 
+def _address(config: RunConfig, origin: Origin) -> str:
+    """What engines load a model by: workers may be on machines where it is not downloaded yet."""
+    return origin.address if config.rollout.workers else str(origin.folder)
+
+
 def _players(
     config: RunConfig,
     environment: Environment,
@@ -205,7 +210,7 @@ def _players(
     """What plays episodes.
 
     Args:
-        model: one to share parameters with, or a directory.
+        model: one to share parameters with, or a directory; for workers, a directory or name.
         logs: where workers log.
         stack: closes what is made here.
         on_start, report: of the Fleet, where workers play.

@@ -139,12 +139,12 @@ def make_collector(
 
 
 def make_learner(
-    config: RunConfig, origin: Origin, device: str, placement: Placement, *, reference: Path | None
+    config: RunConfig, origin: Origin, device: str, placement: Placement, *, reference: Path | str | None
 ) -> Learner:
     """The configured learner.
 
     Args:
-        reference: directory of the frozen model, where the algorithm needs one.
+        reference: directory or name of the frozen model, where the algorithm needs one.
     Raises:
         ConfigError, WorkerError: it does not start.
     """
@@ -160,6 +160,6 @@ def make_learner(
         from spearrl.learner.deepspeed import DeepSpeedLearner
 
         environments = [placement.rank_environment(rank) for rank in range(settings.processes)]
-        return DeepSpeedLearner(origin.folder, settings, reference=reference, environments=environments, **common)
+        return DeepSpeedLearner(origin.address, settings, reference=reference, environments=environments, **common)
     frozen = None if reference is None or settings.lora.rank else load_model(str(reference))
     return LocalLearner(origin.model, settings, reference=frozen, **common)

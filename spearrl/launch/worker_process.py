@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from spearrl.launch.factories import make_collector, make_engine, make_environment, make_pool, receiver_of
-from spearrl.models import load_tokenizer, prepare_torch
+from spearrl.models import directory_of, load_tokenizer, prepare_torch
 from spearrl.models.chat import ChatEncoder
 from spearrl.processes import connection_to_parent
 from spearrl.rollout.workers.link import Launcher, Link, ProcessLink
@@ -52,11 +52,12 @@ def build_worker(start: Start, send: Callable[[bytes], None]) -> RolloutWorker:
     """The worker that a config names. Raises SpearError: environment, model or engine cannot be built."""
     config = start.config
     device = prepare_torch(config, share=max(1, config.rollout.workers))
-    encoder = ChatEncoder(load_tokenizer(start.model_dir))
+    folder = str(directory_of(start.model_dir))
+    encoder = ChatEncoder(load_tokenizer(folder))
     encoder.verify()
     pool = make_pool(config, make_environment(config))
     shared = {"colocated": start.colocated, "sleeps": start.sleeps}
-    engine = make_engine(config, start.model_dir, device=device, index=start.index, **shared)
+    engine = make_engine(config, folder, device=device, index=start.index, **shared)
     return RolloutWorker(
         config.rollout.engine,
         engine,

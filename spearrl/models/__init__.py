@@ -1,5 +1,6 @@
-"""Models: loading and saving any causal language model, building tiny ones, images, and the chat format."""
+"""Models: names, loading and saving any causal language model, building tiny ones, images, and the chat format."""
 
+from spearrl.models.hub import directory_of, is_hub_name, pinned
 from spearrl.models.loading import load_model, load_tokenizer, save_model, save_weights
 from spearrl.models.tiny import build_tiny, train_tokenizer
 from spearrl.models.torch_setup import ask_for_determinism, prepare_torch
@@ -7,8 +8,11 @@ from spearrl.models.torch_setup import ask_for_determinism, prepare_torch
 __all__ = [
     "ask_for_determinism",
     "build_tiny",
+    "directory_of",
+    "is_hub_name",
     "load_model",
     "load_tokenizer",
+    "pinned",
     "prepare_torch",
     "save_model",
     "save_weights",

@@ -12,21 +12,24 @@ from typing import Any
 import torch
 
 from spearrl.errors import ConfigError
+from spearrl.models.hub import directory_of
 from spearrl.models.stops import declared_stops
 from spearrl.models.vision import KINDS, load_vision, model_kind, vision_of
 
 
 def load_model(path: str, *, dtype: torch.dtype = torch.float32) -> Any:
-    """A causal language model from a local directory, in evaluation mode.
+    """A causal language model, in evaluation mode.
 
+    Args:
+        path: a directory, or a name (`hub`).
     Raises:
-        ConfigError: the directory holds none, or weights are missing or of another shape.
+        ConfigError: there is none, or weights are missing or of another shape.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
-    _check_directory(path)
+    path = str(directory_of(path))
     logging.disable_progress_bar()
     kind: Any = AutoModelForImageTextToText if model_kind(path) in KINDS else AutoModelForCausalLM
     options = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
@@ -44,10 +47,10 @@ def load_model(path: str, *, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a local model directory. Raises ConfigError where there is none."""
+    """The tokenizer of a model, given by directory or name. Raises ConfigError where there is none."""
     from transformers import AutoTokenizer
 
-    _check_directory(path)
+    path = str(directory_of(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -77,10 +80,3 @@ def save_weights(model: Any, folder: str | Path, weights: dict[str, torch.Tensor
     else:  # under the names that its parameters have, whatever those of the first release were
         model.save_pretrained(folder, state_dict=weights, save_original_format=False)
         vision.save(folder)
-
-
-def _check_directory(path: str) -> None:
-    if not Path(path).is_dir():
-        text = f"model {path!r} is not a directory on this machine (nothing is downloaded)"
-        hint = "download it first and give its folder, or use model.path=tiny"
-        raise ConfigError(text, where="model.path", hint=hint)

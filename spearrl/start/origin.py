@@ -14,7 +14,7 @@ from spearrl.algorithm import needs_reference
 from spearrl.config import RunConfig
 from spearrl.envs import Environment, tasks_of
 from spearrl.errors import ConfigError
-from spearrl.models import build_tiny, load_model, load_tokenizer, save_model
+from spearrl.models import build_tiny, directory_of, is_hub_name, load_model, load_tokenizer, pinned, save_model
 from spearrl.seeds import derive
 from spearrl.start.sft import cold_start
 from spearrl.start.transcripts import Transcript, play_expert, read_conversations, texts
@@ -38,6 +38,7 @@ class Origin:
 
     Args:
         scratch: where a model that exists in memory only is written for others to load; stays for the whole run.
+        name: of the hub, with its commit, where `folder` is a snapshot of it.
     """
 
     def __init__(
@@ -47,13 +48,17 @@ class Origin:
         model: torch.nn.Module | None = None,
         folder: Path | None = None,
         scratch: Path | None = None,
+        name: str | None = None,
     ):
         self.tokenizer, self._model, self._folder, self._scratch = tokenizer, model, folder, scratch
+        self._name = name
 
     @classmethod
-    def of(cls, folder: str | Path) -> Origin:
-        """A model directory. Raises ConfigError where there is none."""
-        return cls(load_tokenizer(str(folder)), folder=Path(folder))
+    def of(cls, model: str | Path) -> Origin:
+        """A model given by directory or name. Raises ConfigError where there is none."""
+        model = pinned(str(model))
+        name = model if is_hub_name(model) else None
+        return cls(load_tokenizer(model), folder=directory_of(model), name=name)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -77,6 +82,11 @@ class Origin:
             self._folder = self._scratch
             save_model(self._model, self.tokenizer, str(self._scratch))
         return self._folder  # type: ignore[return-value]
+
+    @property
+    def address(self) -> str:
+        """What processes on any machine of the run load it by: the directory, or the name and commit of the hub."""
+        return self._name or str(self.folder)
 
     def settle(self, scratch: Path) -> None:
         """Have the directory lie in the run directory's `scratch` for good.
@@ -121,6 +131,14 @@ def starting_model(
     return Origin(tokenizer, model=model, scratch=scratch)
 
 
+def with_pinned_model(config: RunConfig) -> RunConfig:
+    """The config of a new run, its model here and named with its commit. Raises ConfigError where there is none."""
+    if config.model.path == "tiny":
+        return config
+    model = config.model.model_copy(update={"path": pinned(config.model.path)})
+    return config.model_copy(update={"model": model})
+
+
 def models_of_run(
     config: RunConfig,
     environment: Environment,
@@ -129,8 +147,8 @@ def models_of_run(
     report: Report,
     *,
     checkpoint: Path | None,
-) -> tuple[Origin, Path | None]:
-    """The model a run begins or goes on with, and the directory of the frozen one where algorithm or adapters need it.
+) -> tuple[Origin, Path | str | None]:
+    """The model a run begins or goes on with, and the frozen one's directory or name where anything needs it.
 
     Args:
         checkpoint: what a resumed run goes on from (its adapters are loaded later, on the frozen model); None: it is
@@ -139,13 +157,15 @@ def models_of_run(
         ConfigError: a resumed run needs the frozen model now, and did not keep it when it began.
     """
     adapters = config.learner.lora.rank > 0
-    reference = run_folder / REFERENCE if adapters or needs_reference(config.algo) else None
+    reference: Path | str | None = run_folder / REFERENCE if adapters or needs_reference(config.algo) else None
+    if reference is not None and is_hub_name(config.model.path) and not config.sft.enabled:
+        reference = config.model.path  # with its commit
     if checkpoint is None:
         origin = starting_model(config, environment, device, run_folder / START, report)
-        if reference is not None:
+        if isinstance(reference, Path):
             origin.keep(reference)
         return origin, reference
-    if reference is not None and not reference.is_dir():
+    if isinstance(reference, Path) and not reference.is_dir():
         text = "the run began without a KL divergence or adapters and kept no reference model"
         hint = "start a new run, or leave algo.kl.loss_coef, algo.kl.reward_coef and learner.lora.rank at 0"
         raise ConfigError(text, where=str(reference), hint=hint)
