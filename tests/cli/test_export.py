@@ -21,9 +21,10 @@ from tests.support.small_run import fingerprint
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps, a checkpoint of each, a panel of two tasks after the second."""
+    """Two steps, a checkpoint of each, a panel of two tasks before the first and after the second."""
     folder = tmp_path_factory.mktemp("runs")
-    with Trainer(from_model(cold_started(folder), folder, "run.steps=2", "run.checkpoint_every=1")) as trainer:
+    settings = ("run.steps=2", "run.checkpoint_every=1", "eval.every=2")
+    with Trainer(from_model(cold_started(folder), folder, *settings)) as trainer:
         trainer.train()
         return trainer.run.path
 
