@@ -25,7 +25,7 @@ from spearrl.run.checkpoint import clean, load_state, newest_checkpoint, save_ch
 from spearrl.run.health import Health
 from spearrl.run.metrics import Clock, bonus_of, first_fault, rollout_metrics, sampler_gap, staleness, states_met
 from spearrl.seeds import derive
-from spearrl.start.origin import Report, models_of_run, silent, with_pinned_model
+from spearrl.start.origin import Report, check_format, models_of_run, silent, with_pinned_model
 from spearrl.types import Group
 
 STATEFUL = ("memory", "curriculum", "health")  # attributes of a trainer that a checkpoint holds, beside its counters
@@ -38,7 +38,8 @@ class Trainer:
 
     Args:
         config: everything that defines the run.
-        report: called with (kind, values) for every event: "expert", "sft", "eval", "step", "checkpoint", "warning".
+        report: called with (kind, values) for every event: "format", "expert", "sft", "eval", "step", "checkpoint",
+            "warning".
     Raises:
         SpearError: the run cannot begin. Whatever was started by then is closed, and a new run leaves no directory.
     """
@@ -56,6 +57,8 @@ class Trainer:
         self.tasks = tasks_of(environment, config.rollout.train_split, setting="rollout.train_split")
         self.panel = tasks_of_panel(environment, config.eval)
         self.config = config if _run else with_pinned_model(config)
+        if _run is None:
+            check_format(self.config, environment)
         with ExitStack() as stack:
             self.run = _run or Run.create(self.config)
             stack.push(lambda kind, *_: self.run.close(discard=kind is not None and _run is None))

@@ -67,6 +67,9 @@ class ModelSection(Section):
         pattern=PLAIN_TEXT,
         description='Model directory, name (org/name, org/name@revision, smollm2-135m), or "tiny": built from scratch.',
     )
+    thinking: Literal["auto", "on", "off"] = Field(
+        "auto", description="Whether the model thinks, where its template has a switch; auto: as the template has it."
+    )
     tiny: TinySection = Field(TinySection(), description="Shape of the tiny model.")
 
 

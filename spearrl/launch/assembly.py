@@ -22,7 +22,9 @@ from spearrl.launch.worker_process import processes
 from spearrl.learner import Learner
 from spearrl.learner.deepspeed.zero import require
 from spearrl.learner.policy import use_bf16
-from spearrl.rollout import ChatEncoder, Player
+from spearrl.models.chat import ChatEncoder
+from spearrl.models.formats import describe_format, open_format
+from spearrl.rollout import Player
 from spearrl.rollout.vllm.arguments import installed_version
 from spearrl.rollout.workers.fleet import Fleet
 from spearrl.rollout.workers.link import Launcher
@@ -109,8 +111,8 @@ def assemble(
         run_folder: the run directory: logs of workers, weights they start with.
     """
     placement = place(config, detect())
-    encoder = ChatEncoder(origin.tokenizer)
-    encoder.verify()
+    encoder = open_format(origin.tokenizer, config.model, environment.tools())
+    report("format", {"text": describe_format(encoder), "notes": list(encoder.stops.notes)})
     one_model = _in_process(config) and config.learner.backend == "local"  # the engine samples from the learner's
 
     def warn(text: str) -> None:
@@ -161,8 +163,7 @@ def players_of(config: RunConfig, environment: Environment, device: str, stack: 
     learner = config.learner.model_copy(update={"backend": "local", "processes": 1, "offload": "none"})
     config = config.model_copy(update={"learner": learner, "placement": PlacementSection()})
     origin = Origin.of(config.model.path)
-    encoder = ChatEncoder(origin.tokenizer)
-    encoder.verify()
+    encoder = open_format(origin.tokenizer, config.model, environment.tools())
     logs = Path(stack.enter_context(TemporaryDirectory()))
     model = origin.model.to(device) if _in_process(config) else _address(config, origin)
     placement = place(config, detect())

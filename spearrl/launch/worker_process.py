@@ -19,7 +19,7 @@ from pathlib import Path
 
 from spearrl.launch.factories import make_collector, make_engine, make_environment, make_pool, receiver_of
 from spearrl.models import directory_of, load_tokenizer, prepare_torch
-from spearrl.models.chat import ChatEncoder
+from spearrl.models.formats import open_format
 from spearrl.processes import connection_to_parent
 from spearrl.rollout.workers.link import Launcher, Link, ProcessLink
 from spearrl.rollout.workers.messages import Start
@@ -53,9 +53,9 @@ def build_worker(start: Start, send: Callable[[bytes], None]) -> RolloutWorker:
     config = start.config
     device = prepare_torch(config, share=max(1, config.rollout.workers))
     folder = str(directory_of(start.model_dir))
-    encoder = ChatEncoder(load_tokenizer(folder))
-    encoder.verify()
-    pool = make_pool(config, make_environment(config))
+    environment = make_environment(config)
+    encoder = open_format(load_tokenizer(folder), config.model, environment.tools())
+    pool = make_pool(config, environment)
     shared = {"colocated": start.colocated, "sleeps": start.sleeps}
     engine = make_engine(config, folder, device=device, index=start.index, **shared)
     return RolloutWorker(

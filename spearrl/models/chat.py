@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from spearrl.errors import ConfigError
+from spearrl.models.layouts import HERMES, MARKS, THINK, THOUGHT, Layout, call_text, parts_of, split_thought, types_of
 from spearrl.models.stops import TurnEnds, find_stops
 from spearrl.models.vision import vision_of
 from spearrl.types import Message, Text
@@ -22,13 +23,7 @@ _OPEN, _CLOSE = "\ue000", "\ue001"
 _STAND_IN = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 _DUMMY, _NEXT = "\ue002reply\ue002", "\ue002next\ue002"
 _TRIED_CALL = {"type": "function", "id": "call00001", "function": {"name": "look", "arguments": {"at": "lamp"}}}
-THINK, THOUGHT = "<think>", "</think>"
-MARKS = (
-    THINK,
-    THOUGHT,
-    "<tool_call>",
-    "</tool_call>",
-)  # kept in replies, special tokens or not: environments read them
+SWITCHES = ("enable_thinking", "thinking")  # what templates call the setting that turns thinking on and off
 
 Content = str | tuple[str | int, ...]  # of a message: its text, or its texts and the numbers of tokens of its images
 Key = tuple[tuple[str, Content], ...]  # messages as (role, content)
@@ -41,11 +36,15 @@ class ChatEncoder:
     thinking); then conversations are rendered anew every turn with `start`. `opens_thought`: prompts end inside a
     thought, which the reply goes on with. `stops`: what ends a reply, and where that was found.
 
+    Args:
+        layout: how the model writes calls.
+        structured: the template gets the calls of replies as such and writes them its own way; else they are text.
+        thinking: "on" or "off" where the template has a switch for it; "auto": as it is without one.
     Raises:
-        ConfigError: the tokenizer has no chat template.
+        ConfigError: the tokenizer has no chat template, or it has no switch for thinking.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, *, layout: Layout = HERMES, thinking: str = "auto", structured: bool = False):
         if not getattr(tokenizer, "chat_template", None):
             hint = "use an instruct model, or set tokenizer.chat_template and save it"
             raise ConfigError("the tokenizer has no chat template", where="model.path", hint=hint)
@@ -55,16 +54,25 @@ class ChatEncoder:
         self._special = re.compile("|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))))
         self._whole = lru_cache(maxsize=256)(self._encode_whole)
         self._delta = lru_cache(maxsize=8192)(self._encode_delta)
-        marks = {i for i, token in tokenizer.added_tokens_decoder.items() if str(token) in MARKS}
+        self.layout, self._types = layout, types_of(())
+        self._structured = structured and layout is not HERMES
+        shown = {*MARKS, *layout.marks}
+        marks = {i for i, token in tokenizer.added_tokens_decoder.items() if str(token) in shown}
         self._hidden = set(tokenizer.all_special_ids) - marks
         self._hidden |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i not in marks}
         self._in_parts = False  # whether the template takes text as a list of parts only, as those for pictures may
-        asked = self._prompt_end()
+        self.options: dict[str, Any] = {}
+        self._takes_thoughts = True  # the template writes a thought that it gets apart from the text
+        asked = self._asked = self._prompt_end()
+        if thinking != "auto":
+            asked = self._asked = self._switch(thinking == "on")
+        self._takes_thoughts = self._shows_thoughts()
         self.stops = find_stops(tokenizer, self._turn_ends())
         self.end_id, self.stop_ids = self.stops.end, tuple(self.stops.sources)
-        self.opens_thought = THINK in asked.rpartition(THOUGHT)[2]
-        answered = self._render((("user", _DUMMY), ("assistant", _NEXT)), False).rpartition(_DUMMY)[2]
-        closed = answered.removeprefix(asked).partition(_NEXT)[0] if answered.startswith(asked) else ""
+        thought = layout.canonical(asked, {})
+        self.opens_thought = THINK in thought.rpartition(THOUGHT)[2]
+        self._opened = THINK + thought.rpartition(THINK)[2] if self.opens_thought else ""
+        closed = self._answered(_NEXT).partition(_NEXT)[0]
         self._no_thought = closed if THOUGHT in closed else f"\n{THOUGHT}\n\n"  # closes a prompt's thought at once
 
     def start(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
@@ -76,6 +84,8 @@ class ChatEncoder:
             ConfigError: images that the model or the template does not take. ContractError: bytes that are no image.
         """
         key = self._key(messages)
+        if tools:
+            self._types = types_of(tools)
         return self._encode_whole(key, tools) if tools else self._whole(key)
 
     def extend(
@@ -97,6 +107,8 @@ class ChatEncoder:
 
         Where prompts open a thought, it goes on with that one, or closes it at once.
         """
+        if self._structured and parts_of(text)[2]:
+            return self._call_ids(text)
         if self.opens_thought:
             text = text.partition(THINK)[2].removeprefix("\n") if THINK in text else self._no_thought + text
         ids = self._plain(text)
@@ -113,8 +125,8 @@ class ChatEncoder:
         return str(self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def reply_text(self, ids: Sequence[int]) -> str:
-        """A sampled reply as environments read it: with the beginning of the thought that the prompt opened."""
-        return f"{THINK}\n{self.decode(ids)}" if self.opens_thought else self.decode(ids)
+        """A sampled reply as environments read it: with a thought's beginning that the prompt has, calls as Hermes."""
+        return self.layout.canonical(self._opened + self.decode(ids), self._types)
 
     def verify(self) -> None:
         """Compare growing a conversation with rendering it whole; sets `rewrites_history` where they differ.
@@ -130,14 +142,36 @@ class ChatEncoder:
             whole = self.start([first, self.reply_message(reply), second])
             texts = [decode(list(ids), clean_up_tokenization_spaces=False) for ids in (grown, whole)]
             self.rewrites_history |= texts[0] != texts[1]
+        if self._structured:
+            self.rewrites_history |= self._rewrites_calls()
         hostile = self.start([Message("user", "one" + "".join(self._specials[:-1]))])
         controls = set(self.tokenizer.all_special_ids)
         if sum(i in controls for i in hostile) != sum(i in controls for i in self.start([first])):
             text, hint = "control tokens in a message do not stay plain text", "use a tokenizer with a tokenizer.json"
             raise ConfigError(text, where="chat template", hint=hint)
 
+    def _shows_thoughts(self) -> bool:
+        thought = self._reply(f"{THINK}\n{_DUMMY}\n{THOUGHT}\n\nso")
+        for message in (thought, thought | {"content": "", "tool_calls": [_TRIED_CALL]}):
+            try:
+                if _DUMMY in self._template([{"role": "user", "content": self._safe("x")}, message], False):
+                    return True
+            except ConfigError:
+                continue
+        return False
+
+    def _rewrites_calls(self) -> bool:
+        """Whether a call and its result grow into something else than the template renders, or cannot grow."""
+        first, second = Message("user", "one"), Message("tool", "two")
+        call = call_text("look", {"at": "lamp"})
+        try:
+            grown = self.extend(self.start([first]), self.reply_ids(call), [second])
+        except ConfigError:  # the template wants a call before a result
+            return True
+        return grown != self.start([first, self.reply_message(call), second])
+
     def _prompt_end(self) -> str:
-        """What the template puts between the last message and the reply.
+        """What the template puts between the last message and the reply; finds out how it takes text.
 
         Raises:
             ConfigError: it fails on a message, or leaves its text out.
@@ -153,6 +187,33 @@ class ChatEncoder:
                     return after
         text, hint = "the chat template leaves the text of a message out", "use another chat template"
         raise fault or ConfigError(text, where="model.path", hint=hint)
+
+    def _switch(self, on: bool) -> str:
+        """Turn thinking on or off; returns what the template then puts before the reply."""
+        for name in SWITCHES:
+            ends = {}
+            for self.options in ({name: not on}, {name: on}):
+                ends[self.options[name]] = self._prompt_end()
+            if ends[True] != ends[False]:
+                return ends[on]
+        text = f"the chat template has no switch for thinking ({' or '.join(SWITCHES)})"
+        raise ConfigError(text, where="model.thinking", hint="use model.thinking=auto")
+
+    def _answered(self, reply: str) -> str:
+        """What the template renders of a reply after the prompt; nothing where it changes the prompt's own end."""
+        text = self._render((("user", _DUMMY), ("assistant", reply)), False).rpartition(_DUMMY)[2]
+        return text.removeprefix(self._asked) if text.startswith(self._asked) else ""
+
+    def _call_ids(self, text: str) -> tuple[int, ...]:
+        """A reply with calls as the model writes them: as the template renders it."""
+        said = self._answered(text)
+        if not said:
+            rendered = self._render((("user", _DUMMY), ("assistant", text)), False).rpartition(_DUMMY)[2]
+            said = self._no_thought * self.opens_thought + rendered.rpartition(THOUGHT)[2].removeprefix(self._asked)
+        ids = self._ids(said)
+        last = max((position for position, i in enumerate(ids) if i in self.stop_ids), default=len(ids))
+        end = () if last < len(ids) or self.stops.call_end is None else (self.stops.call_end,)
+        return (*ids[: last + 1], *end)
 
     def _turn_ends(self) -> TurnEnds:
         """What the template renders around a reply."""
@@ -177,15 +238,58 @@ class ChatEncoder:
 
     def _render(self, key: Key, prompt: bool, tools: Sequence[dict[str, Any]] = (), *, call: bool = False) -> str:
         """The template's text; `call`: replies call a tool."""
-        chat: list[dict[str, Any]] = [{"role": role, "content": self._safe(content)} for role, content in key]
+        chat = [self._message(role, content) for role, content in key]
         chat = [m | {"tool_calls": [_TRIED_CALL]} if call and m["role"] == "assistant" else m for m in chat]
-        options = {"tokenize": False, "add_generation_prompt": prompt, "tools": list(tools) or None}
+        calls: list[dict[str, Any]] = []
+        for message in chat if self._structured else ():
+            calls = message.get("tool_calls", calls)
+            if message["role"] == "tool" and calls:  # several results: of the calls in order
+                message |= {"name": calls[0]["function"]["name"], "tool_call_id": calls[0]["id"]}
+                calls = calls[1:] or calls
+        return self._template(chat, prompt, tools)
+
+    def _template(self, chat: list[dict[str, Any]], prompt: bool, tools: Sequence[dict[str, Any]] = ()) -> str:
+        options = {"tokenize": False, "add_generation_prompt": prompt, "tools": list(tools) or None, **self.options}
         try:
             return str(self.tokenizer.apply_chat_template(chat, **options))
         except Exception as error:  # jinja2's and whatever the template raises itself
-            text = f"the chat template failed on messages of roles {', '.join(role for role, _ in key)}: {error}"
+            text = f"the chat template failed on messages of roles {', '.join(m['role'] for m in chat)}: {error}"
             hint = "use roles the template knows in Environment.messages, or another chat template"
             raise ConfigError(text, where="model.path", hint=hint) from error
+
+    def _message(self, role: str, content: Content) -> dict[str, Any]:
+        """A message as the template takes it; a reply in its parts, where the template writes calls its own way."""
+        if role == "assistant" and self.layout is not HERMES and isinstance(content, str):
+            return self._reply(content)
+        return {"role": role, "content": self._safe(content)}
+
+    def _reply(self, content: str) -> dict[str, Any]:
+        thought, text, calls = parts_of(content)
+        if not self._structured and calls:
+            text, calls = split_thought(content)[1].strip(), []
+        message: dict[str, Any] = {"role": "assistant", "content": self._safe(text)}
+        if thought is not None and not self._takes_thoughts and not calls:
+            message["content"] = self._safe(f"{THINK}\n{thought}\n{THOUGHT}\n\n{text}")
+        elif thought is not None and self._takes_thoughts:
+            message |= {"reasoning_content": self._plain_text(thought), "thinking": self._plain_text(thought)}
+        if calls:
+            functions = [{"name": name, "arguments": self._safe_json(arguments)} for name, arguments in calls]
+            named = enumerate(functions, 1)
+            message["tool_calls"] = [{"type": "function", "id": f"call{n:05}", "function": f} for n, f in named]
+            if thought is not None and self.layout.name == "harmony":  # its template takes one of them beside a call
+                message["content"] = ""
+        return message
+
+    def in_parts(self, chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages as the template takes their text."""
+        return [m | {"content": self._safe(m["content"])} for m in chat]
+
+    def _safe_json(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {self._plain_text(key): self._safe_json(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._safe_json(item) for item in value]
+        return self._plain_text(value) if isinstance(value, str) else value
 
     def _safe(self, content: Content) -> str | list[dict[str, Any]]:
         """A message's content as the template takes it, with stand-ins for control tokens."""

@@ -17,11 +17,13 @@ class Stops:
 
     Args:
         end: what ends a turn in a conversation; None: nothing does.
+        call_end: what ends one that calls a tool.
         sources: every stop token, with where it was found.
         notes: contradictions between those places, with what was chosen.
     """
 
     end: int | None
+    call_end: int | None
     sources: dict[int, tuple[str, ...]]
     notes: tuple[str, ...] = ()
 
@@ -87,7 +89,8 @@ def find_stops(tokenizer: Any, ends: TurnEnds) -> Stops:
         turn, other = (names.get(i, f"token {i}") for i in (turn_ends[0], eos))
         notes.append(f"a turn ends with {turn}, the tokenizer's eos is {other}: both end a reply")
     end = turn_ends[0] if turn_ends else eos if eos in sources else next(iter(sources), None)
-    return Stops(end, {i: tuple(where) for i, where in sorted(sources.items())}, tuple(notes))
+    call_end = turn_ends[1] if len(turn_ends) > 1 else end
+    return Stops(end, call_end, {i: tuple(where) for i, where in sorted(sources.items())}, tuple(notes))
 
 
 def _turn_ends(ends: TurnEnds, candidates: set[int], names: dict[int, str]) -> list[int]:

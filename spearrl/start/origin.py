@@ -15,6 +15,7 @@ from spearrl.config import RunConfig
 from spearrl.envs import Environment, tasks_of
 from spearrl.errors import ConfigError
 from spearrl.models import build_tiny, directory_of, is_hub_name, load_model, load_tokenizer, pinned, save_model
+from spearrl.models.formats import open_format
 from spearrl.seeds import derive
 from spearrl.start.sft import cold_start
 from spearrl.start.transcripts import Transcript, play_expert, read_conversations, texts
@@ -109,6 +110,12 @@ class Origin:
             save_model(self._model, self.tokenizer, str(folder))
         else:
             folder.symlink_to(self.folder.resolve(), target_is_directory=True)
+
+
+def check_format(config: RunConfig, environment: Environment) -> None:
+    """Refuse a model whose chats cannot be written or read, before anything of it is loaded. Raises ConfigError."""
+    if config.model.path != "tiny":
+        open_format(load_tokenizer(config.model.path), config.model, environment.tools())
 
 
 def starting_model(

@@ -20,6 +20,7 @@ from spearrl.errors import ConfigError
 from spearrl.learner import LocalLearner
 from spearrl.losses import Objective
 from spearrl.models.chat import ChatEncoder
+from spearrl.models.formats import open_format
 from spearrl.seeds import derive
 from spearrl.start.transcripts import Transcript
 from spearrl.types import Action, Group, Message, Trajectory, Turn
@@ -58,8 +59,8 @@ def cold_start(
     seed, settings, style = derive(config.run.seed, "sft"), config.sft, config.env.style
     if settings.data:
         settings, style = settings.model_copy(update={"observation_weight": 0.0}), "chat"
-    encoder = ChatEncoder(tokenizer)
-    encoder.verify()
+    offered = next((transcript.tools for transcript in transcripts if transcript.tools), ())
+    encoder = open_format(tokenizer, config.model, offered)
     examples = encode(
         transcripts,
         encoder,

@@ -8,7 +8,9 @@ import pytest
 
 from spearrl.models import load_tokenizer
 from spearrl.models.chat import ChatEncoder
+from spearrl.models.layouts import BY_NAME, Layout, parts_of
 from spearrl.types import Message
+from tests.support.shared_data import shared
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -39,6 +41,13 @@ def tokenizer_of(template: str, *, specials=CHAT_TOKENS, added=(), eos: str = "<
     fast.add_tokens(list(added))
     fast.chat_template = template
     return fast
+
+
+CALL = ("code_interpreter", {"code": "print(5)"})
+
+
+def calls_of(layout: Layout, reply: str):
+    return parts_of(layout.canonical(reply, {}))[2]
 
 
 def names(tokenizer, encoder: ChatEncoder) -> dict[str, tuple[str, ...]]:
@@ -108,3 +117,53 @@ def test_a_template_that_takes_text_in_parts_only():
     template = CHATML.replace("{{ m['content'] }}", "{% for part in m['content'] %}{{ part.text }}{% endfor %}")
     encoder = ChatEncoder(tokenizer_of(template))
     assert encoder.decode(encoder.start([Message("user", "one")])) == "user\none\nassistant\n"
+
+
+def test_every_layout_that_templates_teach_is_read():
+    rows = [
+        row for row in json.loads(shared("cases/tool_calls.json").read_text()) if row["kind"] == "template call format"
+    ]
+    assert len(rows) == 14
+    for row in rows:
+        read = [name for name, layout in BY_NAME.items() if calls_of(layout, row["input"]) == [CALL]]
+        assert len(read) == 1 or read[0] == "hermes", (row["name"], read)
+
+
+@pytest.mark.parametrize(
+    ("layout", "reply"),
+    {
+        "hermes": '<tool_call>{"name": "code_interpreter", "arguments": {"code": "print(5)"}}</tool_call>',
+        "function tags": "<function=code_interpreter><parameter=code>print(5)</parameter></function>",
+        "argument tags": "<tool_call>code_interpreter<arg_key>code</arg_key>"
+        "<arg_value>print(5)</arg_value></tool_call>",
+        "bare JSON": '<|python_tag|>{"name": "code_interpreter", "parameters": {"code": "print(5)"}}',
+        "gemma": '<|tool_call>call:code_interpreter{code:<|"|>print(5)<|"|>}<tool_call|>',
+        "harmony": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>commentary to=functions."
+        'code_interpreter <|constrain|>json<|message|>{"code": "print(5)"}<|call|>',
+        "invoke tags": '<minimax:tool_call>\n<invoke name="code_interpreter">\n<parameter name="code">print(5)'
+        "</parameter>\n</invoke>\n</minimax:tool_call>",
+        "kimi": "<|tool_calls_section_begin|><|tool_call_begin|>functions.code_interpreter:0"
+        '<|tool_call_argument_begin|>{"code": "print(5)"}<|tool_call_end|><|tool_calls_section_end|>',
+        "deepseek": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>code_interpreter\n```json\n"
+        '{"code": "print(5)"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+        "python list": '<|tool_call_start|>[code_interpreter(code="print(5)")]<|tool_call_end|>',
+        "named arguments": '[TOOL_CALLS]code_interpreter[ARGS]{"code": "print(5)"}',
+        "JSON list": '[TOOL_CALLS][{"name": "code_interpreter", "arguments": {"code": "print(5)"}}]',
+    }.items(),
+)
+def test_layouts(layout: str, reply: str):
+    assert calls_of(BY_NAME[layout], reply) == [CALL]
+    assert calls_of(BY_NAME[layout], f"<think>{reply}</think>so") == []  # a call in a thought is text
+    cut = BY_NAME[layout].canonical(reply.replace('"print(5)"', '"print(5'), {})
+    assert layout in ("function tags", "argument tags", "bare JSON", "gemma", "invoke tags") or "<tool_call>" in cut
+
+
+def test_bare_values_follow_the_schema():
+    layout = BY_NAME["function tags"]
+    reply = "".join(
+        f"<parameter={key}>\n{value}\n</parameter>" for key, value in (("a", "5"), ("b", "5"), ("c", '["x"]'))
+    )
+    reply = f"<tool_call><function=f>{reply}</function></tool_call>"
+    assert calls_of(layout, reply) == [("f", {"a": "5", "b": "5", "c": ["x"]})]
+    kinds = {"f": {"a": "string", "b": "integer", "c": "string"}}
+    assert parts_of(layout.canonical(reply, kinds))[2] == [("f", {"a": "5", "b": 5, "c": '["x"]'})]
