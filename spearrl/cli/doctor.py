@@ -18,6 +18,7 @@ examples:
   spearrl doctor
   spearrl doctor sandbox gpu vllm     exit code 1 where one of them is missing
   spearrl doctor sandbox --sandbox-url http://sandbox:8080
+  spearrl doctor --model DIR          how a model's chats are written and its calls read
 """
 EXTRAS = {  # optional packages: what each is for, and the extra that installs it
     "vllm": ("rollouts on GPUs", "vllm"),
@@ -52,12 +53,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("need", nargs="*", metavar="NEED", help=f"what must be there, else the exit code is 1: {names}")
     url_help = "check this SandboxFusion server instead of a sandbox on this machine"
     parser.add_argument("--sandbox-url", metavar="URL", help=url_help)
+    model_help = (
+        "show a model directory's chat format instead: a conversation, its ids, what ends a reply, what is read"
+    )
+    parser.add_argument("--model", metavar="DIR", help=model_help)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     from spearrl.errors import ConfigError
 
+    if args.model:
+        from spearrl.config import ModelSection
+        from spearrl.models import load_tokenizer
+        from spearrl.models.formats import explain_format
+
+        lines = explain_format(load_tokenizer(args.model), ModelSection(path=args.model))
+        print(json.dumps({"format": lines}, indent=1) if args.json else "\n".join(lines))
+        return 0
     known = [*CHECKS, *EXTRAS]
     if unknown := [name for name in args.need if name not in known]:
         message = f"doctor knows no {', '.join(unknown)}"

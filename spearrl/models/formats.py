@@ -11,7 +11,10 @@ from typing import Any
 from spearrl.config import ModelSection
 from spearrl.errors import ConfigError
 from spearrl.models.chat import ChatEncoder
-from spearrl.models.layouts import HERMES, LAYOUTS, Layout, parts_of, types_of
+from spearrl.models.layouts import HERMES, LAYOUTS, Layout, call_text, parts_of, types_of
+from spearrl.models.layouts import THINK as OPENED
+from spearrl.models.layouts import THOUGHT as CLOSED
+from spearrl.types import Message
 
 PROPERTIES = {
     "place": {"type": "string", "description": "where"},
@@ -107,6 +110,30 @@ def describe_format(encoder: ChatEncoder) -> str:
     switch = "".join(f", {name}={str(value).lower()}" for name, value in encoder.options.items())
     thinking = ("in every reply: prompts open a thought" if encoder.opens_thought else "as the model likes") + switch
     return f"format template, calls: {encoder.layout.name}; thinking {thinking}; stop tokens: {stops}"
+
+
+def explain_format(tokenizer: Any, settings: ModelSection) -> list[str]:
+    """What the probe sees, as lines: the format, the template's conversation, ids with their action mask, what is read.
+
+    Raises:
+        ConfigError: the template fails on a plain conversation.
+    """
+    found = probe_format(ChatEncoder(tokenizer, thinking=settings.thinking))
+    tools = () if found.problem else (TOOL,)
+    encoder = open_format(tokenizer, settings, tools)
+    asked, said = Message("user", ASKED), f"{OPENED}\n{THOUGHT}\n{CLOSED}\n\n{call_text('look_around', ARGUMENTS)}"
+    result = Message("tool" if tools else "user", RESULT)
+    prompt, reply = encoder.start([asked], tools), encoder.reply_ids(said)
+    anew = encoder.start([asked, encoder.reply_message(encoder.reply_text(reply)), result], tools)
+    after = anew if encoder.rewrites_history else encoder.extend(prompt, reply, [result])[len(prompt) + len(reply) :]
+    again = (
+        "the whole next prompt, rendered anew: the template rewrites earlier turns" if encoder.rewrites_history else ""
+    )
+    lines = [describe_format(encoder), *(f"note: {note}" for note in encoder.stops.notes)]
+    lines += [f"tools through the template: {f'no: {found.problem}' if found.problem else 'yes'}"]
+    for name, mask, ids in (("prompt", 0, prompt), ("reply", 1, reply), (again or "what follows", 0, after)):
+        lines += [f"--- {name}: {len(ids)} tokens, action mask {mask}", tokenizer.decode(list(ids)), f"ids {list(ids)}"]
+    return [*lines, "--- the reply as environments read it", encoder.reply_text(reply)]
 
 
 def _render(encoder: ChatEncoder, chat: list[dict[str, Any]], *, prompt: bool) -> tuple[str, str]:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+from spearrl.config import ModelSection
+from spearrl.errors import ConfigError
 from spearrl.models import load_tokenizer
 from spearrl.models.chat import ChatEncoder
-from spearrl.models.layouts import BY_NAME, Layout, parts_of
+from spearrl.models.formats import TOOL, open_format
+from spearrl.models.layouts import BY_NAME, Layout, call_text, parts_of
 from spearrl.types import Message
 from tests.support.shared_data import shared
 
@@ -167,3 +174,72 @@ def test_bare_values_follow_the_schema():
     assert calls_of(layout, reply) == [("f", {"a": "5", "b": "5", "c": ["x"]})]
     kinds = {"f": {"a": "string", "b": "integer", "c": "string"}}
     assert parts_of(layout.canonical(reply, kinds))[2] == [("f", {"a": "5", "b": 5, "c": '["x"]'})]
+
+
+SHOWS_NO_TOOLS = "does not show the environment's tools"
+FAMILIES = {  # templates of the package trl: the layout that reads their calls, or why tools are refused
+    **dict.fromkeys(("qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_vl"), "hermes"),
+    **dict.fromkeys(("qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_8"), "function tags"),
+    **dict.fromkeys(("nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra"), "function tags"),
+    "nemotron_3_5_lightning": "function tags",
+    "glm4moe": "argument tags",
+    **dict.fromkeys(("llama3_1", "llama3_2"), "bare JSON"),
+    **dict.fromkeys(("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5", "diffusion_gemma"), "gemma"),
+    "gptoss": "harmony",
+    "muse_glimmer": "invoke tags",
+    **dict.fromkeys(("lfm2_v2", "lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl"), "python list"),
+    "lfm2": "leaves tool calls out",
+    **dict.fromkeys(("cohere", "cohere2", "deepseek_r1_distill", "deepseekv3", "gemma", "gemma3"), SHOWS_NO_TOOLS),
+    **dict.fromkeys(("idefics3", "llama3", "llava_next", "phi3", "phi3_5", "qwen2_5_vl", "smolvlm"), SHOWS_NO_TOOLS),
+}
+CONTROL = re.compile(r"<\|[^<>\s]+>|<[a-z_]+\|>|<｜[^<>\s]+｜>|<(?:start_of_turn|end_of_turn|end_of_utterance|bos)>")
+
+
+@lru_cache
+def family(name: str):
+    """A small tokenizer with a template of trl and the control tokens that it uses."""
+    package = find_spec("trl")
+    if package is None or package.origin is None:
+        pytest.skip("the package trl, which has chat templates of many models, is not installed")
+    template = (Path(package.origin).parent / "chat_templates" / f"{name}.jinja").read_text()
+    tags = [tag for tag in TAGS if tag in template]
+    tokenizer = tokenizer_of(template, specials=sorted({"<bos>", *CONTROL.findall(template)}), added=tags)
+    tokenizer.bos_token = "<bos>"
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_conversation_with_tools_in_every_family_of_trl(name: str):
+    tokenizer, expected = family(name), FAMILIES[name]
+    settings = ModelSection()
+    if expected not in BY_NAME:
+        with pytest.raises(ConfigError, match=expected):
+            open_format(tokenizer, settings, [TOOL])
+        encoder = open_format(tokenizer, settings)
+        assert encoder.reply_text(encoder.reply_ids("so")).endswith("so")
+        return
+    encoder = open_format(tokenizer, settings, [TOOL])
+    assert encoder.layout.name == expected
+    arguments = {"place": 'a "b"\nc', "times": 3}
+    said = call_text("look_around", arguments)
+    prompt, reply = encoder.start([Message("user", "one")], [TOOL]), encoder.reply_ids(said)
+    assert reply[-1] in encoder.stop_ids
+    text = encoder.reply_text(reply)
+    assert parts_of(text)[1:] == ("", [("look_around", arguments)])
+    conversation = [Message("user", "one"), encoder.reply_message(text), Message("tool", "R7")]
+    whole = tokenizer.decode(encoder.start(conversation, [TOOL]))
+    assert "R7" in whole and whole.count("look_around") >= 2
+    if not encoder.rewrites_history:
+        assert tokenizer.decode(encoder.extend(prompt, reply, [Message("tool", "R7")])) == whole
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_ends_a_turn_of_a_family_of_trl_ends_replies(name: str):
+    encoder = open_format(family(name), ModelSection())
+    ends = {"cohere2": "<|END_RESPONSE|>", "glm4moe": "<|user|>", "gptoss": "<|return|>", "llava_next": "<eos>"}
+    ends |= dict.fromkeys(("idefics3", "smolvlm"), "<end_of_utterance>")
+    end = family(name).convert_ids_to_tokens(encoder.end_id)
+    assert end == ends.get(name, end) and end not in ("<eos>",) * (name not in ends)
+    grown = encoder.extend(encoder.start([Message("user", "q")]), encoder.reply_ids("so"), [Message("user", "two")])
+    whole = encoder.start([Message("user", "q"), encoder.reply_message("so"), Message("user", "two")])
+    assert encoder.rewrites_history or grown == whole
