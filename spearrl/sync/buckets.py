@@ -119,7 +119,8 @@ def write_bucket(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
                     view = view[file.write(view) :]
             file.truncate()
     except OSError as error:
-        reason, hint = f"a bucket of weights could not be written: {error}", "lower sync.bucket_mib or free memory there"
+        reason = f"a bucket of weights could not be written: {error}"
+        hint = "lower sync.bucket_mib or free memory there"
         raise StorageError(reason, where=str(path), hint=hint) from error
 
 
