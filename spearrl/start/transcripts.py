@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +16,19 @@ from typing import Any
 
 from spearrl.envs import Environment
 from spearrl.envs.pool.slot import Slot
-from spearrl.envs.text.records import read_records
-from spearrl.envs.tool_calls import CLOSE, OPEN
+from spearrl.envs.text.records import read_records, tell
+from spearrl.envs.tool_calls import CLOSE, OPEN, THINK, THOUGHT
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive
 from spearrl.types import Message, Reply, Task
 
 LISTED = 5  # bad lines of a file that are named
+# What a tool said, in the middle of an assistant's message: ReTool's <interpreter>, Search-R1's <information>, ToRA's.
+OUTPUT = re.compile(
+    r"<(interpreter|information|tool_response|observation)>(.*?)</\1>|^```output[ \t]*\n(.*?)\n?^```[ \t]*$",
+    re.S | re.M,
+)
+REASONING = ("reasoning_content", "reasoning", "thinking")
 ROLES = ("system", "user", "assistant", "tool")
 LAYOUT = (
     'a .jsonl or .parquet file with {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": '
@@ -79,7 +87,8 @@ def read_conversations(path: str) -> list[Transcript]:
     """Conversations of a JSONL or parquet file: "messages", and "tools" where there are any.
 
     ReTool's cold start (arXiv 2504.11536) has this layout. Tool calls are OpenAI's, and become text in the format that
-    environments read (Hermes', which Qwen2.5's and Qwen3's chat templates write).
+    environments read (Hermes', which Qwen2.5's and Qwen3's chat templates write). What was changed on the way is told
+    in a warning.
 
     Raises:
         ConfigError: no such file, nothing in it, or lines that are no conversations; the first ones are named.
@@ -87,15 +96,19 @@ def read_conversations(path: str) -> list[Transcript]:
     file, where = Path(path).expanduser(), f"sft.data={path}"
     transcripts: list[Transcript] = []
     problems: list[str] = []
+    told: Counter[str] = Counter()
     for number, record in read_records(file, layout=LAYOUT, where=where, on_broken_line=problems.append):
         try:
-            transcripts.append(_conversation(record, f"{file.name}:{number}"))
+            if file.suffix == ".parquet":
+                record = _without_nulls(record, told)
+            transcripts.append(_conversation(record, f"{file.name}:{number}", told))
         except (ValueError, TypeError, RecursionError) as error:
             problems.append(f"{file}:{number}: {error}")
-    if problems or not transcripts:
+    if problems or not any(step.imitate for transcript in transcripts for step in transcript.steps):
         more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        text = "; ".join(problems[:LISTED]) + more or "no conversations in it"
+        text = "; ".join(problems[:LISTED]) + more or "no conversations in it, or none with a reply to imitate"
         raise ConfigError(text, where=where, hint=f"expected {LAYOUT}")
+    tell(f"sft data: {len(transcripts):,} conversations in {file}", told)
     return transcripts
 
 
@@ -129,7 +142,7 @@ def _episode(slot: Slot, task: Task, recovery: float, seed: int) -> Transcript:
     return transcript
 
 
-def _conversation(record: Any, name: str) -> Transcript:
+def _conversation(record: Any, name: str, told: Counter[str]) -> Transcript:
     """Raises ValueError or TypeError where the record is none."""
     items = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(items, list):
@@ -139,7 +152,8 @@ def _conversation(record: Any, name: str) -> Transcript:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError('"tools" is not a list of function schemas')
     transcript, messages = Transcript(Task(name, "train"), tools), []
-    for index, item in enumerate(items):
+    parts = ((index, part) for index, item in enumerate(items) for part in _parts(item, index + 1 == len(items), told))
+    for index, item in parts:
         role, text = (item.get("role"), item.get("content") or "") if isinstance(item, dict) else (None, "")
         if role not in ROLES or not isinstance(text, str):
             raise ValueError(f"messages[{index}] is not of the roles {', '.join(ROLES)} with text as its content")
@@ -151,11 +165,59 @@ def _conversation(record: Any, name: str) -> Transcript:
         if not messages or not reply:
             problem = "says nothing" if messages else "answers no message"
             raise ValueError(f"messages[{index}], an assistant's, {problem}")
-        transcript.steps.append(Step(messages, reply))
+        if item.get("weight") not in (None, 0, 1):
+            raise ValueError(f'messages[{index}]: "weight" is 1, or 0 for a reply that is not imitated')
+        told["replies of weight 0 not imitated"] += (imitate := item.get("weight") != 0) is False
+        transcript.steps.append(Step(messages, reply, imitate))
         messages = []
     if messages or not transcript.steps:
         raise ValueError("the last message is not an assistant's")
     return transcript
+
+
+def _parts(item: Any, last: bool, told: Counter[str]) -> list[Any]:
+    """A message with its reasoning in it; an assistant's in which tools speak, as several messages.
+
+    Raises:
+        ValueError: reasoning beside another thought, or a tool's output before the assistant has said anything.
+    """
+    if not isinstance(item, dict) or item.get("role") != "assistant" or not isinstance(item.get("content") or "", str):
+        return [item]
+    text = item.get("content") or ""
+    reasoning = next((item[name].strip() for name in REASONING if isinstance(item.get(name), str)), "")
+    if reasoning and reasoning not in text:
+        if THOUGHT in text:
+            raise ValueError(f"an assistant's message has a thought in it, and another one: {reasoning[:40]!r}")
+        told["thoughts from a field of their own written as <think>"] += 1
+        text = f"{THINK}\n{reasoning}\n{THOUGHT}\n\n{text}"
+    parts, begin = list[Any](), 0
+    for output in OUTPUT.finditer(text):
+        if said := text[begin : output.start()].strip():
+            parts.append({**item, "content": said, "tool_calls": None})
+        if not parts:
+            raise ValueError(f"an assistant's message begins with a tool's output: {output[0][:40]!r}")
+        told["outputs of tools taken out of replies"] += 1
+        searched = output[1] == "information"  # as the environment shows it
+        role, content = ("user", output[0]) if searched else ("tool", (output[2] or output[3] or "").strip())
+        parts.append({"role": role, "content": content})
+        begin = output.end()
+    if "<interpreter>" in (rest := text[begin:]):
+        raise ValueError("an assistant's message has an <interpreter> without its end")
+    if not parts or rest.strip() or item.get("tool_calls"):
+        return [*parts, {**item, "content": rest.strip() if parts else rest}]
+    while last and parts[-1]["role"] != "assistant":  # nothing answers it
+        parts.pop()
+    return parts
+
+
+def _without_nulls(value: Any, told: Counter[str], key: str = "") -> Any:
+    """A row of a parquet file without the nulls with which its columns fill missing keys."""
+    if isinstance(value, list):
+        return [_without_nulls(part, told) for part in value]
+    if not isinstance(value, dict):
+        return value
+    told["null arguments of tool calls left out"] += sum(part is None for part in value.values()) * (key == "arguments")
+    return {name: _without_nulls(part, told, name) for name, part in value.items() if part is not None}
 
 
 def _call(call: Any, index: int) -> str:

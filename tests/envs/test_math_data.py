@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import builtins
 import json
+import warnings
 
 import pytest
 
 from spearrl.envs.math import Math
 from spearrl.envs.math.data import WRAPPED, open_problems
 from spearrl.envs.math.generate import KINDS, generate_problems
+from spearrl.envs.math.grade import is_right
 from spearrl.errors import ConfigError
 from spearrl.types import Task
 from tests.support.shared_data import shared
@@ -66,6 +68,133 @@ def test_a_file_of_any_usual_shape(tmp_path):
     ) == (1, 0)
     assert tasks["mine-5"] == {"problem": "half?", "answer": "500", "steps": ("print( 1000 / 2 )",)}
     assert tasks["mine-6"]["steps"] == ("print( 48 / 2 )", "print( 48 + 24 )")
+
+
+def read(tmp_path, *rows):
+    """The tasks of a file in its order, and the one line in which it was told what was left out or changed."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = open_problems.__wrapped__(written(tmp_path / "mine.jsonl", *rows), "")
+    tasks = sorted((t for tasks in found.splits.values() for t in tasks), key=lambda t: int(t.id.rpartition("-")[2]))
+    told = [str(warning.message) for warning in caught]
+    assert len(told) <= 1 and all(line.startswith(f"math data: {len(tasks)} problems in ") for line in told)
+    return [task.data for task in tasks], told[0].partition("; ")[2] if told else ""
+
+
+def chat(*messages):
+    return [{"role": role, "content": content} for role, content in messages]
+
+
+def test_a_prefilled_reply_is_not_the_problem(tmp_path):
+    """Else all rows are one problem, "<think>"."""
+    rows = [{"prompt": chat(("user", f"a{n}"), ("assistant", "<think>")), "answer": n} for n in range(3)]
+    data, told = read(tmp_path, *rows)
+    assert [task["problem"] for task in data] == ["a0", "a1", "a2"] and told == "3 prefilled replies left out"
+
+
+def test_system_and_earlier_messages_are_told(tmp_path):
+    turns = chat(("system", "Be brief."), ("user", "1+1?"), ("assistant", "2"), ("user", "2+2?"))
+    data, told = read(tmp_path, {"prompt": turns, "answer": 4}, {"problem": "3+3?", "answer": 6})
+    assert [task["problem"] for task in data] == ["2+2?", "3+3?"]
+    assert told == "1 system messages left out; 2 earlier messages left out"
+
+
+ASKED = [
+    ('How many? Let\'s think step by step and output the final answer after "####".', "How many?"),  # verl's GSM8K
+    ("Put your final answer after ####.\n\nHow many?", "How many?"),
+    ("Find $x$. You must put your answer inside <answer> </answer> tags, i.e., <answer> 7 </answer>.", "Find $x$."),
+    ('Find $x$. End your reply with "Answer: <number>".', "Find $x$."),
+    ("A circle. Find its area, and write the answer after ####.", "A circle. Find its area"),
+    ("Please find the area of a circle and put the answer after ####.", "Please find the area of a circle"),
+]
+
+
+@pytest.mark.parametrize(("problem", "bare"), ASKED)
+def test_orders_to_answer_in_another_form_are_left_out(tmp_path, problem, bare):
+    data, told = read(tmp_path, {"problem": problem, "answer": 5})
+    assert data == [{"problem": bare, "answer": "5"}]
+    assert told == "1 with an order to answer in another form, left out"
+
+
+KEPT = [
+    "Find $x$. Please reason step by step, and put your final answer within \\boxed{}.",  # what is asked for here too
+    "Find $\\boxed{3}+4$. Write your answer as a fraction.",
+    "Find the sum of all areas.Output the remainder when the answer is divided by 100.",  # AMC
+    "Enter your answer in the form $(r,\\theta)$.",
+]
+
+
+@pytest.mark.parametrize("problem", KEPT)
+def test_other_words_about_the_answer_stay(tmp_path, problem):
+    assert read(tmp_path, {"problem": problem, "answer": 5}) == ([{"problem": problem, "answer": "5"}], "")
+
+
+def test_an_order_that_is_not_understood_is_told(tmp_path):
+    problem = "Give the area of a circle after ####."
+    data, told = read(tmp_path, {"problem": problem, "answer": 5})
+    assert data[0]["problem"] == problem and told == "1 that ask for #### or <answer> in a way that is not understood"
+
+
+def test_a_test_problem_is_known_by_whatever_order_follows_it(tmp_path):
+    written(tmp_path / "aime24.jsonl", {"problem": "What is 2+2?", "answer": "4"})
+    asked = "What is 2+2? Please reason step by step, and put your final answer within \\boxed{}."
+    written(tmp_path / "own.jsonl", {"problem": asked, "answer": "4"}, {"problem": "What is 3+2?", "answer": "5"})
+    with pytest.warns(UserWarning, match="1 training problems that are in a test file too left out"):
+        assert len(open_problems(str(tmp_path), "own").splits["train"]) == 1
+
+
+def test_problems_without_an_answer_are_left_out(tmp_path):
+    answers = ["proof", "notfound", "Not found", "", None, float("nan"), "5"]
+    data, told = read(tmp_path, *({"problem": f"a{n}", "answer": answer} for n, answer in enumerate(answers)))
+    assert [task["problem"] for task in data] == ["a6"] and told == "6 without an answer left out"
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ('["5"]', "5"),  # Skywork-OR1's, as text
+        ('["\\\\frac{1}{2}"]', r"\frac{1}{2}"),
+        (r'["\frac{1}{2}"]', r"\frac{1}{2}"),
+        ("['5']", "5"),
+        (["5"], "5"),
+        (r"\boxed{5}", "5"),
+        (r'["\\boxed{5}"]', "5"),
+    ],
+)
+def test_answers_come_out_of_lists_and_boxes(tmp_path, given, answer):
+    (task,), told = read(tmp_path, {"problem": "a", "answer": given})
+    assert task["answer"] == answer and told == r"1 answers taken out of a list or \boxed{}"
+    assert is_right(answer, task["answer"], None)
+
+
+@pytest.mark.parametrize(("gold", "reply"), [("5,", "5"), ("5", "5,"), (r"\boxed{5}", "5"), ("[1,2]", "[1,2]")])
+def test_answers_in_plain_dress_are_right_without_a_judge(tmp_path, gold, reply):
+    (task,), _ = read(tmp_path, {"problem": "a", "answer": gold})
+    assert is_right(reply, task["answer"], None) and not is_right("6", task["answer"], None)
+
+
+def test_several_answers_are_left_out(tmp_path):
+    answers = ('["5", "6"]', ["5", "6"], "5")
+    data, told = read(tmp_path, *({"problem": f"a{n}", "answer": answer} for n, answer in enumerate(answers)))
+    assert [task["problem"] for task in data] == ["a2"] and told == "2 with several answers left out"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "count"),
+    [
+        ("Find f(1,2).", "Find f(12).", 2),
+        ("Find f(a, b).", "Find f(ab).", 2),
+        ("A ratio of 1:2", "A ratio of 12", 2),
+        ("Add 1 2", "Add 12", 2),
+        ("Let x = 1.5", "Let x = 15", 2),
+        ("Find f(1, 2).", "find $f(1,2)$", 1),
+        ("1,000 men", "$1000$ men", 1),
+        ("If x=2, then?", "If x=2 then", 1),
+    ],
+)
+def test_punctuation_that_matters_tells_problems_apart(tmp_path, first, second, count):
+    data, told = read(tmp_path, {"problem": first, "answer": 1}, {"problem": second, "answer": 2})
+    assert len(data) == count and told == ("1 problems that came twice left out" if count == 1 else "")
 
 
 def test_a_single_file_holds_some_out_and_the_same_ones_every_time(tmp_path):
@@ -151,6 +280,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
         ('{"text": "a", "answer": "b"}', "problem, question"),
         ('{"problem": "a", "answer": {"b": 1}}', "answer"),
         ("[1]", "JSON object"),
+        ('{"prompt": [{"role": "assistant", "content": "a"}], "answer": 1}', "without a message of its user"),
         ("{", "cannot be read"),
         ("\n", "no problems"),
     ],

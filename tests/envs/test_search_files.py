@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import itertools
 import json
 import lzma
 import math
@@ -18,10 +19,12 @@ import pytest
 from spearrl.envs.pool import open_pool
 from spearrl.envs.search import Search
 from spearrl.envs.search import retrieve as retrieve_module
+from spearrl.envs.search.answers import exact
 from spearrl.envs.search.files import Document, read_documents, read_questions
 from spearrl.envs.search.retrieve import K1, B, RetrievalServer, Unavailable, build_index
 from spearrl.envs.text.analyzer import analyze
 from spearrl.errors import ConfigError
+from spearrl.seeds import derive
 from spearrl.types import Action, Reply
 from tests.support.shared_data import shared
 
@@ -181,6 +184,70 @@ def test_broken_questions_are_named(tmp_path, text, said):
     (tmp_path / "qa.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=f"{said}(.|\n)*golden_answers|{said}(.|\n)*JSON lines"):
         read_questions(str(tmp_path / "qa.jsonl"), "train")
+
+
+ANSWERS = [
+    ({"answer": "NYC", "answer_aliases": ["New York", "NYC"]}, ["NYC", "New York"]),  # MuSiQue
+    ({"answer": {"value": "NYC", "aliases": ["New York"], "type": "WikipediaEntity"}}, ["NYC", "New York"]),  # TriviaQA
+    ({"answers": {"text": ["NYC", "NYC"], "answer_start": [3, 9]}}, ["NYC"]),  # SQuAD
+    ({"answer": 1969}, ["1969"]),
+    ({"golden_answers": None, "answer": "NYC"}, ["NYC"]),
+    ({"reward_model": {"style": "rule", "ground_truth": {"target": ["NYC", "New York"]}}}, ["NYC", "New York"]),  # verl
+]
+
+
+@pytest.mark.parametrize(("fields", "answers"), ANSWERS)
+def test_answers_of_every_usual_layout(tmp_path, fields, answers):
+    path = write(tmp_path / "qa.jsonl", [{"question": "Where?", **fields}])
+    assert [task.data["answers"] for task in read_questions(str(path), "val")] == [answers]
+
+
+def test_parquet_questions_and_verls_rows(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    row = {
+        "prompt": [{"role": "user", "content": "Rules. Question: Where?"}],
+        "reward_model": {"ground_truth": {"target": ["NYC"]}},
+        "extra_info": {"question": "Where?"},
+        "data_source": "nq",
+    }
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "train.parquet")
+    (task,) = read_questions(str(tmp_path), "train")
+    assert task.data == {"question": "Where?", "answers": ["NYC"], "stratum": "nq"}
+
+
+def test_questions_without_an_answer_are_left_out_and_told(tmp_path):
+    rows = [
+        {"question": "a?", "answers": {"text": [], "answer_start": []}},  # SQuAD 2
+        {"question": "b?", "answer": "x", "answerable": False},  # MuSiQue
+        {"question": "c?", "answer": None},
+        {"question": "d?", "answer": "x"},
+    ]
+    path = write(tmp_path / "qa.jsonl", rows)
+    with pytest.warns(UserWarning, match=r"search data: 1 questions in .*qa.jsonl; 3 without an answer left out"):
+        (task,) = read_questions(str(path), "val")
+    assert task.data["question"] == "d?"
+
+
+@pytest.mark.parametrize("count", [2, 8, 40])
+def test_a_small_file_still_holds_one_out(tmp_path, count):
+    asked = (f"What is {n}?" for n in itertools.count())
+    records = list(itertools.islice(({"question": q, "answer": "x"} for q in asked if derive(q) % 10), count))
+    path = str(write(tmp_path / "qa.jsonl", records))  # the hash alone would hold none of these out
+    assert (len(read_questions(path, "val")), len(read_questions(path, "train"))) == (1, count - 1)
+
+
+def test_articles_and_punctuation_alone_are_compared_as_they_are(tmp_path):
+    """Golds of HotpotQA: a band, and an album. By SQuAD's rule any answer of such words would be right."""
+    assert exact("the the.", ["The The"]) and not exact("a", ["The The"]) and not exact("?", ["The The"])
+    assert exact("!!!", ["!!!"]) and not exact("the", ["!!!"]) and not exact("...", ["!!!"])
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+def test_a_document_whose_text_is_empty_shows_its_contents(tmp_path, empty):
+    path = write(tmp_path / "corpus.jsonl", [{"text": empty, "contents": '"Krill"\nsmall'}])
+    assert list(read_documents([path])) == [Document("Krill", "small")]
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):

@@ -12,8 +12,9 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> str:
-    """Lower case, without ASCII punctuation and articles, single spaces."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    """Lower case, without ASCII punctuation and articles (but for a text of nothing else), single spaces."""
+    bare = text.lower().translate(_PUNCTUATION)
+    return " ".join((_ARTICLES.sub(" ", bare).strip() or bare.strip() or text.lower()).split())
 
 
 def exact(text: str, gold: Sequence[str]) -> bool:

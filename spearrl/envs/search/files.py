@@ -7,15 +7,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spearrl.envs.text.records import read_records
+from spearrl.envs.text.records import read_records, tell
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive
 from spearrl.types import Task
 
 ALIASES = {"val": ("val", "dev", "test")}
 HELD_OUT = 10  # one in so many questions of a single file is the split val
-_FORMAT = "JSON lines, or a JSON list (.gz and .xz too)"
-_QUESTIONS = '{"question": …, "golden_answers": […]}, or HotpotQA\'s records'
+_FORMAT = "JSON lines, or a JSON list (.gz and .xz too), or parquet"
+_QUESTIONS = '{"question": …, "golden_answers": […]}, or records of HotpotQA, MuSiQue, TriviaQA, SQuAD or verl'
 _DOCUMENTS = (
     '{"title": …, "text": …}, or HotpotQA\'s records; '
     "questions without contexts need env.options.corpus or env.options.retriever_url"
@@ -31,11 +31,11 @@ class Document(NamedTuple):
 
 def as_document(record: Any) -> Document:
     """{title, text} or Search-R1's {contents: '"Title"\\ntext'}. Raises ValueError."""
-    text = record.get("text", record.get("contents")) if isinstance(record, dict) else None
+    fields = record if isinstance(record, dict) else {}
+    text = fields.get("text") or fields.get("contents") or fields.get("text")
     if not isinstance(text, str):
-        is_question = isinstance(record, dict) and "question" in record
-        raise ValueError("a question without context" if is_question else "it has neither text nor contents")
-    title = record.get("title")
+        raise ValueError("a question without context" if "question" in fields else "it has neither text nor contents")
+    title = fields.get("title")
     if not isinstance(title, str):
         title, _, text = text.partition("\n")
     return Document(title.strip().strip('"'), text.strip())
@@ -57,7 +57,11 @@ def read_documents(files: Iterable[Path]) -> Iterator[Document]:
 def data_files(data: str) -> list[Path]:
     """The files `data` names: one, or those of a folder. Raises ConfigError."""
     path = Path(data)
-    files = sorted(file for file in path.iterdir() if ".json" in file.name) if path.is_dir() else [path]
+    files = (
+        sorted(file for file in path.iterdir() if ".json" in file.name or file.suffix == ".parquet")
+        if path.is_dir()
+        else [path]
+    )
     if not files or not files[0].is_file():
         hint = "name a file, or a folder with train and dev files"
         raise ConfigError(f"no .json or .jsonl files at {data}", where="env search", hint=hint)
@@ -85,22 +89,56 @@ def read_questions(data: str, split: str) -> tuple[Task, ...]:
                 f"one file needs {split!r} in its name",
             )
             raise ConfigError(reason, where="env search", hint=hint)
-    questions = [_question(files[0], number, record) for number, record in read_records(files[0], layout=_FORMAT)]
+    read = [_question(files[0], number, record) for number, record in read_records(files[0], layout=_FORMAT)]
+    questions = [item for item in read if item["answers"]]
+    tell(
+        f"search data: {len(questions):,} questions in {files[0]}",
+        {"without an answer left out": len(read) - len(questions)},
+    )
     if single:
-        questions = [item for item in questions if (derive(item["question"]) % HELD_OUT == 0) == (split == "val")]
+        marks = {derive(item["question"]) for item in questions}
+        held_out = {mark for mark in marks if mark % HELD_OUT == 0} or {min(marks, default=0)}
+        questions = [item for item in questions if (derive(item["question"]) in held_out) == (split == "val")]
     return tuple(Task(f"{split}-{number}", split, item) for number, item in enumerate(questions))
 
 
 def _question(path: Path, number: int, record: Any) -> dict[str, Any]:
+    """A question with all answers that are right: aliases too. None, or null, is a question that cannot be answered."""
     fields = record if isinstance(record, dict) else {}
-    question = fields.get("question")
-    answers = next((fields[name] for name in ("golden_answers", "answers", "answer") if name in fields), None)
-    answers = [answers] if isinstance(answers, str) else answers
-    texts = isinstance(question, str) and isinstance(answers, list) and all(isinstance(text, str) for text in answers)
-    if not texts or not answers:
+    extra, rewarded = fields.get("extra_info"), fields.get("reward_model")
+    question = fields.get("question", extra.get("question") if isinstance(extra, dict) else None)
+    if isinstance(rewarded, dict):  # verl's rows
+        fields = {"golden_answers": rewarded.get("ground_truth"), **fields}
+    given = [fields[name] for name in ("golden_answers", "answers", "answer") if name in fields]
+    try:
+        answers = _answers(next((value for value in given if value is not None), None))
+        answers += _answers(fields.get("answer_aliases")) if answers else []  # MuSiQue's
+    except ValueError:
+        given = []
+    if not isinstance(question, str) or not given:
         raise _misfit(path, number, "no question with an answer", _QUESTIONS)
     stratum = next((str(fields[name]) for name in ("data_source", "type") if fields.get(name)), None)
-    return {"question": question, "answers": answers} | ({"stratum": stratum} if stratum else {})
+    answered = fields.get("answerable", True)  # MuSiQue has questions that are not
+    item = {"question": question, "answers": list(dict.fromkeys(answers)) if answered else []}
+    return item | ({"stratum": stratum} if stratum else {})
+
+
+def _answers(value: Any) -> list[str]:
+    """The texts of an answer: a text, a number, a list of them, SQuAD's {text}, TriviaQA's {value, aliases}, {target}.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(value, dict):
+        parts = [value[name] for name in ("value", "aliases", "text", "target") if name in value]
+        if not parts:
+            raise ValueError("no answer")
+        return [text for part in parts for text in _answers(part)]
+    if isinstance(value, list):
+        return [text for part in value for text in _answers(part)]
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        raise ValueError("no answer")
+    return [str(value)] if value is not None and str(value).strip() else []
 
 
 def _context_documents(context: Any) -> list[Document]:

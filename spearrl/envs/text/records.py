@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -56,6 +57,12 @@ def read_records(
                     on_broken_line(f"{path}:{number}: {error}")
     except (OSError, ValueError, EOFError, RecursionError, lzma.LZMAError) as error:  # pyarrow's are ValueErrors
         raise unreadable(error, name) from error
+
+
+def tell(read: str, counts: Mapping[str, int]) -> None:
+    """Warn, in one line, of what a reader left out or changed: what was read, then each count with its words."""
+    if parts := [f"{count:,} {words}" for words, count in counts.items() if count]:
+        warnings.warn("; ".join([read, *parts]), stacklevel=3)
 
 
 def _array(stream: TextIO) -> Iterator[Any]:
