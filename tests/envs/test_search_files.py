@@ -252,7 +252,7 @@ def test_a_document_whose_text_is_empty_shows_its_contents(tmp_path, empty):
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
     for path in (tmp_path / "nowhere.jsonl", tmp_path):
-        with pytest.raises(ConfigError, match="no .json or .jsonl files"):
+        with pytest.raises(ConfigError, match="no .json, .jsonl or .parquet files"):
             Search(data=path)
     qa = write(tmp_path / "train.jsonl", [{"question": "q", "answer": "a"}])
     with pytest.raises(ConfigError, match="need env.options.corpus or env.options.retriever_url"):

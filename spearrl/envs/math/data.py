@@ -98,8 +98,8 @@ def open_problems(data: str, train: str) -> Problems:
             duplicates += mark in problems
             if mark not in test_marks:
                 problems.setdefault(mark, task)
-    told |= {"problems that came twice left out": duplicates}
-    told |= {"training problems that are in a test file too left out": contaminated}
+    told["problems that came twice left out"] = duplicates
+    told["training problems that are in a test file too left out"] = contaminated
     tell(f"math data: {len(problems) + sum(map(len, splits.values())):,} problems in {data}", told)
     if not (problems or splits):
         raise ConfigError(f"there are no problems in {data}", where=WHERE, hint=f"expected {LAYOUT}")
@@ -187,10 +187,9 @@ def _bare(problem: str, told: Counter[str]) -> str:
         problem = wrapped[1]
     bare = ORDER.sub(lambda match: match[0] if r"\boxed" in match[0] else "", problem).strip()
     told["with an order to answer in another form, left out"] += bool(bare) and bare != problem.strip()
-    told["that ask for #### or <answer> in a way that is not understood"] += bool(
-        re.search("####|<answer>", bare or problem)
-    )
-    return bare or problem
+    bare = bare or problem
+    told["that ask for #### or <answer> in a way that is not understood"] += "####" in bare or "<answer>" in bare
+    return bare
 
 
 def _answer(value: Any, where: str, told: Counter[str]) -> str | None:
@@ -216,7 +215,7 @@ def _spaced(code: str) -> str:
 
 def _mark(task: Task) -> bytes:
     """Equal for the same problem, in whatever case, spacing, markup and with whatever order how to answer."""
-    text = ORDER.sub("", task.data["problem"]).lower().replace("$", "")
+    text = (ORDER.sub("", task.data["problem"]).strip() or task.data["problem"]).lower().replace("$", "")
     text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     text = MARKUP.sub(lambda match: "" if match[1] is None else match[1].strip() or " ", text)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -64,7 +64,7 @@ def data_files(data: str) -> list[Path]:
     )
     if not files or not files[0].is_file():
         hint = "name a file, or a folder with train and dev files"
-        raise ConfigError(f"no .json or .jsonl files at {data}", where="env search", hint=hint)
+        raise ConfigError(f"no .json, .jsonl or .parquet files at {data}", where="env search", hint=hint)
     return files
 
 
