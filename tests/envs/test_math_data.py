@@ -58,7 +58,8 @@ def test_a_file_of_any_usual_shape(tmp_path):
         {"question": "half?", "answer": "1,000/2 = <<1000/2=500>>500\n#### 500"},
         {"problem": "sum?", "answer": "72", "solution": "48/2 = <<48/2=24>>24\n48+24=<<48+24=72>>72\n#### 72"},
     ]
-    found = open_problems(written(tmp_path / "mine.jsonl", *rows), "aime")
+    with pytest.warns(UserWarning, match="1 taken out of DAPO's instruction; 1 without an answer left out"):
+        found = open_problems(written(tmp_path / "mine.jsonl", *rows), "aime")
     tasks = {task.id: task.data for split in ("train", "val") for task in found.splits[split]}
     assert WRAPPED.match(dapo)[1] == "What is $2+2$?"
     assert tasks["mine-0"] == {"problem": "What is $2+2$?", "answer": "4"} and tasks["mine-1"]["answer"] == "4.5"
@@ -239,7 +240,9 @@ def test_integer_answers_only_where_the_source_says_so(tmp_path):
         {"problem": "a", "answer": "-7", "type": "Algebra"},
         {"problem": "b", "answer": "\\frac{1}{2}"},
     )
-    assert {"a"} == {t.data["problem"] for split in open_problems(str(tmp_path), "math").splits.values() for t in split}
+    with pytest.warns(UserWarning, match="1 whose answer is no integer left out"):
+        found = open_problems(str(tmp_path), "math")
+    assert {"a"} == {t.data["problem"] for split in found.splits.values() for t in split}
     assert {"a", "b"} == {
         t.data["problem"] for split in open_problems(str(tmp_path), "math_train").splits.values() for t in split
     }
