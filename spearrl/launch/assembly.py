@@ -221,7 +221,8 @@ def _players(
         fleet = Fleet(config, launcher_of(config, str(model), placement, logs), on_start=on_start, report=report)
         stack.callback(fleet.close)
         return Players(fleet.collector(*training), fleet.collector(*evaluation), fleet, fleet=fleet)
-    engine = make_engine(config, model, device=device, colocated=placement.colocated, sleeps=placement.sleeps)
+    shared = {"colocated": placement.colocated, "sleeps": placement.sleeps}
+    engine = make_engine(config, model, device=device, tokenizer=encoder.tokenizer, **shared)
     stack.callback(engine.close)
     pool = make_pool(config, environment)
     stack.callback(pool.close)

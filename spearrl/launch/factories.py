@@ -15,7 +15,7 @@ from spearrl.envs.pool import Pool, open_pool
 from spearrl.errors import ConfigError
 from spearrl.launch.placement import Placement
 from spearrl.learner import Learner, LocalLearner, ValueHead
-from spearrl.models import load_model
+from spearrl.models import load_model, text_ids
 from spearrl.models.chat import ChatEncoder
 from spearrl.rollout.collector import Collector
 from spearrl.rollout.local import LocalEngine
@@ -52,6 +52,7 @@ def make_engine(
     model: torch.nn.Module | str,
     *,
     device: str,
+    tokenizer: Any = None,
     index: int = 0,
     colocated: bool = False,
     sleeps: bool = False,
@@ -60,6 +61,7 @@ def make_engine(
 
     Args:
         model: a model to share parameters with (local engine only), or a model directory to load.
+        tokenizer: its text is what a local engine is checked on at the start.
         index: of the worker it belongs to; chooses its server where there are several.
         colocated, sleeps: as the run's Placement has it.
     Raises:
@@ -74,6 +76,7 @@ def make_engine(
             cache_mib=settings.cache_mib,
             context_tokens=settings.context_tokens,
             device=device,
+            probe_ids=() if tokenizer is None else text_ids(tokenizer),
         )
     if not isinstance(model, str):
         raise ConfigError(

@@ -56,7 +56,7 @@ def build_worker(start: Start, send: Callable[[bytes], None]) -> RolloutWorker:
     environment = make_environment(config)
     encoder = open_format(load_tokenizer(folder), config.model, environment.tools())
     pool = make_pool(config, environment)
-    shared = {"colocated": start.colocated, "sleeps": start.sleeps}
+    shared = {"colocated": start.colocated, "sleeps": start.sleeps, "tokenizer": encoder.tokenizer}
     engine = make_engine(config, folder, device=device, index=start.index, **shared)
     return RolloutWorker(
         config.rollout.engine,

@@ -1,7 +1,7 @@
 """Models: names, loading and saving any causal language model, building tiny ones, images, and the chat format."""
 
 from spearrl.models.hub import directory_of, is_hub_name, pinned
-from spearrl.models.loading import load_model, load_tokenizer, save_model, save_weights
+from spearrl.models.loading import load_model, load_tokenizer, save_model, save_weights, text_ids
 from spearrl.models.tiny import build_tiny, train_tokenizer
 from spearrl.models.torch_setup import ask_for_determinism, prepare_torch
 
@@ -16,5 +16,6 @@ __all__ = [
     "prepare_torch",
     "save_model",
     "save_weights",
+    "text_ids",
     "train_tokenizer",
 ]

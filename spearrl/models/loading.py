@@ -16,6 +16,8 @@ from spearrl.models.hub import directory_of
 from spearrl.models.stops import declared_stops
 from spearrl.models.vision import KINDS, load_vision, model_kind, vision_of
 
+ORDINARY_TEXT = "The shop sells tea, bread and a blue chair; what did she buy for ten dollars, and why?"
+
 
 def load_model(path: str, *, dtype: torch.dtype = torch.float32) -> Any:
     """A causal language model, in evaluation mode.
@@ -58,6 +60,11 @@ def load_tokenizer(path: str) -> Any:
         raise ConfigError(f"no tokenizer can be loaded: {error}", where=path, hint=hint) from error
     tokenizer.vision, tokenizer.declared_stops = load_vision(path), declared_stops(path)
     return tokenizer
+
+
+def text_ids(tokenizer: Any) -> list[int]:
+    """Tokens of ordinary text, on which log-probabilities can be compared: elsewhere a model's rounding is larger."""
+    return list(tokenizer.encode(ORDINARY_TEXT, add_special_tokens=False))
 
 
 def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from spearrl.batching.token_hashes import counter_uniforms
 from spearrl.errors import ConfigError, EngineError
 from spearrl.rollout import Completion, LocalEngine, Request, Sampling
+from spearrl.rollout.local.cache import SlotCache
 from spearrl.rollout.local.forward import Forward
 from spearrl.rollout.local.sampling import draw
 from spearrl.rollout.local.scheduler import common
@@ -237,14 +238,69 @@ def test_uniform_numbers():
     assert len({*counter_uniforms([-1, 2**63 - 1, 2**64 + 5], [0, 0, 0]).tolist()}) == 3
 
 
-def test_the_cache_is_bounded_in_bytes():
+PER_TOKEN = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, head_dim, bytes
+
+
+def test_the_cache_grows_with_what_is_in_flight():
     model = tiny()
-    per_slot = 2 * 2 * 2 * 8 * 4096 * 4  # layers, keys and values, heads, head_dim, tokens, bytes
-    with pytest.warns(UserWarning, match="holds 4 of 9 sequences"):
-        engine = engine_of(model, slots=9, cache_mib=4, context_tokens=4096)
-    assert (engine.slots, engine.cache.bytes) == (4, 4 * per_slot)
+    engine = engine_of(model, slots=64, cache_mib=128, context_tokens=4096)
+    alone = Request((0, 0, 0), (1, 2, 3), sampling=Sampling(max_tokens=40, seed=1))
+    serve(engine, alone)
+    assert (engine.cache.allocated, engine.cache.bytes) == (1, 64 * PER_TOKEN)
+    siblings = [Request((1, sibling, 0), (4, 5), sampling=Sampling(max_tokens=9, seed=sibling)) for sibling in range(5)]
+    for request, completion in zip(siblings, serve(engine, *siblings), strict=True):
+        assert_matches(model, request, completion)
+    assert 5 <= engine.cache.allocated <= 8 and engine.cache.length == 64
+    growing = Request((0, 0, 1), (1, 2, 3, *range(20)), sampling=Sampling(max_tokens=900, seed=1))
+    assert_matches(model, growing, serve(engine, growing)[0])
+    assert engine.cache.length < 2048
+
+
+def test_the_cache_is_bounded_in_bytes():
+    """Nine requests of up to 512 tokens in a cache for 4 of them: all are served, right, four at a time; then short
+    ones go all at once.
+    """
+    model = tiny()
+    engine = engine_of(model, slots=9, cache_mib=1, context_tokens=1024)
+    limit = 1 << 20
+    assert engine.cache.room(1024) == limit // (1024 * PER_TOKEN) == 4
+    draws = random.Random(0)
+    for round_, most in enumerate((500, 30, 1000, 200)):
+        siblings = [
+            Request(
+                (round_, sibling, 0),
+                tuple(draws.randrange(VOCABULARY) for _ in range(2 + sibling)),
+                sampling=Sampling(max_tokens=most - sibling - 12, seed=sibling, stop_ids=(7, 8)),
+            )
+            for sibling in range(9)
+        ]
+        for request, completion in zip(siblings, serve(engine, *siblings), strict=True):
+            assert_matches(model, request, completion)
+        assert engine.cache.bytes <= limit
     with pytest.raises(ConfigError, match="needs 8 MiB of cache, rollout.cache_mib is 7"):
-        engine_of(model, cache_mib=7, context_tokens=8 * 4096)
+        engine_of(model, cache_mib=7, context_tokens=32 * 1024)
+
+
+@pytest.mark.parametrize("fault", ["hole", "position", "stale"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch, fault: str, dtype: torch.dtype):
+    model = tiny("llama").to(dtype)
+    engine_of(model, probe_ids=range(1, 21))
+    aim, exchange, forward = SlotCache.aim, SlotCache._exchange, model.base_model.forward
+
+    def shifted(*args, position_ids=None, input_ids=None, **kwargs):
+        if position_ids is not None and input_ids.shape[1] == 1:
+            position_ids = position_ids + 3
+        return forward(*args, input_ids=input_ids, position_ids=position_ids, **kwargs)
+
+    if fault == "hole":
+        monkeypatch.setattr(SlotCache, "aim", lambda self, rows, starts, *rest: aim(self, rows, starts + 1, *rest))
+    elif fault == "stale":
+        monkeypatch.setattr(SlotCache, "_exchange", lambda self, store, new: exchange(self, store, new.roll(1, dims=2)))
+    else:
+        monkeypatch.setattr(model.base_model, "forward", shifted)
+    with pytest.raises(ConfigError, match="off by"):
+        engine_of(model, probe_ids=range(1, 21))
 
 
 @pytest.mark.parametrize(

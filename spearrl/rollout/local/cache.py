@@ -1,4 +1,4 @@
-"""The local engine's key-value cache: fixed slots, bounded in bytes, written and read in place."""
+"""The local engine's key-value cache: slots that grow on demand, bounded in bytes, written and read in place."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ MIB = 1 << 20
 
 
 class SlotCache:
-    """Keys and values of every layer, [slots, heads, tokens, head_dim] each.
+    """Keys and values of every layer, [allocated slots, heads, allocated tokens, head_dim] each.
 
     Passed to a transformers model as `past_key_values`: its layers call `update`, which writes this pass's tokens where
-    `aim` says and returns what the rows of the pass may look at.
+    `aim` says and returns what the rows of the pass may look at. Nothing is allocated before `reserve`.
 
+    Args:
+        slots: at most.
+        tokens: of a slot at most.
     Raises:
-        ConfigError: not even one slot fits `cache_mib`.
+        ConfigError: not even one slot of that many tokens fits `cache_mib`.
     """
 
     def __init__(
@@ -28,18 +31,51 @@ class SlotCache:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         layers = config.num_hidden_layers
-        self.bytes_per_slot = layers * 2 * heads * width * tokens * dtype.itemsize
-        self.slots = min(slots, cache_mib * MIB // self.bytes_per_slot)
-        if self.slots < 1:
-            needed = -(-self.bytes_per_slot // MIB)
+        self.slots, self.tokens, self._budget = slots, tokens, cache_mib * MIB
+        self.bytes_per_token = layers * 2 * heads * width * dtype.itemsize
+        if self.room(tokens) < 1:
+            needed = -(-tokens * self.bytes_per_token // MIB)
             text = f"one sequence of {tokens} tokens needs {needed} MiB of cache, rollout.cache_mib is {cache_mib}"
             hint = f"set rollout.cache_mib to at least {needed}, or lower rollout.context_tokens"
             raise ConfigError(text, where="rollout.cache_mib", hint=hint)
-        self.bytes, self.tokens = self.slots * self.bytes_per_slot, tokens
-        shape = (self.slots, heads, tokens, width)
-        self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self._values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.allocated, self.length = 0, 0  # slots, and tokens of each
+        none = torch.zeros((0, heads, 0, width), dtype=dtype, device=device)
+        self._keys, self._values = [none] * layers, [none] * layers
         self._rows: torch.Tensor | slice = slice(0, 0)
+
+    @property
+    def bytes(self) -> int:
+        """Allocated now."""
+        return self.allocated * self.length * self.bytes_per_token
+
+    def room(self, tokens: int) -> int:
+        """How many slots of so many tokens the bound holds."""
+        return min(self.slots, self._budget // (self._whole(tokens) * self.bytes_per_token))
+
+    def reserve(self, slots: int, tokens: int) -> None:
+        """Have at least `slots` (at most `room(tokens)`) slots of `tokens` tokens: twice as many where they fit.
+
+        What is there is kept; where the bound asks for it, only of the first `slots`, and their first `tokens` tokens.
+        """
+        tokens = self._whole(tokens)
+        if slots <= self.allocated and tokens <= self.length:
+            return
+        shapes = [(max(slots, self.allocated), max(tokens, self.length)), (slots, tokens)]
+        if slots > self.allocated:
+            shapes.insert(0, (min(self.slots, max(slots, 2 * self.allocated)), shapes[0][1]))
+        if tokens > self.length:
+            shapes.insert(0, (shapes[0][0], self._whole(max(tokens, 2 * self.length))))
+        self.allocated, self.length = next(shape for shape in shapes if shape[0] <= self.room(shape[1]))
+        for stores in (self._keys, self._values):
+            for layer, store in enumerate(stores):
+                _, heads, _, width = store.shape
+                stores[layer] = store.new_zeros((self.allocated, heads, self.length, width))
+                kept = store[: self.allocated, :, : self.length]
+                stores[layer][: kept.shape[0], :, : kept.shape[2]] = kept
+
+    def _whole(self, tokens: int) -> int:
+        """Rounded up, so that few shapes occur."""
+        return min(self.tokens, -(-tokens // SPAN_STEP) * SPAN_STEP)
 
     def aim(self, rows: list[int], starts: torch.Tensor, counts: torch.Tensor, width: int) -> torch.Tensor:
         """Prepare a pass over `width` new tokens of each row, of which the first `counts` are real; returns its
@@ -59,7 +95,7 @@ class SlotCache:
             self._real = steps < counts[:, None]
             self._write_rows = index[:, None].expand_as(positions)[self._real]
             self._write_positions = positions[self._real]
-        self._span = min(self.tokens, -(-int((starts + counts).max()) // SPAN_STEP) * SPAN_STEP)
+        self._span = min(self.length, self._whole(int((starts + counts).max())))
         self._rows = slice(0, len(rows)) if rows == list(range(len(rows))) else index
         return (torch.arange(self._span, device=device) <= positions[:, :, None])[:, None]
 

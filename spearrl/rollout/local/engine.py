@@ -1,4 +1,4 @@
-"""The embedded engine: continuous batching over a transformers model in this process, with a static key-value cache.
+"""The embedded engine: continuous batching over a transformers model in this process, with a key-value cache that grows on demand.
 
 Requests are admitted in the order of their ids and only when every coroutine that could submit one has done so; the
 same requests therefore meet the same batches, and two runs are bit-identical on a CPU.
@@ -10,7 +10,7 @@ import asyncio
 import math
 import threading
 import time
-import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from spearrl.rollout.protocol import Completion, Request, request_problem
 PREFILL_TOKENS = 8192  # padded tokens of one prefill pass
 CHUNK = 2048  # new tokens of one sequence in one pass: bounds the attention mask
 WAVE = 4  # prefill when 1 / WAVE of the sequences in flight wait, or nothing is decoding
+DEFAULT_PROBE = 7
 SETTLE = 3  # turns of the event loop in which whoever got a reply can submit the next request
 
 
@@ -34,15 +35,23 @@ class LocalEngine:
     """Samples from `model`, sharing its parameters with whoever trains it; call `publish` after they changed.
 
     Args:
-        slots: sequences decoded at a time; fewer, with a warning, where cache_mib does not hold as many.
-        cache_mib: bound on the key-value cache.
+        slots: sequences decoded at a time at most; fewer, and the others wait, while cache_mib does not hold as many.
+        cache_mib: bound on the key-value cache, which grows with the requests in flight.
+        probe_ids: tokens of ordinary text for the check of the cache; none: the lowest ids.
         context_tokens: prompt plus reply tokens of a request at most.
     Raises:
         ConfigError: not even one sequence fits the cache, or the model's layers do not work with a static cache.
     """
 
     def __init__(
-        self, model: Any, *, slots: int, cache_mib: int, context_tokens: int, device: str | torch.device = "cpu"
+        self,
+        model: Any,
+        *,
+        slots: int,
+        cache_mib: int,
+        context_tokens: int,
+        device: str | torch.device = "cpu",
+        probe_ids: Sequence[int] = (),
     ):
         self.model = model
         self.version = 0
@@ -56,15 +65,11 @@ class LocalEngine:
             dtype=next(model.parameters()).dtype,
             device=self.device,
         )
-        self.slots = self.cache.slots
-        if self.slots < slots:
-            each = self.cache.bytes_per_slot / (1 << 20)
-            holds = f"rollout.cache_mib={cache_mib} holds {self.slots} of {slots} sequences"
-            warnings.warn(f"{holds} ({each:.1f} MiB each at {context_tokens} tokens)", stacklevel=2)
         names = ("prefilled_tokens", "cached_tokens", "sampled_tokens", "seconds")
         self.counters: dict[str, float] = dict.fromkeys(names, 0.0)
         self._table = SlotTable(self.cache)
-        self.forward = Forward(model, self.cache, self._table.slots, self.device)
+        probe_ids = probe_ids or range(1, min(DEFAULT_PROBE, model.get_input_embeddings().num_embeddings))
+        self.forward = Forward(model, self.cache, self._table.slots, device=self.device, probe_ids=probe_ids)
         self._waiting: list[Job] = []
         self._task: asyncio.Task[None] | None = None
         self._paused = self._closed = False
@@ -140,11 +145,14 @@ class LocalEngine:
     def _admit(self) -> None:
         """Prefill waiting requests into free slots, those with one prompt only once."""
         free = self._table.free()
-        busy = self.slots - free
+        busy = len(self._table.slots) - free
         if not self._waiting or not free or (busy and len(self._waiting) * WAVE < len(self._waiting) + busy):
             return
         self._waiting.sort(key=lambda job: job.request.id)
-        admitted, self._waiting = self._waiting[:free], self._waiting[free:]
+        count = self._table.admissible(self._waiting)
+        if not count:
+            return
+        admitted, self._waiting = self._waiting[:count], self._waiting[count:]
         alike: dict[tuple[int, ...], list[CacheSlot]] = {}
         for job, slot in self._table.assign(admitted):
             job.min_version = self.version

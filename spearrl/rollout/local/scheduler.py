@@ -26,6 +26,11 @@ class Job:
     cached: int = 0  # prompt tokens that were not computed
     images: ImagePrompt | None = None  # where the prompt has pictures
 
+    @property
+    def need(self) -> int:
+        """Tokens that the request may come to."""
+        return len(self.prompt) + self.request.sampling.max_tokens
+
 
 @dataclass
 class CacheSlot:
@@ -67,34 +72,56 @@ class SlotTable:
             if slot.job is None:
                 slot.held = []
 
+    def admissible(self, jobs: list[Job]) -> int:
+        """How many of the first jobs the cache has slots for now: at their longest all in flight must fit the bound."""
+        active = self.active()
+        if self._cache.room(self._cache.tokens) == len(self.slots):
+            return min(len(jobs), self.free())
+        most, busy = max((slot.job.need for slot in active if slot.job), default=0), {slot.index for slot in active}
+        for count, job in enumerate(jobs):
+            most = max(most, job.need)
+            room = self._cache.room(most)
+            if max(busy, default=-1) >= room or room - len(busy) <= count:
+                return count
+        return len(jobs)
+
     def assign(self, jobs: list[Job]) -> list[tuple[Job, CacheSlot]]:
-        """A free slot for each job (at most `free()` of them): the one that holds its conversation, else an empty or
-        the least recently used one.
+        """A free slot for each job (at most the first `admissible`): the one that holds its conversation, else an empty
+        or the least recently used one.
 
         Afterwards `slot.held` is the beginning of the prompt that need not be computed; at least one token is left to
         compute.
         """
+        active = self.active()
+        most = max(job.need for job in (*jobs, *(slot.job for slot in active if slot.job)))
+        room = self._cache.room(most)
         homes: list[CacheSlot | None] = []
         taken: set[int] = set()
         for job in jobs:
             home = self._home(job)
-            homes.append(home if home and home.index not in taken else None)
+            homes.append(home if home and home.index not in taken and home.index < room else None)
             taken |= {home.index} if home else set()
         rest = iter(
             sorted(
-                (s for s in self.slots if s.job is None and s.index not in taken),
+                (s for s in self.slots[:room] if s.job is None and s.index not in taken),
                 key=lambda s: (s.used if s.held else -1, s.index),
             )
         )
-        assigned = []
-        for job, home in zip(jobs, homes, strict=True):
-            slot = home or next(rest)
+        chosen = [home or next(rest) for home in homes]
+        self._reserve(1 + max(slot.index for slot in (*chosen, *active)), most)
+        for job, slot in zip(jobs, chosen, strict=True):
             self._reuse(job, slot)
             self._clock += 1
             slot.job, slot.used, slot.owner = job, self._clock, job.request.id[:-1]
             self._homes[job.request.id[:-1]] = self._donors[job.request.id[:-2]] = self._latest = slot
-            assigned.append((job, slot))
-        return assigned
+        return list(zip(jobs, chosen, strict=True))
+
+    def _reserve(self, slots: int, tokens: int) -> None:
+        """Have the cache hold them; idle slots forget what it no longer holds."""
+        self._cache.reserve(slots, tokens)
+        for slot in self.slots:
+            if len(slot.held) >= (self._cache.length if slot.index < self._cache.allocated else 1):
+                slot.held = []
 
     def share(self, source: CacheSlot, target: CacheSlot, tokens: int) -> None:
         """Give `target` the first `tokens` tokens of `source`, of which it may hold a beginning already."""
