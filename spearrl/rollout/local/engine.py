@@ -1,4 +1,4 @@
-"""The embedded engine: continuous batching over a transformers model in this process, with a key-value cache that grows on demand.
+"""The embedded engine: continuous batching over a transformers model in this process, with a cache that grows on demand.
 
 Requests are admitted in the order of their ids and only when every coroutine that could submit one has done so; the
 same requests therefore meet the same batches, and two runs are bit-identical on a CPU.
