@@ -15,7 +15,8 @@ from spearrl.cli.target import OVERRIDES_HELP, TARGET_HELP, config_of, model_of
 if TYPE_CHECKING:
     from spearrl.config import RunConfig
     from spearrl.envs import Environment
-    from spearrl.types import Action, Observation, Task, Trajectory
+    from spearrl.rollout import Request
+    from spearrl.types import Action, Observation, Task, Trajectory, Turn
 
 EXAMPLES = """
 examples:
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
         task = _task(environment, args.split, args.task)
     say(f"task {task.id} ({task.split}), seed {seed}, style {style}, at most {environment.max_turns} turns")
     if args.model:
-        episode = _by_model(config, environment, task, seed, say)
+        write = (lambda text: None) if args.json else _write
+        episode = _by_model(config, environment, task, seed, say=say, write=write)
     else:
         with _blaming(f"{name}, task {task.id}, seed {seed}"):
             episode = _by_hand(environment, task, style, args, say)
@@ -96,9 +98,13 @@ def _blaming(where: str) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
+    _write(text + "\n")
+
+
+def _write(text: str) -> None:
     """Print what standard output can show."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
 
 
 def _task(environment: Environment, split: str, task_id: str | None) -> Task:
@@ -182,9 +188,15 @@ def _reply(
 
 
 def _by_model(
-    config: RunConfig, environment: Environment, task: Task, seed: int, say: Callable[[str], None]
+    config: RunConfig,
+    environment: Environment,
+    task: Task,
+    seed: int,
+    *,
+    say: Callable[[str], None],
+    write: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The episode of a model, through the trainer's own collector; prompts are shown with their control tokens."""
+    """The episode of a model through the trainer's own collector, shown as it is played, control tokens too."""
     from spearrl.launch.assembly import players_of
     from spearrl.launch.factories import make_collector, make_pool
     from spearrl.models import load_tokenizer, prepare_torch
@@ -192,7 +204,8 @@ def _by_model(
 
     config = with_pinned_model(config)
     tokenizer = load_tokenizer(config.model.path)
-    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"workers": 0})})
+    rollout = config.rollout.model_copy(update={"workers": 0, "slots": 1})
+    config = config.model_copy(update={"rollout": rollout})
     with ExitStack() as stack:
         players = players_of(config, environment, prepare_torch(config), stack)
         engine, encoder = cast(Any, players.engine), cast(Any, players.evaluator).encoder
@@ -201,16 +214,15 @@ def _by_model(
         stack.callback(pool.close)
         sampling = (config.eval.temperature, config.eval.top_p)
         collector = make_collector(config, engine, encoder, pool, sampling=sampling)
+        shown = _Shown(tokenizer, say, write, environment.max_turns)
+        collector.on_turn = shown.turn
+        if hasattr(engine, "on_token"):  # the embedded engine; from another one replies come whole
+            engine.on_token = shown.token
         (group,) = collector.collect([task], 1, run_seed=seed, step=0, first_group_id=0, purpose="play")
     trajectory = group.trajectories[0]
     turns = _model_turns(trajectory, tokenizer)
-    for number, turn in enumerate(turns):
-        continues = " goes on" if turn["continues"] else ""
-        pictures = f", {turn['pictures']} picture(s) in it" if turn["pictures"] else ""
-        say(f"--- turn {number + 1} of {environment.max_turns}: the prompt{continues}{pictures}")
-        say(turn["new"])
-        say(f"--- the reply\n{turn['reply']}")
-        say(_action_line(turn))
+    if trajectory.turns and turns[-1]["reward"] != shown.reward:  # what a cut episode pays
+        say(f"cut short: the last turn's reward is {turns[-1]['reward']:g}")
     if trajectory.error:
         lines = trajectory.error.strip().splitlines()
         frames = [line.strip() for line in lines if line.startswith("  File ")]
@@ -220,19 +232,60 @@ def _by_model(
     return {"status": trajectory.status.value, "reward": trajectory.reward, "info": trajectory.info, "turns": turns}
 
 
+class _Shown:
+    """Shows an episode of a model while it is played: each prompt, the tokens of the reply, the action."""
+
+    def __init__(self, tokenizer: Any, say: Callable[[str], None], write: Callable[[str], None], most: int):
+        self._tokenizer, self._say, self._write, self._most = tokenizer, say, write, most
+        self._turn, self._written = -1, 0
+        self._reply: list[int] = []
+        self._before: tuple[int, ...] = ()  # ids of the turn before
+        self.reward = 0.0
+
+    def token(self, request: Request, token: int) -> None:
+        """A token was drawn."""
+        if not self._reply:
+            self._begin(request.id[-1], request.token_ids, len(request.images))
+        self._reply.append(token)
+        text = _text_of(self._tokenizer, self._reply)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the rest of the character comes with the next token
+            self._write(text[self._written :])
+            self._written = len(text)
+
+    def turn(self, turn: Turn) -> None:
+        """A turn ended."""
+        if not self._reply:
+            self._begin(self._turn + 1, turn.prompt_ids, len(turn.images))
+        self._write(_text_of(self._tokenizer, turn.token_ids)[self._written :] + "\n")
+        self._say(_action_line(_turn("", "", turn.action, turn.reward)))
+        self._before, self._reply, self._written, self.reward = turn.prompt_ids + turn.token_ids, [], 0, turn.reward
+
+    def _begin(self, number: int, prompt: tuple[int, ...], pictures: int) -> None:
+        if number <= self._turn:
+            self._say("played again from the start")
+            self._before = ()
+        self._turn = number
+        known = len(self._before) if self._before and prompt[: len(self._before)] == self._before else 0
+        continues, images = " goes on" if known else "", f", {pictures} picture(s) in it" if pictures else ""
+        self._say(f"--- turn {number + 1} of {self._most}: the prompt{continues}{images}")
+        self._say(f"{_text_of(self._tokenizer, prompt[known:])}\n--- the reply")
+
+
+def _text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
 def _model_turns(trajectory: Trajectory, tokenizer: Any) -> list[dict[str, Any]]:
     """The turns as text; "new" is what a prompt has beyond the turn before, where it goes on from that one."""
-
-    def text_of(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     turns: list[dict[str, Any]] = []
     before: tuple[int, ...] = ()
     for turn in trajectory.turns:
         continues = bool(before) and turn.prompt_ids[: len(before)] == before
-        new = text_of(turn.prompt_ids[len(before) :] if continues else turn.prompt_ids)
+        new = _text_of(tokenizer, turn.prompt_ids[len(before) :] if continues else turn.prompt_ids)
         before = turn.prompt_ids + turn.token_ids
-        entry = _turn(text_of(turn.prompt_ids), text_of(turn.token_ids), turn.action, turn.reward)
+        prompt, reply = _text_of(tokenizer, turn.prompt_ids), _text_of(tokenizer, turn.token_ids)
+        entry = _turn(prompt, reply, turn.action, turn.reward)
         turns.append({**entry, "new": new, "continues": continues, "pictures": len(turn.images)})
     return turns
 

@@ -43,7 +43,7 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, description="Seed every random draw of the run is derived from.")
     steps: int = Field(100, ge=0, description="Training steps (one rollout and one update each).")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the local engine and learner compute.")
-    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: all cores.")
+    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: OMP_NUM_THREADS, or all cores.")
     deterministic: bool = Field(True, description="Deterministic kernels and delivery: two CPU runs are bit-identical.")
     checkpoint_every: int = Field(20, ge=0, description="Steps between checkpoints; 0: only at the end.")
     keep: int = Field(2, ge=1, description="Newest checkpoints kept.")

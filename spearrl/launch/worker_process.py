@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from spearrl.launch.factories import make_collector, make_engine, make_environment, make_pool, receiver_of
-from spearrl.models import directory_of, load_tokenizer, prepare_torch
+from spearrl.models import directory_of, load_tokenizer, prepare_torch, threads_of
 from spearrl.models.formats import open_format
 from spearrl.processes import connection_to_parent
 from spearrl.rollout.workers.link import Launcher, Link, ProcessLink
@@ -38,7 +38,7 @@ def processes(start: Start, folder: Path, environments: Sequence[Mapping[str, st
         environments: variables of each worker's process, CUDA_VISIBLE_DEVICES among them.
     """
     config = start.config
-    cores = max(1, (config.run.threads or os.cpu_count() or 1) // max(1, config.rollout.workers))
+    cores = max(1, threads_of(config) // max(1, config.rollout.workers))
 
     def launch(index: int) -> Link:
         variables = {"OMP_NUM_THREADS": str(cores), **(environments[index] if environments else {})}

@@ -3,7 +3,7 @@
 from spearrl.models.hub import directory_of, is_hub_name, pinned
 from spearrl.models.loading import load_model, load_tokenizer, save_model, save_weights, text_ids
 from spearrl.models.tiny import build_tiny, train_tokenizer
-from spearrl.models.torch_setup import ask_for_determinism, prepare_torch
+from spearrl.models.torch_setup import ask_for_determinism, prepare_torch, threads_of
 
 __all__ = [
     "ask_for_determinism",
@@ -17,5 +17,6 @@ __all__ = [
     "save_model",
     "save_weights",
     "text_ids",
+    "threads_of",
     "train_tokenizer",
 ]

@@ -23,7 +23,9 @@ def prepare_torch(config: RunConfig, *, share: int = 1) -> str:
     Raises:
         ConfigError: a GPU is asked for and there is none.
     """
-    torch.set_num_threads(max(1, (config.run.threads or os.cpu_count() or 1) // share))
+    # A launcher of processes gives each its OMP_NUM_THREADS, already divided.
+    own = 0 if config.run.threads else _own_threads()
+    torch.set_num_threads(own or max(1, threads_of(config) // share))
     ask_for_determinism(config.run.deterministic)
     _keep_freed_memory()
     torch.manual_seed(derive(config.run.seed, "torch") % 2**31)
@@ -38,6 +40,16 @@ def prepare_torch(config: RunConfig, *, share: int = 1) -> str:
         # and say so on standard output.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return device
+
+
+def threads_of(config: RunConfig) -> int:
+    """CPU threads a run may use: run.threads, else OMP_NUM_THREADS, else all cores."""
+    return config.run.threads or _own_threads() or os.cpu_count() or 1
+
+
+def _own_threads() -> int:
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(asked) if asked.isdecimal() else 0
 
 
 def ask_for_determinism(deterministic: bool) -> None:

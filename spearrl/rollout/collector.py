@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -128,6 +128,7 @@ class Collector:
         # Tokens (prompt and reply) of each episode under way, by sampling seed: ids of a step may be an evaluation's
         # too.
         self.tokens_held: dict[Seed, int] = {}
+        self.on_turn: Callable[[Turn], None] | None = None  # called with every turn as it ends
         self._failures = 0  # calls of `collect` in a row in which all failed
         self._tools_checked = False  # whether the template was seen to show function schemas
 
@@ -303,6 +304,8 @@ class Collector:
                 allowed_ids=request.sampling.allowed_ids,
             )
         )
+        if self.on_turn is not None:
+            self.on_turn(trajectory.turns[-1])
         trajectory.info = dict(outcome.info)
         trajectory.faults += bool(outcome.info.get("fault"))
         episode.reply_tokens += len(tokens)

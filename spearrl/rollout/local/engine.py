@@ -1,4 +1,4 @@
-"""The embedded engine: continuous batching over a transformers model in this process, with a cache that grows on demand.
+"""The embedded engine: continuous batching over a transformers model in this process, with a cache that grows.
 
 Requests are admitted in the order of their ids and only when every coroutine that could submit one has done so; the
 same requests therefore meet the same batches, and two runs are bit-identical on a CPU.
@@ -10,7 +10,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class LocalEngine:
         self._waiting: list[Job] = []
         self._task: asyncio.Task[None] | None = None
         self._paused = self._closed = False
+        self.on_token: Callable[[Request, int], None] | None = None  # called with every token as it is drawn
         self.passing = threading.Lock()  # held during a pass; who pauses from another thread waits for it
 
     async def generate(self, request: Request) -> Completion:
@@ -221,6 +222,8 @@ class LocalEngine:
                 continue
             job.tokens.append(token)
             job.logprobs.append(logprob)
+            if self.on_token is not None:
+                self.on_token(job.request, token)
             stopped = token in job.request.sampling.stop_ids
             if stopped or len(job.tokens) >= job.request.sampling.max_tokens:
                 slot.job = None
