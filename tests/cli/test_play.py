@@ -172,7 +172,7 @@ def test_what_an_environment_raises_is_one_error_with_its_place(
         (["--task", "zzz"], "there are 24, such as fetch-0"),
         (["--split", "dev"], "split 'dev' is not one of train, val"),
         (["--expert", "--model", "x"], "one of them can play"),
-        (["--model", "no/such"], "is not a directory"),
+        (["--model", "no/such"], "is no directory"),
         (["env.options.taks=3"], "did you mean env.options.tasks"),
     ],
 )
