@@ -62,11 +62,6 @@ class Share:
         return cls(batch, objectives, seed, tuple(denominators), len(batch), current)
 
     @property
-    def has_signal(self) -> bool:
-        """Whether any objective can have a gradient: a built-in surrogate whose advantages are all 0 has none."""
-        return any(_has_signal(objective, self.batch) for objective, _ in self.objectives)
-
-    @property
     def has_mini_batch_rule(self) -> bool:
         """Whether a covariance rule looks at the tokens of the whole mini-batch."""
         return any(objective.scope == "mini_batch" for objective, _ in self.objectives)
@@ -99,15 +94,6 @@ def split_objectives(objectives: Sequence[Objective], gamma: float) -> tuple[Wei
     weighted = [(objective, objective.weight * (gamma if objective.on_replay else 1.0)) for objective in objectives]
     live = [(objective, factor) for objective, factor in weighted if factor]
     return [item for item in live if not item[0].on_replay], [item for item in live if item[0].on_replay]
-
-
-def _has_signal(objective: Objective, batch: Batch) -> bool:
-    if objective.kind not in ("policy", "sil", "sft") or objective.surrogate not in ("clip", "gspo", "cispo"):
-        return (
-            True  # KL, entropy and value have a gradient of their own, KL-Cov too; what a user's loss has, nobody knows
-        )
-    advantages = torch.where(batch.action_mask, batch.advantages, 0.0)
-    return bool((advantages > 0).any() if objective.kind == "sil" else (advantages != 0).any())
 
 
 def covariance_tokens(

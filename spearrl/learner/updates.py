@@ -51,17 +51,12 @@ class BaseLearner(Learner):
     def update(
         self, on_policy: Batch, replay: Batch | None, *, gamma: float, objectives: Sequence[Objective], seed: int
     ) -> UpdateResult:
-        started, tally, before = time.monotonic(), Tally(), self.steps
-        skipped = without_signal = 0
+        started, tally, skipped, before = time.monotonic(), Tally(), 0, self.steps
         on_objectives, replay_objectives = split_objectives(objectives, gamma)
         if not replay_objectives:
             replay = None
         parts = ((on_policy, on_objectives), (replay, replay_objectives))
         for shares in plan(*parts, self.settings, joint=self.joint, seed=seed):
-            shares = [share for share in shares if share.has_signal]
-            if not shares:  # a step would only decay weights and follow old moments
-                without_signal += 1
-                continue
             fresh = self.steps == before
             made = self._step([replace(share, current=share.current and fresh) for share in shares], tally)
             self.steps += made
@@ -69,7 +64,6 @@ class BaseLearner(Learner):
         tokens = sum(len(batch.rows.token_ids) for batch in (on_policy, replay) if batch is not None)
         metrics = tally.means() | {
             "policy/updates": float(self.steps - before),
-            "policy/without_signal": float(without_signal),
             "policy/lr": self._rate(max(0, self.steps - 1)),
             "update/tokens": float(tokens),
             "update/seconds": time.monotonic() - started,
