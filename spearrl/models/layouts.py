@@ -93,7 +93,8 @@ def types_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 # Other marks of thoughts: Gemma 4, Cohere, Mistral, gpt-oss, Muse.
 _OTHER_THOUGHT = re.compile(
-    r"(?:<\|channel>thought\n|<\|START_THINKING\|>|\[THINK\]|<\|channel\|>analysis<\|message\|>|\s*to=self<\|message\|>)"
+    r"(?:<\|channel>thought\n|<\|START_THINKING\|>|\[THINK\]|<\|channel\|>analysis<\|message\|>|"
+    r"\s*to=self<\|message\|>)"
     r"(?P<thought>.*?)(?P<end><channel\|>|<\|END_THINKING\|>|\[/THINK\]|<\|end\|>|<\|eom\|>|\Z)",
     re.DOTALL,
 )
@@ -245,7 +246,8 @@ LAYOUTS = (
         r"(?P<name>[\w.-]+?)\s*(?:<\|channel\|>)?(?:commentary|analysis)?\s*(?:<\|constrain\|>)?\s*(?:json)?\s*"
         r"(?:<\|message\|>)?(?P<body>\{.*?)(?:<\|call\|>|(?=<\|start\|>)|\Z)",
         _named_json,
-        noise=r"<\|start\|>assistant|<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>\w+)?<\|message\|>|<\|end\|>",
+        noise=r"<\|start\|>assistant|<\|channel\|>(?:final|commentary)\s*(?:<\|constrain\|>\w+)?<\|message\|>|"
+        r"<\|end\|>",
         marks=("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>"),
     ),
     _layout(  # MiniMax M2, Muse

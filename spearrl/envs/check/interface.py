@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from functools import partial
 
 from spearrl.envs.check.checked_environment import (
     BrokenRule,
@@ -40,7 +41,7 @@ def tasks(checked: CheckedEnvironment) -> str:
     other = checked.build()
     for split in checked.splits:
         try:
-            listed = checked.call(f"tasks({split!r})", lambda split=split: checked.root.tasks(split))  # type: ignore[misc]
+            listed = checked.call(f"tasks({split!r})", partial(checked.root.tasks, split))
         except ConfigError as error:
             if split == "train" or checked.all_splits:
                 fix = error.hint or "name a split the environment has"
@@ -86,9 +87,9 @@ def episode(checked: CheckedEnvironment) -> str:
         running = checked.start(env, task)
         while True:
             observation, turn = running.observation, len(running.records) - 1
-            prompt = checked.call(f"messages, task {task.id}", lambda o=observation, t=turn: env.messages(o, t))  # type: ignore[misc]
+            prompt = checked.call(f"messages, task {task.id}", partial(env.messages, observation, turn))
             check_messages(prompt, "messages()")
-            window = checked.call(f"window, task {task.id}", lambda o=observation, t=task: env.window([], o, t))  # type: ignore[misc]
+            window = checked.call(f"window, task {task.id}", partial(env.window, [], observation, task))
             if window is not None:
                 check_messages(window, "window()")
             if not running.goes_on():
@@ -162,7 +163,7 @@ def parse_format(checked: CheckedEnvironment) -> str:
             expert_text = checked.expert(env)
             texts = [] if expert_text is None else [expert_text]
             for text in [*texts, *(running.observation.admissible or ())[:50]]:
-                reply = checked.call(f"format({shortened(text)})", lambda text=text: env.format(text))  # type: ignore[misc]
+                reply = checked.call(f"format({shortened(text)})", partial(env.format, text))
                 action = checked.parse(env, reply)
                 seen = f"parse(format({shortened(text)})) is {shortened(action.text)}, valid={action.valid}"
                 fix = "make format() the inverse of parse(): the cold start and hand play write replies with it"

@@ -38,8 +38,10 @@ GIVE = (
 )
 OPENING = (
     r"(?:(?:please|finally|lastly|then|also|and|at\s+the\s+end|you\s+(?:must|should|need\s+to)),?\s+){0,4}"
-    rf"(?:{GIVE}|(?:let['’]?s\s+)?(?:think|reason|work)\s+(?:about|through|step|carefully)|let['’]?s\s+solve\s+(?:it|this)|"
-    r"(?:your|the)\s+(?:final\s+|last\s+)?(?:answer|response|reply|output|line)\b|remember\s|make\s+sure\s|show\s+your\s)"
+    rf"(?:{GIVE}|(?:let['’]?s\s+)?(?:think|reason|work)\s+(?:about|through|step|carefully)|"
+    r"let['’]?s\s+solve\s+(?:it|this)|"
+    r"(?:your|the)\s+(?:final\s+|last\s+)?(?:answer|response|reply|output|line)\b|remember\s|"
+    r"make\s+sure\s|show\s+your\s)"
 )
 FORM = r"####|</?answer>|\banswer:|[\"'“*`](?:the\s+)?(?:final\s+)?answer\s+is\b|\\boxed(?![a-zA-Z])(?!\s*\{[^}a-z]*\d)"
 ORDER = re.compile(

@@ -49,7 +49,8 @@ class WebShop(TextEnvironment[ShopSession]):
         seed: int = Field(0, ge=0, description="Fixes prices, price limits and the generated catalogue.")
         human_goals: bool = Field(False, description="Human instructions instead of synthetic ones.")
         val_goals: int = Field(500, ge=1, description="Goals of the split val; the rest is train.")
-        observation: Literal["text", "text_rich", "compact"] = Field(  # type: ignore[assignment]  # one more than the base has
+        # One more choice than the base has.
+        observation: Literal["text", "text_rich", "compact"] = Field(  # type: ignore[assignment]
             "text", description="How pages are written; compact: short, for tiny models."
         )
         show_attrs: bool = Field(False, description="The original's Attributes page.")
