@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import pickle
-import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -186,27 +185,12 @@ def open_trainer(kind: str, source: LearnerSource, client: Client, *, limit: int
     wire: dict[str, Any] = {"packed": True, "packed_buffer_size_bytes": limit, "rank": 0}
     if kind == "nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+        from vllm.utils.network_utils import get_ip, get_open_port
 
         world = 1 + sum(receiver.shards for receiver in client.group.live)
-        info: Any = NCCLTrainerInitInfo(master_address=_address(), master_port=_free_port(), world_size=world, **wire)
+        info: Any = NCCLTrainerInitInfo(master_address=get_ip(), master_port=get_open_port(), world_size=world, **wire)
     else:
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
         info = IPCTrainerInitInfo(**wire)
     return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
-
-
-def _address() -> str:
-    """This machine's address as others reach it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("10.255.255.255", 1))  # sends nothing: asks which interface would
-            return probe.getsockname()[0]
-        except OSError:
-            return "127.0.0.1"
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from spearrl.config import TinySection
 from spearrl.errors import ConfigError
 from spearrl.models import build_tiny, load_model, load_tokenizer, save_model
+from spearrl.models.cpu_dtype import fastest_dtype
 from spearrl.rollout import ChatEncoder
 from spearrl.types import Message
 
@@ -138,3 +140,20 @@ def test_directories_without_a_sound_model(tmp_path):
 def test_an_empty_corpus_still_gives_bytes():
     tokenizer = build_tiny([], TINY, seed=0)[1]
     assert tokenizer.decode(tokenizer.encode("any text", add_special_tokens=False)) == "any text"
+
+
+@pytest.mark.parametrize(("slower", "expected"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_the_processors_faster_type_is_measured_not_named(monkeypatch, slower, expected):
+    product = torch.nn.functional.linear
+
+    def linear(states, weight):
+        if states.dtype == slower:
+            time.sleep(0.01)
+        return product(states, weight)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    threads, speed = torch.get_num_threads(), fastest_dtype([(16, 64, 64)])
+    assert speed.dtype == expected and torch.get_num_threads() == threads
+    faster = max(speed.float32, speed.bfloat16)
+    assert min(speed.float32, speed.bfloat16) < 2e-9 * 16 * 64 * 64 / 0.01 < faster
+    assert str(speed).startswith(str(expected)[6:]) and f"{speed.bfloat16:.3g} in bfloat16" in str(speed)
