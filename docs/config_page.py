@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from spearrl.config import fidelity, grammar, presets
 from spearrl.config.dump import toml_value
 from spearrl.config.fields import OPTIONS, Key, constraint, default_of, dotted, leaves, sections
+from spearrl.config.tables import UNSET
 
 INTRODUCTION = """\
 # Configuration reference
@@ -51,10 +52,13 @@ NAMES = (
 )
 FIDELITY = (
     "`algo.fidelity` says whose reading of SPEAR (arXiv 2509.22601) is followed where the paper, its released agent "
-    "code and its released math code differ. A column sets the fields below, under the settings of the layer that "
-    "gives it. *as set*: left to the algorithm's name, preset, file and command line. *by name*: see the remark. A row "
-    "without a setting is no choice here: the release fails there, or cannot be repeated. The releases' columns also "
-    "set `env.options.grader` of the math environment."
+    "code and its released math code differ; [the paper's page](paper.md) explains each switch, and what the releases "
+    "do that no setting repeats. A column sets the fields below, under the settings of the layer that gives it. *as "
+    "set*: left to the algorithm's name, preset, file and command line. Some depend on the name too. `release_agent` "
+    "with `drbot`: the quality filters (`filters.overlong`, `void_turn`, `repetitive`, `unreadable`) are off where "
+    "neither `sil` nor `spear` is on, since that trainer has no code for them, and on `gigpo` `groups.normalize_std` "
+    "stays on, as its scripts have it. Both releases with `clip_cov` or `spear`: no `policy.dual_clip`. They take no "
+    "`sil.max_age` above 10. The releases' columns also set `env.options.grader` of the math environment."
 )
 
 
@@ -95,19 +99,11 @@ def _assignments(fields: dict[str, object]) -> str:
 
 def _fidelity() -> Iterable[str]:
     rows = []
-    for row in fidelity.ROWS:
-        keys = ", ".join(f"`{key}`" for key in row.fields) or "–"
-        rows.append((row.switch, keys, *(_cell(row, number) for number in range(len(fidelity.COLUMNS))), row.note))
-    head = ("switch", "setting", *(f"`{name}`" for name in fidelity.COLUMNS), "remark")
+    for key, values in fidelity.FIELDS.items():
+        cells = (f"*{value}*" if value == fidelity.AS_SET else f"`{toml_value(value)}`" for value in values)
+        rows.append((f"`{key}`", *(cell.replace(UNSET, "none") for cell in cells)))
+    head = ("setting", *(f"`{name}`" for name in fidelity.COLUMNS))
     return ["## Fidelity", textwrap.fill(FIDELITY, 120, break_on_hyphens=False), _table(head, rows)]
-
-
-def _cell(row: fidelity.Row, column: int) -> str:
-    values = [columns[column] for columns in row.fields.values()]
-    if values and all(isinstance(value, fidelity.Unset) for value in values):
-        values = values[:1]
-    shown = (f"*{value}*" if isinstance(value, fidelity.Unset) else f"`{toml_value(value)}`" for value in values)
-    return ", ".join(shown) or "–"
 
 
 def _row(key: Key) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ algorithm's name too: `column` has them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 from spearrl.config.grammar import Fields, words_of
 from spearrl.config.tables import UNSET, flat, table
@@ -16,31 +16,10 @@ from spearrl.config.tables import UNSET, flat, table
 COLUMNS = ("default", "paper", "release_agent", "release_math")
 FILTERS = ("overlong", "void_turn", "repetitive", "unreadable")
 AGE_CAP = 10  # the released buffers use no larger max_age, whatever is set
-
-
-class Unset(str):
-    """Stands in the table where a column gives no value; it says what decides instead."""
-
-
-_WORDS = {"as set": Unset("as set"), "by name": Unset("by name"), UNSET: None}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One switch of the fidelity table."""
-
-    switch: str
-    fields: dict[str, tuple[object, ...]]  # dotted key -> its value in each column; an `Unset` where there is none
-    note: str  # what the documentation says beside the values, or instead of them where there is no field
-
-
-def _row(switch: str, fields: dict[str, object] | None = None, note: str = "") -> Row:
-    columns = flat(fields or {}, "algo.").items()
-    return Row(switch, {key: tuple(_WORDS.get(value, value) for value in values) for key, values in columns}, note)
-
+AS_SET = "as set"  # stands in the table where a column leaves a field alone
 
 _TABLE = table(__file__, "fidelity.toml")
-ROWS = tuple(_row(**row) for row in _TABLE["row"])
+FIELDS: dict[str, list[Any]] = flat(_TABLE["algo"], "algo.")  # dotted key -> what each column has for it
 
 
 def column(fidelity: str, name: str) -> Fields:
@@ -51,23 +30,26 @@ def column(fidelity: str, name: str) -> Fields:
 
     Raises ValueError for an unknown fidelity, GrammarError for a wrong name.
     """
-    if fidelity not in COLUMNS:
-        raise ValueError(f"fidelity {fidelity!r} does not exist; use one of {', '.join(COLUMNS)}")
-    number = COLUMNS.index(fidelity)
     base, words = words_of(name)
-    values = {key: columns[number] for row in ROWS for key, columns in row.fields.items()}
-    fields = {key: value for key, value in values.items() if not isinstance(value, Unset)}
+    fields = _values(FIELDS, fidelity)
+    # The releases' covariance clipping has no dual clip.
     if fidelity.startswith("release") and {"clip_cov", "spear"} & set(words):
         fields["algo.policy.dual_clip"] = None
     if fidelity == "release_agent" and "drbot" in words:
-        if not {"sil", "spear"} & set(words):
+        if not {"sil", "spear"} & set(words):  # its trainer without replay has no code for them
             fields |= {f"algo.filters.{flag}": False for flag in FILTERS}
-        if base == "gigpo":
+        if base == "gigpo":  # as its scripts have it
             fields["algo.groups.normalize_std"] = True
     return fields
 
 
 def environment_options(fidelity: str, environment: object) -> Fields:
     """The options that a fidelity sets for an environment, by dotted key; {} for most."""
-    options = _TABLE["environment"].get(environment, {}).get(fidelity, {})
-    return flat(options, "env.options.")
+    return _values(flat(_TABLE["environment"].get(environment, {}), "env.options."), fidelity)
+
+
+def _values(columns: dict[str, list[Any]], fidelity: str) -> Fields:
+    if fidelity not in COLUMNS:
+        raise ValueError(f"fidelity {fidelity!r} does not exist; use one of {', '.join(COLUMNS)}")
+    values = {key: of_columns[COLUMNS.index(fidelity)] for key, of_columns in columns.items()}
+    return {key: None if value == UNSET else value for key, value in values.items() if value != AS_SET}

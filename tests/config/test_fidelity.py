@@ -8,7 +8,7 @@ import pytest
 
 from spearrl.config import AlgoSection, RunConfig, advice, diff, load_config, resolve, to_toml
 from spearrl.config.dump import flat
-from spearrl.config.fidelity import COLUMNS, ROWS, Unset, column
+from spearrl.config.fidelity import AS_SET, COLUMNS, FIELDS, column
 from spearrl.config.fields import leaves
 from spearrl.errors import ConfigError
 
@@ -61,16 +61,16 @@ def below_algo(config: RunConfig) -> dict[str, object]:
     return {key.removeprefix("algo."): value for key, value in flat(config).items() if key.startswith("algo.")}
 
 
-@pytest.mark.parametrize("place", range(4), ids=COLUMNS)
-def test_every_switch_of_every_column(tmp_path, place):
+@pytest.mark.parametrize("number", range(4), ids=COLUMNS)
+def test_every_switch_of_every_column(tmp_path, number):
     path = tmp_path / "run.toml"
     path.write_text(FILE)
-    found = below_algo(load_config(path, [f"algo.fidelity={COLUMNS[place]}"]))
+    resolved = below_algo(load_config(path, [f"algo.fidelity={COLUMNS[number]}"]))
     for key, values in (SWITCHES | LEFT).items():
-        assert found[key] == values[place] and type(found[key]) is type(values[place]), key
-    made = AlgoSection.model_validate({"name": "grpo+spear", "fidelity": COLUMNS[place]})
+        assert resolved[key] == values[number] and type(resolved[key]) is type(values[number]), key
+    made = AlgoSection.model_validate({"name": "grpo+spear", "fidelity": COLUMNS[number]})
     made_in_code = below_algo(RunConfig(algo=made))
-    assert {key: made_in_code[key] for key in SWITCHES} == {key: values[place] for key, values in SWITCHES.items()}
+    assert {key: made_in_code[key] for key in SWITCHES} == {key: values[number] for key, values in SWITCHES.items()}
 
 
 @pytest.mark.parametrize("key", SWITCHES)
@@ -87,11 +87,11 @@ def test_each_switch_is_undone_by_the_default_column(key):
 
 def test_the_default_column_is_what_a_run_without_a_fidelity_does():
     for name in ("grpo", "grpo+spear", "gigpo+drbot+spear", "gspo+sil", "ppo"):
-        plain, given = (AlgoSection.model_validate({"name": name} | more) for more in ({}, {"fidelity": "default"}))
-        assert plain == given
+        plain, explicit = (AlgoSection.model_validate({"name": name} | more) for more in ({}, {"fidelity": "default"}))
+        assert plain == explicit
 
 
-@pytest.mark.parametrize("place", range(4), ids=COLUMNS)
+@pytest.mark.parametrize("number", range(4), ids=COLUMNS)
 @pytest.mark.parametrize(
     ("name", "inert"),
     [
@@ -102,9 +102,9 @@ def test_the_default_column_is_what_a_run_without_a_fidelity_does():
         ("grpo+sil+drbot", False),
     ],
 )
-def test_quality_filters_are_inert_in_the_agent_release_without_replay(place, name, inert):
-    filters = load_config(None, [f"algo.fidelity={COLUMNS[place]}"], algo=name).algo.filters
-    applied = not (inert and COLUMNS[place] == "release_agent")
+def test_quality_filters_are_inert_in_the_agent_release_without_replay(number, name, inert):
+    filters = load_config(None, [f"algo.fidelity={COLUMNS[number]}"], algo=name).algo.filters
+    applied = not (inert and COLUMNS[number] == "release_agent")
     assert [getattr(filters, flag) for flag in QUALITY] == [applied] * 4 and filters.group_keep == 0.75
 
 
@@ -117,55 +117,38 @@ def test_quality_filters_of_ones_own_stay_without_drbot():
     ).algo.filters.overlong
 
 
-@pytest.mark.parametrize("place", range(4), ids=COLUMNS)
+@pytest.mark.parametrize("number", range(4), ids=COLUMNS)
 @pytest.mark.parametrize("name", ["gigpo+drbot", "gigpo+drbot+spear", "grpo+drbot+spear"])
-def test_gigpo_keeps_its_deviation_under_drbot_in_the_agent_release(place, name):
-    algo = load_config(None, [f"algo.fidelity={COLUMNS[place]}"], algo=name, preset="webshop-1.5b-gigpo").algo
+def test_gigpo_keeps_its_deviation_under_drbot_in_the_agent_release(number, name):
+    algo = load_config(None, [f"algo.fidelity={COLUMNS[number]}"], algo=name, preset="webshop-1.5b-gigpo").algo
     assert (
-        algo.groups.normalize_std is (COLUMNS[place] == "release_agent" and name.startswith("gigpo"))
+        algo.groups.normalize_std is (COLUMNS[number] == "release_agent" and name.startswith("gigpo"))
         and algo.sil.normalize_std is False
     )
 
 
-@pytest.mark.parametrize("place", range(4), ids=COLUMNS)
+@pytest.mark.parametrize("number", range(4), ids=COLUMNS)
 @pytest.mark.parametrize(
     ("name", "clip_cov"), [("grpo", False), ("grpo+clip_cov", True), ("grpo+drbot+spear", True), ("gigpo+sil", False)]
 )
-def test_the_released_covariance_clipping_has_no_dual_clip(place, name, clip_cov):
-    algo = load_config(None, [f"algo.fidelity={COLUMNS[place]}"], algo=name, preset="webshop-1.5b").algo
-    assert algo.policy.dual_clip == (None if clip_cov and COLUMNS[place].startswith("release") else 10.0)
+def test_the_released_covariance_clipping_has_no_dual_clip(number, name, clip_cov):
+    algo = load_config(None, [f"algo.fidelity={COLUMNS[number]}"], algo=name, preset="webshop-1.5b").algo
+    assert algo.policy.dual_clip == (None if clip_cov and COLUMNS[number].startswith("release") else 10.0)
 
 
-def test_the_table_has_a_row_for_every_switch_and_a_remark_where_there_is_no_setting():
-    keys = {key.removeprefix("algo.") for row in ROWS for key in row.fields}
-    assert keys == {
-        *SWITCHES,
-        *LEFT,
-        *(f"filters.{flag}" for flag in QUALITY),
-        "groups.normalize_std",
-        "policy.dual_clip",
-    }
-    assert all(tuple(key.split(".")) in leaves() for row in ROWS for key in row.fields)
-    assert [row.switch for row in ROWS if not row.fields] == [
-        "rewards filtered with their rows at a flush",
-        "baselines evicted while their rows are still stored",
-        "random draws",
-    ]
-    assert all(
-        row.note
-        for row in ROWS
-        if not row.fields or any(getattr(v, "words", "") == "by name" for values in row.fields.values() for v in values)
-    )
+def test_the_table_holds_settings_and_the_page_shows_them():
+    assert {key.removeprefix("algo.") for key in FIELDS} == {*SWITCHES, *LEFT}
+    assert all(tuple(key.split(".")) in leaves() and len(values) == len(COLUMNS) for key, values in FIELDS.items())
     page = (Path(__file__).resolve().parents[2] / "docs" / "config.md").read_text()
-    for row in ROWS:
-        line = next(line for line in page.splitlines() if line.startswith(f"| {row.switch} |"))
-        assert all(f"`{key}`" in line for key in row.fields) and line.count(" | ") >= 6
+    for key in FIELDS:
+        line = next(line for line in page.splitlines() if line.startswith(f"| `{key}` |"))
+        assert line.count(" | ") == len(COLUMNS)
 
 
 def test_a_column_holds_values_only():
     for name in ("grpo", "grpo+drbot", "gigpo+drbot+spear"):
         for fidelity in COLUMNS:
-            assert not any(isinstance(value, Unset) for value in column(fidelity, name).values())
+            assert AS_SET not in column(fidelity, name).values()
     with pytest.raises(ValueError, match="release"):
         column("release", "grpo")
 
@@ -175,13 +158,18 @@ def test_explicit_settings_win_over_a_column_of_their_own_layer_or_a_lower_one(t
     path.write_text(
         '[algo]\nname = "grpo+spear"\nfidelity = "release_agent"\npolicy.mask = "action"\nsil.gamma.steps = 50\n'
     )
-    found = resolve(path, ["algo.sil.keep_zero=false"])
-    algo = found.config.algo
+    resolved = resolve(path, ["algo.sil.keep_zero=false"])
+    algo = resolved.config.algo
     assert (algo.policy.mask, algo.sil.gamma.steps, algo.sil.keep_zero) == ("action", 50, False)
     assert (algo.sil.unit, algo.groups.statistics) == ("row", "turn")
-    assert found.sources["algo.policy.mask"] == f"{path}:4" and found.sources["algo.sil.keep_zero"] == "command line"
-    assert found.sources["algo.sil.unit"] == "fidelity release_agent" and found.sources["algo.fidelity"] == f"{path}:3"
-    assert found.sources["algo.sil.enabled"] == "algo grpo+spear"
+    assert (
+        resolved.sources["algo.policy.mask"] == f"{path}:4" and resolved.sources["algo.sil.keep_zero"] == "command line"
+    )
+    assert (
+        resolved.sources["algo.sil.unit"] == "fidelity release_agent"
+        and resolved.sources["algo.fidelity"] == f"{path}:3"
+    )
+    assert resolved.sources["algo.sil.enabled"] == "algo grpo+spear"
     # Another algorithm on the command line does not undo what the file says in so many words.
     other = resolve(path, algo="gigpo+drbot")
     assert (
