@@ -67,7 +67,7 @@ def check_environment(resolved: Resolved) -> None:
     env, problems = resolved.config.env, []
     for key, message, fix in envs.option_errors(envs.load(env.name), env.options):
         source = resolved.sources.get(f"env.options.{key.partition('.')[0]}", "")
-        problems.append(Problem(message, fix, (key,), source))
+        problems.append(Problem(message, fix, source))
     raise_all(problems)
 
 

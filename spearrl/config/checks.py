@@ -51,19 +51,14 @@ def schedules(algo: AlgoSection) -> tuple[tuple[str, bool, ScheduleSection], ...
 
 
 def _model(config: RunConfig) -> Iterator[Problem]:
-    tiny, step = config.model.tiny, 2 * config.model.tiny.heads
-    keys = ("model.tiny.hidden_size", "model.tiny.heads")
-    fix = f"use model.tiny.hidden_size={max(1, -(-tiny.hidden_size // step)) * step}"
-    if config.model.path != "tiny":
+    hidden, heads = config.model.tiny.hidden_size, config.model.tiny.heads
+    if config.model.path != "tiny" or hidden % (2 * heads) == 0:
         return
-    if tiny.hidden_size % tiny.heads:
-        message = f"model.tiny.hidden_size={tiny.hidden_size} does not divide by model.tiny.heads={tiny.heads}"
-        yield Problem(message, fix, keys)
-    elif (size := tiny.hidden_size // tiny.heads) % 2:
-        message = (
-            f"model.tiny.hidden_size / model.tiny.heads = {size} is odd; rotary positions pair the values of a head"
-        )
-        yield Problem(message, fix, keys)
+    fault = "leaves a rest" if hidden % heads else "is odd; rotary positions pair the values of a head"
+    yield Problem(
+        f"model.tiny.hidden_size={hidden} divided by model.tiny.heads={heads} {fault}",
+        f"use model.tiny.hidden_size={max(1, -(-hidden // (2 * heads))) * 2 * heads}",
+    )
 
 
 def _batches(config: RunConfig) -> Iterator[Problem]:
@@ -74,26 +69,23 @@ def _batches(config: RunConfig) -> Iterator[Problem]:
             f"rollout.context_tokens={rollout.context_tokens} leaves no room for a prompt beside "
             f"rollout.max_reply_tokens={reply}",
             f"use rollout.context_tokens={8 * reply}, or fewer reply tokens",
-            ("rollout.context_tokens", "rollout.max_reply_tokens"),
         )
     if 0 < rollout.max_response_tokens < reply:
         yield Problem(
             f"rollout.max_response_tokens={rollout.max_response_tokens} for a whole episode is less than "
             f"rollout.max_reply_tokens={reply} for one reply",
             f"use rollout.max_response_tokens={8 * reply}, or 0 for no limit",
-            ("rollout.max_response_tokens", "rollout.max_reply_tokens"),
         )
     if not groups:
         yield Problem(
             f"algo.filters.group_keep={keep:g} of rollout.groups_per_step={rollout.groups_per_step} groups keeps none",
             f"use algo.filters.group_keep={1 / rollout.groups_per_step:g} or more",
-            ("algo.filters.group_keep", "rollout.groups_per_step"),
         )
     elif learner.mini_batch_rows == 0 and learner.mini_batches > episodes:
         yield Problem(
-            f"learner.mini_batches={learner.mini_batches}, but a step trains on {episodes} episodes",
+            f"learner.mini_batches={learner.mini_batches}, but a step trains on {episodes} episodes "
+            "(algo.filters.group_keep of rollout.groups_per_step, times rollout.group_size)",
             f"use learner.mini_batches={min(2, episodes)}, or more groups or siblings",
-            ("learner.mini_batches", "rollout.groups_per_step", "rollout.group_size", "algo.filters.group_keep"),
         )
 
 
@@ -105,21 +97,18 @@ def _ahead(config: RunConfig) -> Iterator[Problem]:
             f"rollout.max_staleness={staleness}, but rollout.workers=0: nothing can generate while the trainer's "
             "process learns",
             "use rollout.workers=1 or more",
-            ("rollout.max_staleness", "rollout.workers"),
         )
     if staleness and config.algo.dynamic.enabled:
         yield Problem(
             "algo.dynamic.enabled=true plays further tasks until enough groups differ; with rollout.max_staleness "
             "groups are begun before that is known",
             "use rollout.max_staleness=0, or algo.dynamic.enabled=false",
-            ("rollout.max_staleness", "algo.dynamic.enabled"),
         )
     if staleness and config.placement.mode == "colocated":
         yield Problem(
             f"placement.mode=colocated lets engines and learner take turns; rollout.max_staleness={staleness} has them "
             "work at the same time",
             "use placement.mode=disaggregated, or rollout.max_staleness=0",
-            ("placement.mode", "rollout.max_staleness"),
         )
 
 
@@ -127,30 +116,24 @@ def _engines(config: RunConfig) -> Iterator[Problem]:
     rollout, addresses = config.rollout, config.vllm.addresses
     local, servers = rollout.engine == "local", len(addresses)
     if rollout.launcher == "ray" and not rollout.workers:
-        message = "rollout.launcher=ray, but rollout.workers=0: there is nothing to launch"
-        yield Problem(message, "use rollout.workers=2 or more", ("rollout.launcher", "rollout.workers"))
+        nothing = "rollout.launcher=ray, but rollout.workers=0: there is nothing to launch"
+        yield Problem(nothing, "use rollout.workers=2 or more")
     for address in addresses:
         if not address.startswith(("http://", "https://")):
-            message, fix = (
-                f"vllm.servers names {address!r}, which is no address",
-                f'vllm.servers="http://{address}:8000"',
-            )
-            yield Problem(message, f"use {fix}", ("vllm.servers",))
+            fix = f'use vllm.servers="http://{address}:8000"'
+            yield Problem(f"vllm.servers names {address!r}, which is no address", fix)
     if servers and max(1, rollout.workers) != servers:
         more = rollout.workers > servers
         fault = "some would get the weights more than once" if more else "some would have nothing to do"
         yield Problem(
             f"rollout.workers={rollout.workers}, but there are {servers} vllm.servers: {fault}",
             f"use rollout.workers={servers}, or as many servers",
-            ("rollout.workers", "vllm.servers"),
         )
     if local and config.vllm.servers:
-        message = "vllm.servers is given, but rollout.engine=local"
-        yield Problem(message, "use rollout.engine=vllm", ("vllm.servers", "rollout.engine"))
+        yield Problem("vllm.servers is given, but rollout.engine=local", "use rollout.engine=vllm")
     if local and config.sync.transport in ("nccl", "ipc"):
         message = f"sync.transport={config.sync.transport} is vLLM's, but rollout.engine=local"
-        fix = "use sync.transport=auto, or rollout.engine=vllm"
-        yield Problem(message, fix, ("sync.transport", "rollout.engine"))
+        yield Problem(message, "use sync.transport=auto, or rollout.engine=vllm")
 
 
 def _learner(config: RunConfig) -> Iterator[Problem]:
@@ -158,16 +141,14 @@ def _learner(config: RunConfig) -> Iterator[Problem]:
     for key, value, without in (("processes", learner.processes, 1), ("offload", learner.offload, "none")):
         if local and value != without:
             yield Problem(
-                f"learner.{key}={value}, but the local learner is one process that keeps everything on its device",
+                f"learner.{key}={value}, but learner.backend=local is one process that keeps everything on its device",
                 "use learner.backend=deepspeed",
-                ("learner.backend", f"learner.{key}"),
             )
     least = {"none": 0, "optimizer": 1, "all": 3}[learner.offload]
     if not local and learner.zero_stage < least:
         yield Problem(
             f"learner.offload={learner.offload} needs what learner.zero_stage={learner.zero_stage} does not shard",
             f"use learner.zero_stage={least}",
-            ("learner.offload", "learner.zero_stage"),
         )
 
 
@@ -175,7 +156,7 @@ def _name(config: RunConfig) -> Iterator[Problem]:
     try:
         algo_settings(config.algo.name)
     except GrammarError as error:
-        yield Problem(f"algo.name: {error}", error.fix, ("algo.name",))
+        yield Problem(f"algo.name: {error}", error.fix)
 
 
 def _lone_siblings(config: RunConfig) -> Iterator[Problem]:
@@ -185,23 +166,20 @@ def _lone_siblings(config: RunConfig) -> Iterator[Problem]:
         return
     if algo.advantage in COMPARES_SIBLINGS and algo.groups.singleton == "zero":
         yield Problem(
-            f"rollout.group_size=1: {algo.advantage} compares the siblings of a group, so with one every advantage is "
-            "0 and nothing is learnt",
+            f'rollout.group_size=1: algo.advantage="{algo.advantage}" compares the siblings of a group, so with '
+            'algo.groups.singleton="zero" every advantage is 0 and nothing is learnt',
             'use rollout.group_size=8 (at least 2), algo.name="ppo" or "reinforce++", or algo.groups.singleton="raw"',
-            ("rollout.group_size", "algo.advantage", "algo.groups.singleton"),
         )
     if algo.dynamic.enabled:
         yield Problem(
             "algo.dynamic.enabled=true keeps groups whose rewards differ, and with rollout.group_size=1 there is none",
             "use rollout.group_size=8 (at least 2), or algo.dynamic.enabled=false",
-            ("algo.dynamic.enabled", "rollout.group_size"),
         )
     if keep < 1:
         yield Problem(
             f"algo.filters.group_keep={keep:g} ranks groups by their reward deviation, which is 0 with "
             "rollout.group_size=1",
             "use rollout.group_size=8 (at least 2), or algo.filters.group_keep=1",
-            ("algo.filters.group_keep", "rollout.group_size"),
         )
 
 
@@ -213,12 +191,11 @@ def _covariance(config: RunConfig) -> Iterator[Problem]:
         if isinstance(lower, str) == isinstance(upper, str) and bounds[0] >= bounds[1]:
             shown = [f'"{bound}"' if isinstance(bound, str) else f"{bound:g}" for bound in (lower, upper)]
             message = f"{low}={shown[0]} is not below {high}={shown[1]}: no token lies between"
-            yield Problem(message, f"use {low} < {high}", (low, high))
+            yield Problem(message, f"use {low} < {high}")
     if config.algo.loss == "kl_cov" and cov.enabled:
         yield Problem(
             'algo.loss="kl_cov" and algo.clip_cov.enabled=true: two rules for the tokens of highest covariance',
             'use algo.clip_cov.enabled=false, or algo.loss="clip"',
-            ("algo.loss", "algo.clip_cov.enabled"),
         )
 
 
@@ -229,14 +206,12 @@ def _credit(config: RunConfig) -> Iterator[Problem]:
             f"algo.intrinsic.per_call={bonus.per_call:g} is above algo.intrinsic.cap={bonus.cap:g}, so that a call is "
             "never paid in full",
             f"use algo.intrinsic.cap={10 * bonus.per_call:g}, or algo.intrinsic.enabled=false for no bonus",
-            ("algo.intrinsic.per_call", "algo.intrinsic.cap"),
         )
     if filters.group_keep < 1 and filters.subsample != "none" and advantage in ("gae", "reinforce++"):
         yield Problem(
             f'algo.filters.subsample="{filters.subsample}" takes trajectories apart, along which '
             f'algo.advantage="{advantage}" gives credit',
             "use algo.filters.subsample=none",
-            ("algo.filters.subsample", "algo.advantage"),
         )
 
 
@@ -247,7 +222,6 @@ def _bands(config: RunConfig) -> Iterator[Problem]:
                 f"{name}.low={band.low:g} is not below {name}.high={band.high:g}, the band of "
                 f'{name}.kind="{band.kind}"',
                 f"use {name}.low={band.high / 4:g}, or a larger high" if band.high > 0 else f"use {name}.high=0.8",
-                (f"{name}.low", f"{name}.high", f"{name}.kind"),
             )
 
 
@@ -259,25 +233,21 @@ def _replay(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "algo.sil.max_age=0: nothing is replayed in its own step, and by the next one it is too old",
             "use algo.sil.max_age=5",
-            ("algo.sil.max_age", "algo.sil.age_reference"),
         )
     if sil.max_age > AGE_CAP and fidelity.startswith("release_"):
         yield Problem(
             f'algo.sil.max_age={sil.max_age} under algo.fidelity="{fidelity}", whose buffer caps it at {AGE_CAP}',
             f"use algo.sil.max_age={AGE_CAP}, or another fidelity",
-            ("algo.sil.max_age", "algo.fidelity"),
         )
     if sil.baseline_capacity < groups:
         yield Problem(
             f"algo.sil.baseline_capacity={sil.baseline_capacity} cannot hold one step's "
             f"rollout.groups_per_step={groups} baselines",
             f"use algo.sil.baseline_capacity={40 * groups}",
-            ("algo.sil.baseline_capacity", "rollout.groups_per_step"),
         )
     if sil.unit == "row" and sil.min_rows > sil.capacity:
         yield Problem(
             f"algo.sil.min_rows={sil.min_rows} is above algo.sil.capacity={sil.capacity}: no replay is ever large "
             "enough",
             "use algo.sil.min_rows=1",
-            ("algo.sil.min_rows", "algo.sil.capacity"),
         )

@@ -24,9 +24,9 @@ class Conflict(NamedTuple):
     """
 
     one: str
-    others: list[str]
+    others: tuple[str, ...]
     reason: str
-    fix: str
+    fix: str = "use {without}"
     drop: str = ""
 
 
@@ -39,8 +39,31 @@ PLAIN: Fields = _fields(_TABLE["plain"])
 BASES: dict[str, Fields] = {name: PLAIN | _fields(entry) for name, entry in _TABLE["base"].items()}
 MODULES: dict[str, Fields] = {name: _fields(entry) for name, entry in _TABLE["module"].items()}
 DESCRIPTIONS: dict[str, str] = {name: entry["about"] for name, entry in {**_TABLE["base"], **_TABLE["module"]}.items()}
-CONFLICTS = tuple(Conflict(**entry) for entry in _TABLE["conflict"])
 _PARTS = ("sil", "intrinsic", "clip_cov")  # of spear
+_HIGHEST = "rules for the tokens of highest covariance"
+CONFLICTS = (
+    Conflict("spear", _PARTS, "spear holds {other} already"),
+    Conflict("kl_cov", ("clip_cov",), f"both are {_HIGHEST}", "use one of them: {without}"),
+    Conflict("kl_cov", ("spear",), f"spear brings clip_cov, and both are {_HIGHEST}", "use {split}"),
+    Conflict("tis", ("mis",), "both weigh the same ratio learner/engine", "use one of them: {without}"),
+    Conflict(
+        "kl_cov",
+        ("gspo", "cispo"),
+        "kl_cov is a loss of its own, and so is {other}",
+        "use {without}, or kl_cov on another base",
+        drop="kl_cov",
+    ),
+    Conflict(
+        "drbot",
+        ("gspo",),
+        "its clip range of 0.28 and its sums over tokens contradict a sequence ratio clipped at 4e-4",
+        "use {without} and the filters by themselves, e.g. algo.filters.void_turn=true algo.filters.group_keep=0.75",
+        drop="drbot",
+    ),
+)
+# Bases as other trainers spell them.
+_OTHER_NAMES = {"reinforce": "reinforce++", "reinforce_plus_plus": "reinforce++", "gae": "ppo"}
+_OTHER_NAMES["reinforce_plus_plus_baseline"] = "reinforce++_baseline"
 # A base whose loss has a clip range of its own keeps it under modules that set the clip of "clip".
 _CLIP = ("algo.policy.clip_low", "algo.policy.clip_high")
 
@@ -125,7 +148,7 @@ def _plain(word: str) -> str:
 
 
 def _suggestion(word: str, role: str, known: Iterable[str]) -> str:
-    known, other_name = tuple(known), _TABLE["other_names"].get(_plain(word))
+    known, other_name = tuple(known), _OTHER_NAMES.get(_plain(word))
     near = [other_name] if other_name in known else difflib.get_close_matches(_plain(word), known, n=1, cutoff=0.5)
     listed = ", ".join(known)
     return f"did you mean {near[0]!r}? ({role}s: {listed})" if near else f"use one of: {listed}"

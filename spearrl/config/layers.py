@@ -64,7 +64,7 @@ def _checked(layer: Layer, problems: list[Problem]) -> Layer:
     try:
         algo_settings(name.value)
     except GrammarError as error:
-        problems.append(Problem(f"algo.name: {error}", error.fix, ("algo.name",), name.source))
+        problems.append(Problem(f"algo.name: {error}", error.fix, name.source))
         return [setting for setting in layer if setting.key != NAME]
     return layer
 

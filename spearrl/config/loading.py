@@ -198,7 +198,7 @@ def _complaint(setting: Setting) -> Problem | None:
         deep = len(key) - len(OPTIONS) > MAX_OPTION_DEPTH
         fault = f"is nested deeper than {MAX_OPTION_DEPTH} levels" if deep else option_problem(value)
         fix = "use text, numbers, true/false, lists and tables of them"
-        return Problem(f"{name} {fault}", fix, (name,), where) if fault else None
+        return Problem(f"{name} {fault}", fix, where) if fault else None
     leaf = next((key[:end] for end in range(1, len(key)) if key[:end] in leaves()), None)
     if key in sections() or key == OPTIONS:
         message = f"{name} = {shorten(value)}: {name} is a section, not a value"
@@ -209,7 +209,7 @@ def _complaint(setting: Setting) -> Problem | None:
         fix = f"use {dotted(leaf)}=… ({constraint(leaves()[leaf])})"
     else:
         message, fix = f"{name} is not a {'section' if isinstance(value, dict) else 'setting'}", nearest(key)
-    return Problem(message, fix, (name,), where)
+    return Problem(message, fix, where)
 
 
 def _embedded(command: Sequence[Setting]) -> Setting:
@@ -228,7 +228,7 @@ def _of_preset(named: Setting | None, problems: list[Problem]) -> list[Setting]:
         near = difflib.get_close_matches(str(name)[:80], PRESETS, n=1, cutoff=0.5)
         fix = f"did you mean preset {near[0]!r}? " if near else "use one: "
         message, listed = f"preset {shorten(name)} does not exist", ", ".join(PRESETS)
-        problems.append(Problem(message, f"{fix}({listed})", ("preset",), named.source))
+        problems.append(Problem(message, f"{fix}({listed})", named.source))
         return []
     values = {**PRESETS[name], dotted(_STARTED_FROM): name}
     return [Setting(tuple(key.split(".")), value, f"preset {name}") for key, value in values.items()]

@@ -25,27 +25,27 @@ def _cold_start_and_evaluation(config: RunConfig) -> Iterator[Problem]:
     learner, panel, sft, staleness = config.learner, config.eval, config.sft, config.rollout.max_staleness
     if config.model.path == "tiny" and learner.lr < 1e-5:
         message = f"learner.lr={learner.lr:g} is a large model's; one built from scratch does not learn with it"
-        yield Problem(message, "use learner.lr=3e-4", ("learner.lr", "model.path"))
+        yield Problem(message, "use learner.lr=3e-4")
     planned = config.run.steps * learner.mini_batches
     if learner.mini_batch_rows == 0 and learner.warmup_steps >= planned > 0:
         message = f"learner.warmup_steps={learner.warmup_steps} takes longer than the run's {planned} optimiser steps"
-        yield Problem(message, f"use learner.warmup_steps={planned // 10}", ("learner.warmup_steps", "run.steps"))
+        yield Problem(message, f"use learner.warmup_steps={planned // 10}")
     if panel.split == config.rollout.train_split:
-        message, fix = f'eval.split="{panel.split}" is the split that is trained on', "another eval.split"
-        yield Problem(message, f"use {fix} for an honest success rate", ("eval.split", "rollout.train_split"))
+        message = f'eval.split="{panel.split}" is the split that is trained on'
+        yield Problem(message, "use another eval.split for an honest success rate")
     if panel.attempts > 1 and panel.temperature == 0:
         message = f"eval.attempts={panel.attempts} at eval.temperature=0 plays the same greedy replies again"
-        yield Problem(message, "use eval.attempts=1, or a temperature above 0", ("eval.attempts", "eval.temperature"))
+        yield Problem(message, "use eval.attempts=1, or a temperature above 0")
     if sft.data and not sft.enabled:
         message = f"sft.data={sft.data} is not read: sft.enabled is false"
-        yield Problem(message, "use sft.enabled=true, or leave sft.data out", ("sft.data", "sft.enabled"))
+        yield Problem(message, "use sft.enabled=true, or leave sft.data out")
     updates = sft.epochs * -(-sft.episodes // sft.batch_episodes)
     if sft.enabled and not sft.data and sft.warmup_steps >= updates:
         message = f"sft.warmup_steps={sft.warmup_steps} takes longer than the cold start's {updates} optimiser steps"
-        yield Problem(message, f"use sft.warmup_steps={updates // 10}", ("sft.warmup_steps", "sft.episodes"))
+        yield Problem(message, f"use sft.warmup_steps={updates // 10}")
     if staleness and config.algo.correction.mode == "none":
         message = f"rollout.max_staleness={staleness} with algo.correction.mode=none: old samples count as fresh ones"
-        yield Problem(message, "use algo.correction.mode=tis", ("rollout.max_staleness", "algo.correction.mode"))
+        yield Problem(message, "use algo.correction.mode=tis")
 
 
 def _replay_never_due(config: RunConfig) -> Iterator[Problem]:
@@ -57,7 +57,6 @@ def _replay_never_due(config: RunConfig) -> Iterator[Problem]:
             f"algo.sil.capacity={sil.capacity}: replay starts above {due:g} stored trajectories, but within "
             f"algo.sil.max_age={sil.max_age} steps fewer than {most} are played, so nothing is ever replayed",
             f"use algo.sil.capacity={max(1, episodes // 4)}",
-            ("algo.sil.capacity", "algo.sil.max_age"),
         )
 
 
@@ -69,7 +68,6 @@ def _long_schedules(config: RunConfig) -> Iterator[Problem]:
                 f"{name}.steps={schedule.steps} is longer than the run (run.steps={steps}), so that the schedule does "
                 "not finish",
                 f"use {name}.steps={max(1, steps // 3)}",
-                (f"{name}.steps", "run.steps"),
             )
 
 
@@ -109,7 +107,7 @@ def _unused_by_loss(config: RunConfig, sources: Mapping[str, str]) -> Iterator[P
 
 
 def _unused(name: str, by: str, value: str, fix: str, where: str = "") -> Problem:
-    return Problem(f'{name} is set, but {by}="{value}" does not use it', fix, (name, by), where)
+    return Problem(f'{name} is set, but {by}="{value}" does not use it', fix, where)
 
 
 def _unused_replay(config: RunConfig) -> Iterator[Problem]:
@@ -117,16 +115,14 @@ def _unused_replay(config: RunConfig) -> Iterator[Problem]:
     if sil.enabled and (sil.normalize_std or decays) and sil.reward_scale != 1:
         by = "algo.sil.normalize_std" if sil.normalize_std else "algo.sil.recalibration"
         message = f"algo.sil.reward_scale={sil.reward_scale:g} divides rewards that {by} already gives another scale"
-        yield Problem(message, "use algo.sil.reward_scale=1", ("algo.sil.reward_scale", by))
+        yield Problem(message, "use algo.sil.reward_scale=1")
     if sil.enabled and not decays and sil.decay != 1:
         message = f'algo.sil.decay={sil.decay:g} belongs to algo.sil.recalibration="decay"'
-        yield Problem(message, "use algo.sil.decay=1", ("algo.sil.decay", "algo.sil.recalibration"))
+        yield Problem(message, "use algo.sil.decay=1")
     for key, without in (("token_weight", "none"), ("min_wins", 1)):
         if not sil.enabled and (value := getattr(sil, key)) != without:
             message = f"algo.sil.{key}={value} is about replay, which algo.sil.enabled=false leaves out"
-            yield Problem(
-                message, "use algo.sil.enabled=true, or leave it out", (f"algo.sil.{key}", "algo.sil.enabled")
-            )
+            yield Problem(message, "use algo.sil.enabled=true, or leave it out")
 
 
 def _odd(config: RunConfig) -> Iterator[Problem]:
@@ -137,24 +133,20 @@ def _odd(config: RunConfig) -> Iterator[Problem]:
             f"algo.policy.clip_high={policy.clip_high:g} is a token ratio's; gspo clips a ratio per sequence, which "
             "hardly ever gets there",
             "use algo.policy.clip_high=4e-4 and algo.policy.clip_low=3e-4",
-            ("algo.policy.clip_high", "algo.loss"),
         )
     if policy.dual_clip not in (None, PolicySection().dual_clip) and algo.loss in ("gspo", "cispo", "kl_cov"):
         yield Problem(
             f'algo.policy.dual_clip={policy.dual_clip:g} belongs to algo.loss="clip"; "{algo.loss}" does not use it',
             "use algo.policy.dual_clip=none",
-            ("algo.policy.dual_clip", "algo.loss"),
         )
     if algo.kl.loss_coef > 0 and algo.kl.reward_coef > 0:
         yield Problem(
             f"algo.kl.loss_coef={algo.kl.loss_coef:g} and algo.kl.reward_coef={algo.kl.reward_coef:g}: the same "
             "divergence is charged twice",
             "use one of them, the other 0",
-            ("algo.kl.loss_coef", "algo.kl.reward_coef"),
         )
     if algo.dynamic.enabled and algo.dynamic.rounds == 1:
         yield Problem(
             "algo.dynamic.rounds=1: the last round's groups are all kept, so nothing is sampled again",
             "use algo.dynamic.rounds=10, or algo.dynamic.enabled=false",
-            ("algo.dynamic.rounds", "algo.dynamic.enabled"),
         )

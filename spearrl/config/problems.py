@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spearrl.errors import ConfigError
 
+_KEY = re.compile(r"\b[a-z]\w*(?:\.[a-z]\w*)+")
 LISTED = 40  # complaints written out; the rest is counted
 
 
@@ -17,14 +19,17 @@ class Problem:
     Attributes:
         message: what was seen and what was expected.
         fix: an instruction, or a "did you mean".
-        keys: the settings involved.
         where: where they were given: "run.toml:14", "command line", "preset tiny".
     """
 
     message: str
     fix: str
-    keys: tuple[str, ...] = ()
     where: str = ""
+
+    @property
+    def keys(self) -> list[str]:
+        """The settings involved: those that the message names."""
+        return _KEY.findall(self.message)
 
     def __str__(self) -> str:
         fix = self.fix if self.fix.startswith("did you mean") else f"fix: {self.fix}"

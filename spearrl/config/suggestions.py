@@ -82,7 +82,7 @@ def wrong_value(key: Key, value: Any, where: str) -> Problem:
     """The problem of a value that its setting refuses."""
     info, name = leaves()[key], dotted(key)
     message = f"{name} = {shorten(value)} does not fit; expected {constraint(info)}"
-    return Problem(message, _fix(name, info, value), (name,), where)
+    return Problem(message, _fix(name, info, value), where)
 
 
 def shorten(value: Any) -> str:
