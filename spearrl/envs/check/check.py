@@ -6,12 +6,11 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from spearrl.envs.check import interface, isolation
-from spearrl.envs.check.checked_environment import BrokenRule, CheckedEnvironment
+from spearrl.envs.check.checked_environment import BrokenRule, CheckedEnvironment, Level
 from spearrl.envs.check.guards import TooSlow
-from spearrl.envs.check.interface import Advice, NotApplicable, tasks
 from spearrl.errors import SpearError
 
 Rule = Callable[[CheckedEnvironment], str]
@@ -35,7 +34,7 @@ class RuleFinding:
     """
 
     rule: str
-    level: Literal["ok", "warn", "fail", "skip"]
+    level: Level
     seen: str
     where: str = ""
     fix: str = ""
@@ -75,18 +74,25 @@ def check_environment(
     Example:
         assert not failures(check_environment("my_pkg.env:MyEnvironment"))
     """
-    settings: dict[str, Any] = {"max_turns": max_turns, "deadline_s": deadline_s, "seed": seed}
     try:
-        checked = CheckedEnvironment(name, options or {}, splits=splits or SPLITS, all_splits=bool(splits), **settings)
+        checked = CheckedEnvironment(
+            name,
+            dict(options or {}),
+            max_turns,
+            splits or SPLITS,
+            deadline_s=deadline_s,
+            seed=seed,
+            all_splits=bool(splits),
+        )
     except SpearError:
         raise
     except (Exception, TooSlow) as error:
         return [_raised("build", "__init__", error, deadline_s)]
     findings = []
     for rule in RULES:
-        if rule is not tasks and not checked.played:
+        if rule is not interface.tasks and not checked.played:
             break  # without tasks nothing can be played
-        if rule is isolation.speed and not checked.step_seconds:
+        if rule is isolation.speed and not checked.seconds:
             break
         findings.append(_examine(rule, checked))
     return findings
@@ -101,11 +107,9 @@ def _examine(rule: Rule, checked: CheckedEnvironment) -> RuleFinding:
     name = rule.__name__.replace("_", " ")
     try:
         return RuleFinding(name, "ok", rule(checked))
-    except NotApplicable as reason:
-        return RuleFinding(name, "skip", str(reason))
     except BrokenRule as broken:
-        level: Literal["warn", "fail"] = "warn" if isinstance(broken, Advice) else "fail"
-        return RuleFinding(name, level, broken.seen, checked.last_call, broken.fix)
+        where = "" if broken.level == "skip" else checked.last_call
+        return RuleFinding(name, broken.level, broken.seen, where, broken.fix)
     except (Exception, TooSlow) as error:
         return _raised(name, checked.last_call, error, checked.deadline_s)
 

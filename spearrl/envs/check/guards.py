@@ -7,10 +7,11 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
+from unittest.mock import patch
 
 
 class TooSlow(BaseException):
@@ -48,40 +49,32 @@ class GlobalRandom:
     """The states of the global generators of random, numpy and torch, as far as these are loaded."""
 
     def __init__(self) -> None:
-        self._before = self._states()
+        # numpy loads numpy.random when it is first used: that must not pass unseen
+        loaded = [name for name in GENERATORS if name.partition(".")[0] in sys.modules]
+        self._before = {name: getattr(import_module(name), GENERATORS[name][0])() for name in loaded}
 
     def touched(self) -> list[str]:
         """The generators whose state has changed since."""
-        now = self._states()
-        return [name for name, state in self._before.items() if not _same(state, now[name])]
+        now = {name: getattr(sys.modules[name], GENERATORS[name][0])() for name in self._before}
+        return [name for name, state in self._before.items() if _plain(state) != _plain(now[name])]
 
     def restore(self) -> None:
         """Set every generator back."""
         for name, state in self._before.items():
             getattr(sys.modules[name], GENERATORS[name][1])(state)
 
-    @staticmethod
-    def _states() -> dict[str, Any]:
-        # numpy loads numpy.random when it is first used: that must not pass unseen.
-        loaded = [name for name in GENERATORS if name.partition(".")[0] in sys.modules]
-        return {name: getattr(import_module(name), GENERATORS[name][0])() for name in loaded}
 
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, tuple):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    equal = a == b
-    return bool(equal.all()) if hasattr(equal, "all") else bool(equal)
+def _plain(state: Any) -> Any:
+    """A state in lists and numbers, which compare."""
+    return list(map(_plain, state)) if isinstance(state, tuple) else getattr(state, "tolist", lambda: state)()
 
 
 @contextmanager
 def no_network() -> Iterator[list[str]]:
     """Refuse connections and name look-ups, but not sockets in the file system; yields the list of what was tried."""
     tried: list[str] = []
-    methods = {name: getattr(socket.socket, name) for name in ("connect", "connect_ex", "sendto")}
-    look_up = socket.getaddrinfo
 
-    def refuse(target: Any) -> None:
+    def refuse(target: Any) -> NoReturn:
         tried.append(str(target))
         raise OSError("no network while the environment is checked")
 
@@ -93,12 +86,9 @@ def no_network() -> Iterator[list[str]]:
 
         return method
 
-    try:
-        for name, original in methods.items():
-            setattr(socket.socket, name, guarded(original))
-        setattr(socket, "getaddrinfo", lambda host, port, *_, **__: refuse(f"{host}:{port}"))  # noqa: B010
+    with ExitStack() as patches:
+        for name in ("connect", "connect_ex", "sendto"):
+            patches.enter_context(patch.object(socket.socket, name, guarded(getattr(socket.socket, name))))
+        look_up = patch.object(socket, "getaddrinfo", lambda host, port, *_, **__: refuse(f"{host}:{port}"))
+        patches.enter_context(look_up)
         yield tried
-    finally:
-        setattr(socket, "getaddrinfo", look_up)  # noqa: B010
-        for name, original in methods.items():
-            setattr(socket.socket, name, original)

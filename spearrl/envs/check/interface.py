@@ -1,6 +1,6 @@
 """The rules about what an environment's methods take and return.
 
-A rule is a function: the text it returns says what was found, BrokenRule what is wrong, Advice what may disappoint.
+A rule is a function: the text it returns says what was found; BrokenRule says what is wrong, or may disappoint.
 """
 
 from __future__ import annotations
@@ -24,14 +24,6 @@ from spearrl.errors import ConfigError, ContractError
 from spearrl.types import Action, Task
 
 PLAYED, EXPERT_TASKS, MOST_TURNS = 3, 12, 1000
-
-
-class Advice(BrokenRule):
-    """It runs, and may disappoint."""
-
-
-class NotApplicable(Exception):
-    """The rule has nothing to look at here."""
 
 
 def tasks(checked: CheckedEnvironment) -> str:
@@ -73,41 +65,11 @@ def tasks(checked: CheckedEnvironment) -> str:
 def unknown_split(checked: CheckedEnvironment) -> str:
     """A mistyped split is told from an empty one."""
     try:
-        listed = checked.call("tasks('no-such-split')", lambda: checked.root.tasks("no-such-split"))
+        listed = checked.call("tasks('no-such-split')", partial(checked.root.tasks, "no-such-split"))
     except ConfigError:
         return "a split that does not exist is refused with a ConfigError"
     fix = "raise spearrl.errors.ConfigError for a split you do not have"
     raise BrokenRule(f"tasks('no-such-split') returned {len(listed)} tasks", fix)
-
-
-def episode(checked: CheckedEnvironment) -> str:
-    """Records, prompts and schemas have their types, over whole episodes."""
-    env, turns = checked.spawn(), 0
-    for task in checked.played:
-        running = checked.start(env, task)
-        while True:
-            observation, turn = running.observation, len(running.records) - 1
-            prompt = checked.call(f"messages, task {task.id}", partial(env.messages, observation, turn))
-            check_messages(prompt, "messages()")
-            window = checked.call(f"window, task {task.id}", partial(env.window, [], observation, task))
-            if window is not None:
-                check_messages(window, "window()")
-            if not running.goes_on():
-                break
-            running.turn()
-        turns += len(running.records) - 1
-    schemas = checked.call("tools", env.tools)
-    sound = isinstance(schemas, list) and all(isinstance(s, dict) and s.get("type") == "function" for s in schemas)
-    fix = 'return a list of {"type": "function", "function": {…}}'
-    require(sound, f"tools() returned {shortened(repr(schemas))}", fix)
-    json.dumps(schemas)
-    text = f"{len(checked.played)} episodes, {turns} turns: finite rewards, sound outcomes and prompts"
-    if not isinstance(env, ToolEnvironment):
-        return text
-    if not checked.tool_calls:
-        seen = f"{text}; but no valid tool call could be made from the schemas, so no tool was tried"
-        raise Advice(seen, "write expert(): its calls are played")
-    return f"{text}; {checked.tool_calls} valid tool calls"
 
 
 def max_turns(checked: CheckedEnvironment) -> str:
@@ -118,6 +80,30 @@ def max_turns(checked: CheckedEnvironment) -> str:
     return f"max_turns {turns}"
 
 
+def episode(checked: CheckedEnvironment) -> str:
+    """Records, prompts and schemas have their types, over whole episodes."""
+    env, turns = checked.spawn(), 0
+    for running in checked.turns(env):
+        observation, task = running.observation, running.task
+        prompt = partial(env.messages, observation, len(running.records) - 1)
+        check_messages(checked.call(f"messages, task {task.id}", prompt), "messages()")
+        window = checked.call(f"window, task {task.id}", partial(env.window, [], observation, task))
+        if window is not None:
+            check_messages(window, "window()")
+        turns += 1
+    schemas = checked.call("tools", env.tools)
+    sound = isinstance(schemas, list) and all(isinstance(s, dict) and s.get("type") == "function" for s in schemas)
+    fix = 'return a list of {"type": "function", "function": {…}}'
+    require(sound, f"tools() returned {shortened(schemas)}", fix)
+    json.dumps(schemas)
+    text = f"{len(checked.played)} episodes, {turns} turns: finite rewards, sound outcomes and prompts"
+    if not isinstance(env, ToolEnvironment):
+        return text
+    seen = f"{text}; but no valid tool call could be made from the schemas, so no tool was tried"
+    require(checked.tool_calls, seen, "write expert(): its calls are played", "warn")
+    return f"{text}; {checked.tool_calls} valid tool calls"
+
+
 def after_end(checked: CheckedEnvironment) -> str:
     """The end is the end: no further reward, no crash."""
     terminated = 0
@@ -125,7 +111,7 @@ def after_end(checked: CheckedEnvironment) -> str:
         env = checked.spawn()
         env.expert_noise = 0.0 if scripted else env.expert_noise
         running = checked.start(env, task).finish(scripted=scripted)
-        if running.records[-1].ended != "terminated":
+        if running.records[-1]["ended"] != "terminated":
             continue
         terminated += 1
         for action in (Action("again"), running.action):
@@ -136,9 +122,8 @@ def after_end(checked: CheckedEnvironment) -> str:
             seen = f"a step after the end gave reward {outcome.reward} and terminated={outcome.terminated}"
             fix = "return Outcome(observation, 0.0, True, …) or raise ContractError once the episode is over"
             require(outcome.reward == 0 and (outcome.terminated or outcome.truncated), seen, fix)
-    if not terminated:
-        words = "no episode terminated within max_turns, by chance or by the expert: a step after the end was not tried"
-        raise NotApplicable(words)
+    words = "no episode terminated within max_turns, by chance or by the expert: a step after the end was not tried"
+    require(terminated, words, "", "skip")
     return "a step after the end pays nothing"
 
 
@@ -157,23 +142,17 @@ def hostile(checked: CheckedEnvironment) -> str:
 def parse_format(checked: CheckedEnvironment) -> str:
     """What the expert writes is what the environment reads."""
     env, count = checked.spawn(), 0
-    for task in checked.played:
-        running = checked.start(env, task)
-        for _ in range(checked.root.max_turns):
-            expert_text = checked.expert(env)
-            texts = [] if expert_text is None else [expert_text]
-            for text in [*texts, *(running.observation.admissible or ())[:50]]:
-                reply = checked.call(f"format({shortened(text)})", partial(env.format, text))
-                action = checked.parse(env, reply)
-                seen = f"parse(format({shortened(text)})) is {shortened(action.text)}, valid={action.valid}"
-                fix = "make format() the inverse of parse(): the cold start and hand play write replies with it"
-                require(action.text == text and action.valid, seen, fix)
-                count += 1
-            running.turn()
-            if running.over:
-                break
-    if not count:
-        raise NotApplicable("neither an expert nor admissible actions to write")
+    for running in checked.turns(env):
+        expert_text = checked.expert(env)
+        texts = [] if expert_text is None else [expert_text]
+        for text in [*texts, *(running.observation.admissible or ())[:50]]:
+            reply = checked.call(f"format({shortened(text)})", partial(env.format, text))
+            action = checked.parse(env, reply)
+            seen = f"parse(format({shortened(text)})) is {shortened(action.text)}, valid={action.valid}"
+            fix = "make format() the inverse of parse(): the cold start and hand play write replies with it"
+            require(action.text == text and action.valid, seen, fix)
+            count += 1
+    require(count, "neither an expert nor admissible actions to write", "", "skip")
     return f"parse() reads back all of {count} formatted actions"
 
 
@@ -183,22 +162,16 @@ def expert(checked: CheckedEnvironment) -> str:
     env.expert_noise = 0.0
     listed, most = checked.root.tasks(checked.played[0].split)[:EXPERT_TASKS], 0
     for task in listed:
-        observation, outcome = checked.reset(env, task, checked.seed), None
-        for turn in range(env.max_turns):
-            text = checked.expert(env)
-            if text is None:
-                if turn == 0:
-                    words = "no expert: a cold start is not possible, training needs a model that can play already"
-                    raise NotApplicable(words)
-                break
-            action = checked.parse(env, env.format(text))
-            outcome = checked.step(env, action, f", task {task.id}, expert's turn {turn}")
-            observation, most = outcome.observation, max(most, turn + 1)
-            if outcome.terminated or outcome.truncated:
-                break
+        running = checked.start(env, task)
+        while running.goes_on() and (text := checked.expert(env)) is not None:
+            running.play(text)
+        turns, last = len(running.records) - 1, running.records[-1]
+        words = "no expert: a cold start is not possible, training needs a model that can play already"
+        require(turns, words, "", "skip")
         seen = f"the expert does not win task {task.id} in {env.max_turns} turns; it ended at "
-        seen += shortened(observation.text, 80)
-        require(outcome is not None and outcome.info.get("success"), seen, "mend expert(), or raise max_turns")
+        seen += shortened(last["text"], 80)
+        require(last["success"] == "True", seen, "mend expert(), or raise max_turns")
+        most = max(most, turns)
     env.expert_noise = 1.0
     running = checked.start(env, listed[0])
     while running.goes_on() and checked.expert(env) is not None:
@@ -208,18 +181,15 @@ def expert(checked: CheckedEnvironment) -> str:
 
 def anchors(checked: CheckedEnvironment) -> str:
     """GiGPO groups turns by equal anchors."""
-    env, different = checked.spawn(), set()
-    for task in checked.played:
-        running = checked.start(env, task)
-        while running.goes_on():
-            anchor = running.observation.anchor
-            try:
-                hash(anchor)
-                different.add(stable_anchor(anchor))
-            except (TypeError, ContractError) as error:
-                seen = f"an anchor is {shortened(repr(anchor))}: {error}"
-                raise BrokenRule(seen, "use text, a number, or tuples of these") from error
-            running.turn()
+    different = set()
+    for running in checked.turns(checked.spawn()):
+        anchor = running.observation.anchor
+        try:
+            hash(anchor)
+            different.add(stable_anchor(anchor))
+        except (TypeError, ContractError) as error:
+            seen = f"an anchor is {shortened(anchor)}: {error}"
+            raise BrokenRule(seen, "use text, a number, or tuples of these") from error
     if different == {"None"}:
         return "no anchors: GiGPO will group by the observation's text"
     return f"{len(different)} different anchor states"

@@ -12,23 +12,19 @@ import pickle
 import statistics
 import subprocess
 import sys
-import time
 
 from spearrl.envs.check.checked_environment import (
     TURNS,
     BrokenRule,
     CheckedEnvironment,
-    CheckedEpisode,
-    StepRecord,
     first_difference,
     require,
 )
 from spearrl.envs.check.guards import GlobalRandom, no_network
-from spearrl.envs.check.interface import Advice, NotApplicable
 from spearrl.envs.pool import open_pool
 from spearrl.errors import ConfigError, ContractError, EnvironmentFault
 from spearrl.processes import child_environment
-from spearrl.types import Outcome, Reply, Task
+from spearrl.types import Outcome, Reply
 
 SLOW_STEP_S, SLOW_SPAWN_S = 0.05, 0.2
 CHILD_S = 120
@@ -37,18 +33,17 @@ REQUEST = ("name", "options", "max_turns", "splits", "seed", "deadline_s")  # wh
 
 def determinism(checked: CheckedEnvironment) -> str:
     """One seed, one episode."""
-    seed, last = checked.seed, checked.played[-1]
+    last, seed = checked.played[-1], checked.seed
     for task in checked.played:
-        first, second = (checked.play(env, task, seed) for env in (checked.spawn(), checked.build()))
+        first, second = (checked.play(env, task) for env in (checked.spawn(), checked.build()))
         fix = "draw everything in reset and step from random.Random(seed), and start every episode afresh in reset()"
-        _require_equal(first, second, task, seed, fix)
+        _require_equal(first, second, f"task {task.id} with seed {seed}", fix)
         env = checked.spawn()
         checked.play(env, last, seed + 1)
-        again = checked.play(env, task, seed)
-        _require_equal(first, again, task, seed, "reset() must leave nothing over from the episode before")
-    others = {tuple(checked.play(checked.spawn(), checked.played[0], seed + n)) for n in range(4)}
-    differ = "differ" if len(others) > 1 else "give the same one"
-    return f"the same seed gives the same episode; other seeds {differ}"
+        fix = "reset() must leave nothing over from the episode before"
+        _require_equal(first, checked.play(env, task), f"task {task.id} with seed {seed}", fix)
+    others = {str(checked.play(checked.spawn(), checked.played[0], seed + n)) for n in range(4)}
+    return f"the same seed gives the same episode; other seeds {'differ' if len(others) > 1 else 'give the same one'}"
 
 
 def processes(checked: CheckedEnvironment) -> str:
@@ -56,15 +51,10 @@ def processes(checked: CheckedEnvironment) -> str:
     request = {name: getattr(checked, name) for name in REQUEST}
     answers = []
     for hash_seed in ("1", "2"):
-        child = subprocess.run(
-            [sys.executable, "-m", "spearrl.envs.check.traces"],
-            input=json.dumps(request, default=str),
-            capture_output=True,
-            text=True,
-            env={**child_environment(), "PYTHONHASHSEED": hash_seed},
-            timeout=CHILD_S,
-            check=False,
-        )
+        command = [sys.executable, "-m", "spearrl.envs.check.traces"]
+        env = {**child_environment(), "PYTHONHASHSEED": hash_seed}
+        told = json.dumps(request, default=str)
+        child = subprocess.run(command, input=told, capture_output=True, text=True, env=env, timeout=CHILD_S)
         seen = f"it does not run in a fresh process: {child.stderr.strip()[-300:]}"
         require(not child.returncode, seen, "make the class importable, and its options plain values")
         answers.append(json.loads(child.stdout.splitlines()[-1]))
@@ -72,7 +62,7 @@ def processes(checked: CheckedEnvironment) -> str:
     fix = "sort what comes from a set, a dict of sets or a folder listing"
     require(one["tasks"] == other["tasks"], "two processes list other tasks, or in another order", fix)
     for task_id, *traces in zip(one["ids"], one["traces"], other["traces"], strict=True):
-        where = first_difference(*([StepRecord(*record) for record in trace] for trace in traces))
+        where = first_difference(*traces)
         fix = "sort what comes from a set; do not use hash(), id() or the time"
         require(not where, f"two processes differ on task {task_id}, {where}", fix)
     return "two fresh processes play the same episodes"
@@ -82,7 +72,7 @@ def task_data(checked: CheckedEnvironment) -> str:
     """Tasks are shared by all slots."""
     for task in checked.played:
         before = copy.deepcopy(dict(task.data))
-        checked.play(checked.spawn(), task, checked.seed)
+        checked.play(checked.spawn(), task)
         fix = "copy task.data in reset() before changing it"
         require(dict(task.data) == before, f"an episode changed the data of task {task.id}", fix)
     return "episodes leave the tasks as they are"
@@ -90,15 +80,14 @@ def task_data(checked: CheckedEnvironment) -> str:
 
 def spawn(checked: CheckedEnvironment) -> str:
     """Slots share read-only data and nothing else."""
-    task, other_task, seed = checked.played[0], checked.played[-1], checked.seed
-    start = time.perf_counter()
     slot = checked.spawn()
-    seconds = time.perf_counter() - start
+    seconds = checked.seconds["spawn"][-1]
     returned = "itself" if slot is checked.root else type(slot).__name__
     sound = slot is not checked.root and isinstance(slot, type(checked.root))
     require(sound, f"spawn() returned {returned}", "return another instance of the class")
-    alone = [checked.play(checked.spawn(), t, s) for t, s in ((task, seed), (other_task, seed + 1))]
-    together = checked.start(slot, task), CheckedEpisode(checked, checked.spawn(), other_task, seed + 1)
+    played = (checked.played[0], checked.seed), (checked.played[-1], checked.seed + 1)
+    alone = [checked.play(checked.spawn(), *episode) for episode in played]
+    together = [checked.start(env, *episode) for env, episode in zip((slot, checked.spawn()), played, strict=True)]
     for turns in range(1, TURNS + 1):
         for running in together:
             running.finish(turns)
@@ -107,11 +96,11 @@ def spawn(checked: CheckedEnvironment) -> str:
         seen = f"two slots played at once disturb each other: task {running.task.id}, {where}"
         require(not where, seen, "keep an episode's state on self, not on the class")
     checked.call("close", slot.close)
-    again = checked.play(together[1].env, other_task, seed + 1)
-    _require_equal(alone[1], again, other_task, seed + 1, "close() of one slot must not close what others share")
-    if seconds > SLOW_SPAWN_S:
-        seen = f"spawn() takes {seconds:.2f} s, and there is one for every episode at once"
-        raise Advice(seen, "override spawn() to share loaded data: slot = copy.copy(self)")
+    again = checked.play(together[1].env, *played[1])
+    _require_equal(alone[1], again, "an episode", "close() of one slot must not close what others share")
+    seen = f"spawn() takes {seconds:.2f} s, and there is one for every episode at once"
+    fix = "override spawn() to share loaded data: slot = copy.copy(self)"
+    require(seconds <= SLOW_SPAWN_S, seen, fix, "warn")
     return "slots are independent"
 
 
@@ -128,7 +117,7 @@ def close(checked: CheckedEnvironment) -> str:
 
 def global_random(checked: CheckedEnvironment) -> str:
     """The global generators belong to the run."""
-    for what, function in (("reset() or step()", lambda: _play_all(checked)), ("__init__()", checked.build)):
+    for what, function in (("reset() or step()", checked.play_all), ("__init__()", checked.build)):
         state = GlobalRandom()
         function()
         touched = state.touched()
@@ -142,24 +131,22 @@ def network(checked: CheckedEnvironment) -> str:
     """An episode depends on its seed, not on a server."""
     with no_network() as tried:
         try:
-            _play_all(checked)
+            checked.play_all()
         except OSError:
             if not tried:
                 raise
     if not tried:
         return "no connection is tried"
-    seen = f"an episode reaches for the network: {tried[0]}"
-    if checked.root.execution == "inline":
-        fix = 'load what it needs before, or set execution="thread" so that waiting does not stop the run'
-        raise BrokenRule(seen, fix)
-    raise Advice(seen, "runs of it cannot be repeated exactly; answer from local data where you can")
+    waits = checked.root.execution != "inline"
+    fix = 'load what it needs before, or set execution="thread" so that waiting does not stop the run'
+    fix = "runs of it cannot be repeated exactly; answer from local data where you can" if waits else fix
+    raise BrokenRule(f"an episode reaches for the network: {tried[0]}", fix, "warn" if waits else "fail")
 
 
 def off_loop(checked: CheckedEnvironment) -> str:
     """What leaves a worker must survive the way."""
     kind = checked.root.execution
-    if kind == "inline":
-        raise NotApplicable("it runs on the event loop")
+    require(kind != "inline", "it runs on the event loop", "", "skip")
     pool = open_pool(checked.root, style="chat", workers=1, deadline_s=checked.deadline_s, deterministic=True)
     task = checked.played[0]
     checked.last_call = f"{checked.cls.__name__} in a {kind} pool"
@@ -182,23 +169,18 @@ def off_loop(checked: CheckedEnvironment) -> str:
 
 def speed(checked: CheckedEnvironment) -> str:
     """Time of a step, over everything that was played."""
-    median, worst = statistics.median(checked.step_seconds), max(checked.step_seconds)
-    reset = statistics.median(checked.reset_seconds)
-    text = f"step {_time(median)} median, {_time(worst)} at most; reset {_time(reset)} median"
-    if median > SLOW_STEP_S and checked.root.execution == "inline":
-        fix = 'set execution="process" where it computes, "thread" where it waits'
-        raise Advice(f"{text}; all other episodes wait for it", fix)
+    steps, resets = checked.seconds["step"], checked.seconds["reset"]
+    median = statistics.median(steps)
+    text = f"step {_time(median)} median, {_time(max(steps))} at most; reset {_time(statistics.median(resets))} median"
+    fix = 'set execution="process" where it computes, "thread" where it waits'
+    slow = median > SLOW_STEP_S and checked.root.execution == "inline"
+    require(not slow, f"{text}; all other episodes wait for it", fix, "warn")
     return text
 
 
-def _play_all(checked: CheckedEnvironment) -> None:
-    for task in checked.played:
-        checked.play(checked.spawn(), task, checked.seed)
-
-
-def _require_equal(first: list[StepRecord], second: list[StepRecord], task: Task, seed: int, fix: str) -> None:
+def _require_equal(first: list[dict[str, str]], second: list[dict[str, str]], what: str, fix: str) -> None:
     where = first_difference(first, second)
-    require(not where, f"task {task.id} with seed {seed}, played twice, differs at {where}", fix)
+    require(not where, f"{what}, played twice, differs at {where}", fix)
 
 
 def _time(seconds: float) -> str:

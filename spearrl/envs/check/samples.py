@@ -31,49 +31,46 @@ HOSTILE = {
 
 def random_calls(schemas: Sequence[Mapping[str, Any]], text: str, draw: random.Random) -> list[str]:
     """One call of every tool, as action texts. Half of the numbers and words come from `text`, the observation's."""
-    calls = []
-    for schema in schemas:
-        function = schema["function"]
-        parameters = {**function["parameters"], "type": "object"}
-        sampler = _Sampler(parameters.get("$defs", {}), text, draw)
-        calls.append(call(function["name"], sampler.value(parameters)))
-    return calls
+    functions = [schema["function"] for schema in schemas]
+    return [call(function["name"], _Sampler(function["parameters"], text, draw).value()) for function in functions]
 
 
 class _Sampler:
     """Draws values that a JSON schema takes. Bounds, choices and types are kept to; patterns and formats are not."""
 
-    def __init__(self, definitions: Mapping[str, Any], text: str, draw: random.Random):
-        self.definitions, self.text, self.draw = definitions, text, draw
+    def __init__(self, schema: Mapping[str, Any], text: str, draw: random.Random):
+        self.schema, self.text, self.draw = {**schema, "type": "object"}, text, draw
 
-    def value(self, schema: Mapping[str, Any], depth: int = 0) -> Any:
-        draw, kind = self.draw, schema.get("type", "string")
+    def value(self, schema: Mapping[str, Any] | None = None, depth: int = 0) -> Any:
+        """A value for a part of the schema; None: for the whole."""
+        schema, draw = self.schema if schema is None else schema, self.draw
         if "$ref" in schema:
-            return self.value(self.definitions.get(schema["$ref"].rpartition("/")[2], {}), depth + 1)
+            return self.value(self.schema.get("$defs", {}).get(schema["$ref"].rpartition("/")[2], {}), depth + 1)
         if "const" in schema or "enum" in schema:
             return draw.choice(schema.get("enum") or [schema.get("const")])
-        for key in ("anyOf", "oneOf", "allOf"):
-            if schema.get(key):
-                return self.value(draw.choice(schema[key]), depth + 1)
-        if kind in ("integer", "number"):
-            return self.number(schema)
-        if kind == "boolean":
-            return draw.random() < 0.5
-        if kind == "array":
-            least, items = schema.get("minItems", 0), schema.get("items", {})
-            most = max(least, min(schema.get("maxItems", 2), 2 if depth < DEEPEST else 0))
-            return [self.value(items, depth + 1) for _ in range(draw.randint(least, most))]
-        if kind == "object":
-            required, properties = schema.get("required", ()), schema.get("properties", {})
-            names = [name for name in properties if name in required or (depth < DEEPEST and draw.random() < 0.5)]
-            return {name: self.value(properties[name], depth + 1) for name in names}
-        if kind == "null":
-            return None
+        if options := next((schema[key] for key in ("anyOf", "oneOf", "allOf") if schema.get(key)), None):
+            return self.value(draw.choice(options), depth + 1)
+        match schema.get("type"):
+            case "integer" | "number":
+                return self.number(schema)
+            case "boolean":
+                return draw.random() < 0.5
+            case "null":
+                return None
+            case "array":
+                least = schema.get("minItems", 0)
+                most = max(least, min(schema.get("maxItems", 2), 2 if depth < DEEPEST else 0))
+                return [self.value(schema.get("items", {}), depth + 1) for _ in range(draw.randint(least, most))]
+            case "object":
+                required, properties = schema.get("required", ()), schema.get("properties", {})
+                names = [name for name in properties if name in required or (depth < DEEPEST and draw.random() < 0.5)]
+                return {name: self.value(properties[name], depth + 1) for name in names}
         words = re.findall(r"\w+", self.text)
         word = draw.choice(words) if words and draw.random() < 0.5 else draw.choice(("a", "1", "go on", ""))
         return word.ljust(schema.get("minLength", 0), "a")[: schema.get("maxLength")]
 
     def number(self, schema: Mapping[str, Any]) -> int | float:
+        """A number within the bounds, which those of `text` need not keep to where there are none."""
         low = schema.get("minimum", schema.get("exclusiveMinimum", -1) + 1)
         high = max(low, schema.get("maximum", schema.get("exclusiveMaximum", low + 11) - 1))
         numbers = [int(digits) for digits in re.findall(r"-?\d{1,9}", self.text)]

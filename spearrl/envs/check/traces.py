@@ -24,7 +24,7 @@ def main() -> None:
     answer = {
         "tasks": [[task.id for task in checked.root.tasks(split)][:1000] for split in splits],
         "ids": [task.id for task in checked.played],
-        "traces": [checked.play(checked.spawn(), task, checked.seed) for task in checked.played],
+        "traces": [checked.play(checked.spawn(), task) for task in checked.played],
     }
     output.write(json.dumps(answer) + "\n")
 
