@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -63,37 +64,6 @@ class CostStep:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Of some steps. A step is the rollout and one algorithm's learning; seconds and FLOPs are means over the steps.
-
-    Args:
-        extra, learn_extra: shares, 0.1 = 10 % more than the other algorithm: of a step, of learning alone. Of mean wall
-            times; `_cpu`: of mean processor times; `_flops`: of FLOPs; `_median`: median of the steps' own shares.
-        prepare_more, update_more, rest_more: where the extra seconds of a step go.
-    """
-
-    steps: int
-    rollout_seconds: float
-    seconds: float
-    seconds_against: float
-    median_seconds: float
-    median_seconds_against: float
-    flops: float
-    flops_against: float
-    extra: float
-    extra_median: float
-    extra_cpu: float
-    extra_flops: float
-    learn_extra: float
-    learn_extra_median: float
-    learn_extra_cpu: float
-    learn_extra_flops: float
-    prepare_more: float
-    update_more: float
-    rest_more: float
-
-
-@dataclass(frozen=True)
 class Cost:
     """A finished measurement; `steps` does not hold the warm-up."""
 
@@ -101,7 +71,7 @@ class Cost:
     against: str
     steps: list[CostStep]
 
-    def summaries(self) -> dict[str, Summary]:
+    def summaries(self) -> dict[str, dict[str, float]]:
         """Of the steps "without replay", "with replay" and "all"; a kind without steps is left out."""
         kinds: dict[str, list[CostStep]] = {"without replay": [], "with replay": [], "all": self.steps}
         for step in self.steps:
@@ -110,7 +80,7 @@ class Cost:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values: every step and the summaries."""
-        return {**asdict(self), "summaries": {kind: asdict(summary) for kind, summary in self.summaries().items()}}
+        return {**asdict(self), "summaries": self.summaries()}
 
 
 def cost(config: RunConfig, against: RunConfig, *, steps: int, folder: str | Path, report: Report = silent) -> Cost:
@@ -147,40 +117,37 @@ def cost(config: RunConfig, against: RunConfig, *, steps: int, folder: str | Pat
     return Cost(config.algo.name, against.algo.name, counted[WARM_UP:])
 
 
-def summarise(steps: Sequence[CostStep]) -> Summary:
-    """Of one step or more."""
+def summarise(steps: Sequence[CostStep]) -> dict[str, float]:
+    """Of one step or more. A step is the rollout and one algorithm's learning; seconds and FLOPs are means over steps.
 
-    def means(name: str) -> tuple[float, float]:
-        return fmean(getattr(s.studied, name) for s in steps), fmean(getattr(s.against, name) for s in steps)
+    extra, learn_extra: shares, 0.1 = 10 % more than the other algorithm: of a step, of learning alone. Of mean wall
+    times; `_cpu`: of mean processor times; `_flops`: of FLOPs; `_median`: median of the steps' own shares.
+    prepare_more, update_more, rest_more: where the extra seconds of a step go.
+    """
 
-    def over(rollout: float, pair: tuple[float, float]) -> float:
-        return _extra(rollout + pair[0], rollout + pair[1])
+    def mean(name: str) -> float:
+        return fmean(map(attrgetter(name), steps))
 
-    rollout, rollout_flops = fmean(s.rollout_seconds for s in steps), fmean(s.rollout_flops for s in steps)
-    seconds, flops, cpu_seconds = means("seconds"), means("flops"), means("cpu_seconds")
+    summary: dict[str, float] = {"steps": len(steps), "rollout_seconds": mean("rollout_seconds")}
+    for name, unit in (("seconds", ""), ("cpu_seconds", "_cpu"), ("flops", "_flops")):
+        rollout, mine, others = mean(f"rollout_{name}"), mean(f"studied.{name}"), mean(f"against.{name}")
+        summary |= {
+            name: rollout + mine,
+            f"{name}_against": rollout + others,
+            f"extra{unit}": _extra(rollout + mine, rollout + others),
+            f"learn_extra{unit}": _extra(mine, others),
+        }
+    more = {name: mean(f"studied.{name}") - mean(f"against.{name}") for name in ("seconds", "prepare", "update")}
     whole = [(s.rollout_seconds + s.studied.seconds, s.rollout_seconds + s.against.seconds) for s in steps]
-    more = {name: mine - others for name in ("seconds", "prepare", "update") for mine, others in [means(name)]}
-    return Summary(
-        steps=len(steps),
-        rollout_seconds=rollout,
-        seconds=rollout + seconds[0],
-        seconds_against=rollout + seconds[1],
-        median_seconds=median(mine for mine, _ in whole),
-        median_seconds_against=median(others for _, others in whole),
-        flops=rollout_flops + flops[0],
-        flops_against=rollout_flops + flops[1],
-        extra=over(rollout, seconds),
-        extra_median=median(_extra(*pair) for pair in whole),
-        extra_cpu=over(fmean(s.rollout_cpu_seconds for s in steps), cpu_seconds),
-        extra_flops=over(rollout_flops, flops),
-        learn_extra=_extra(*seconds),
-        learn_extra_median=median(_extra(s.studied.seconds, s.against.seconds) for s in steps),
-        learn_extra_cpu=_extra(*cpu_seconds),
-        learn_extra_flops=_extra(*flops),
-        prepare_more=more["prepare"],
-        update_more=more["update"],
-        rest_more=more["seconds"] - more["prepare"] - more["update"],
-    )
+    return summary | {
+        "median_seconds": median(mine for mine, _ in whole),
+        "median_seconds_against": median(others for _, others in whole),
+        "extra_median": median(_extra(*pair) for pair in whole),
+        "learn_extra_median": median(_extra(s.studied.seconds, s.against.seconds) for s in steps),
+        "prepare_more": more["prepare"],
+        "update_more": more["update"],
+        "rest_more": more["seconds"] - more["prepare"] - more["update"],
+    }
 
 
 def count_flops(call: Callable[[], Any]) -> int:
@@ -238,7 +205,7 @@ def _measure(studied: Trainer, other: Trainer, steps: int, report: Report) -> tu
 
 def _learn(trainer: Trainer, step: int, groups: list[Group]) -> tuple[LearningCost, dict[str, float]]:
     gc.collect()  # so that nobody clears up after the other
-    clock, start = Clock(), _now()
+    start, clock = _now(), Clock()
     metrics = trainer.learn(step, groups, clock)
     seconds, cpu_seconds = _since(start)
     laps = clock.metrics()
@@ -269,26 +236,18 @@ def _since(start: tuple[float, float]) -> tuple[float, float]:
 def _check(config: RunConfig, against: RunConfig, steps: int) -> None:
     if steps < 1:
         raise ContractError(f"steps={steps}; must be >= 1", where="study cost", hint="measure 20 steps or more")
-    differing = [
-        name for name in RunConfig.model_fields if name != "algo" and getattr(config, name) != getattr(against, name)
-    ]
-    if differing:
-        raise ContractError(
-            f"the two configs differ in {', '.join(differing)}",
-            where="study cost",
-            hint="make them from the same settings, but for algo",
-        )
+    if config.model_copy(update={"algo": against.algo}) != against:
+        others = [name for name in RunConfig.model_fields if getattr(config, name) != getattr(against, name)]
+        text = f"the two configs differ in {', '.join(name for name in others if name != 'algo')}"
+        raise ContractError(text, where="study cost", hint="make them from the same settings, but for algo")
 
 
 def _variant(config: RunConfig, folder: str | Path, name: str, start: Path | None = None) -> RunConfig:
     """The same run under another name; `start`: a checkpoint to begin from, without a cold start."""
-    sections: dict[str, Any] = {
-        "run": config.run.model_copy(update={"output_dir": str(folder), "name": name, "tensorboard": False})
-    }
+    changes: dict[str, Any] = {"run.output_dir": str(folder), "run.name": name, "run.tensorboard": False}
     if start is not None:
-        sections["model"] = config.model.model_copy(update={"path": str(start)})
-        sections["sft"] = config.sft.model_copy(update={"enabled": False})
-    return config.model_copy(update=sections)
+        changes |= {"model.path": str(start), "sft.enabled": False}
+    return config.with_settings(changes)
 
 
 def _extra(value: float, base: float) -> float:

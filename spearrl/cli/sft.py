@@ -39,6 +39,6 @@ def run(args: argparse.Namespace) -> int:
     starting_model(config, make_environment(config), device, None, Progress().report).keep(output)
     (output / "config.toml").write_text(to_toml(config))
     print("evaluating", file=sys.stderr)
-    result = evaluate(config.model_copy(update={"model": config.model.model_copy(update={"path": str(output)})}))
+    result = evaluate(config.with_settings({"model.path": str(output)}))
     print(f"{output}: success {result.success} on {result.split} at temperature {result.temperature}")
     return 0

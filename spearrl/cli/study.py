@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +78,8 @@ def verdicts(cost: Cost) -> dict[str, Any]:
     for kind, limit in BARS.items():
         summary = summaries.get(kind)
         if summary is not None and (kind != "all" or "with replay" in summaries):
-            met = max(summary.extra, summary.extra_flops) <= limit
-            bars[kind] = {"limit": limit, "wall": summary.extra, "flops": summary.extra_flops, "met": met}
+            met = max(summary["extra"], summary["extra_flops"]) <= limit
+            bars[kind] = {"limit": limit, "wall": summary["extra"], "flops": summary["extra_flops"], "met": met}
     return bars
 
 
@@ -88,7 +87,7 @@ def table(cost: Cost) -> str:
     """For people: a column per kind of step, then the bars."""
     summaries = cost.summaries()
     columns = [
-        {name: 100 * value if "extra" in name else value for name, value in asdict(summary).items()}
+        {name: 100 * value if "extra" in name else value for name, value in summary.items()}
         for summary in summaries.values()
     ]
     rows = [("steps of kind", *summaries)]

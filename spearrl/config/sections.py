@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -244,3 +245,12 @@ class RunConfig(Section):
     placement: PlacementSection = Field(PlacementSection(), description="Which GPUs do what.")
     sft: SftSection = Field(SftSection(), description="Cold start.")
     eval: EvalSection = Field(EvalSection(), description="Evaluation.")
+
+    def with_settings(self, settings: Mapping[str, Any]) -> RunConfig:
+        """A copy with settings "section.key" changed; nothing is checked."""
+        changes: dict[str, dict[str, Any]] = {}
+        for key, value in settings.items():
+            section, _, name = key.partition(".")
+            changes.setdefault(section, {})[name] = value
+        sections = {name: getattr(self, name).model_copy(update=values) for name, values in changes.items()}
+        return self.model_copy(update=sections)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from spearrl.config import PlacementSection, RunConfig
+from spearrl.config import RunConfig
 from spearrl.envs import Environment
 from spearrl.errors import ConfigError
 from spearrl.launch.devices import detect
@@ -160,8 +160,8 @@ def players_of(config: RunConfig, environment: Environment, device: str, stack: 
             'model.path="tiny" has no weights to evaluate', where="model.path", hint="give a run or a model directory"
         )
     # Nothing learns here: a run of eight GPUs is evaluated on whatever this machine has.
-    learner = config.learner.model_copy(update={"backend": "local", "processes": 1, "offload": "none"})
-    config = config.model_copy(update={"learner": learner, "placement": PlacementSection()})
+    alone = {"learner.backend": "local", "learner.processes": 1, "learner.offload": "none"}
+    config = config.with_settings({**alone, "placement.gpus": 0, "placement.mode": "auto"})
     origin = Origin.of(config.model.path)
     encoder = open_format(origin.tokenizer, config.model, environment.tools())
     logs = Path(stack.enter_context(TemporaryDirectory()))

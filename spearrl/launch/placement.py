@@ -76,7 +76,7 @@ def place(config: RunConfig, machine: Machine, *, derive: Collection[str] = (), 
     """
     total = _total(config, machine)
     derived, notes = _parts(config, machine, total, derive)
-    config = with_settings(config, derived)
+    config = config.with_settings(derived)
     if total == 0:
         return Placement(config, derived, notes=tuple(notes))
     per_machine, gpu = min(total, len(machine.gpus)), machine.gpus[0]
@@ -85,7 +85,7 @@ def place(config: RunConfig, machine: Machine, *, derive: Collection[str] = (), 
     for key, value in (("learner.processes", len(learner)), ("rollout.workers", workers)):
         if key in derive and value != _value(config, key):
             derived[key] = value
-    config = with_settings(config, derived)
+    config = config.with_settings(derived)
     resident = resident_bytes(config, parameters)
     placement = Placement(config, derived, gpu, per_machine, learner, engines, colocated, resident)
     if colocated and engines and config.rollout.engine == "vllm" and "vllm.memory_fraction" in derive:
@@ -97,19 +97,8 @@ def place(config: RunConfig, machine: Machine, *, derive: Collection[str] = (), 
             )
     if idle := sorted(set(range(total)) - {*learner, *(gpu for group in engines for gpu in group)}):
         notes.append(f"{span(idle)} {'has' if len(idle) == 1 else 'have'} nothing to do")
-    placement = replace(placement, config=with_settings(config, derived))
+    placement = replace(placement, config=config.with_settings(derived))
     return replace(placement, notes=(*notes, *_fit(placement, parameters)))
-
-
-def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """A copy with settings "section.key" changed."""
-    changes: dict[str, dict[str, Any]] = {}
-    for key, value in settings.items():
-        section, _, name = key.partition(".")
-        changes.setdefault(section, {})[name] = value
-    return config.model_copy(
-        update={name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
-    )
 
 
 def resident_bytes(config: RunConfig, parameters: int, *, stage: int | None = None) -> int:

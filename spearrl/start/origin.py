@@ -140,10 +140,8 @@ def starting_model(
 
 def with_pinned_model(config: RunConfig) -> RunConfig:
     """The config of a new run, its model here and named with its commit. Raises ConfigError where there is none."""
-    if config.model.path == "tiny":
-        return config
-    model = config.model.model_copy(update={"path": pinned(config.model.path)})
-    return config.model_copy(update={"model": model})
+    tiny = config.model.path == "tiny"
+    return config if tiny else config.with_settings({"model.path": pinned(config.model.path)})
 
 
 def models_of_run(

@@ -95,26 +95,26 @@ def test_the_estimate_of_a_rollout_is_near_the_count_and_not_above_it(tmp_path):
 
 
 def test_both_learn_from_the_same_episodes_and_weights_in_turns(tmp_path, monkeypatch):
-    learn, seen = Trainer.learn, []
+    learn, learnt = Trainer.learn, []
 
     def spy(self, step, groups, clock):
         before = fingerprint(self.parts.model)
         metrics = learn(self, step, groups, clock)
         episodes = [[(t.id, tuple(turn.token_ids)) for turn in t.turns] for g in groups for t in g.trajectories]
-        seen.append((self.run.path.name, step, episodes, before, (metrics["update/tokens"], metrics["replay/rows"])))
+        learnt.append((self.run.path.name, step, episodes, before, (metrics["update/tokens"], metrics["replay/rows"])))
         return metrics
 
     monkeypatch.setattr(Trainer, "learn", spy)
     config, against = configs(tmp_path)
     cost(config, against, steps=3, folder=tmp_path)
 
-    assert [name for name, step, *_ in seen[:8]] == ["studied", "against", "against", "studied"] * 2
-    by_step = {step: [call for call in seen if call[1] == step] for step in (1, 2, 3, 4)}
+    assert [name for name, step, *_ in learnt[:8]] == ["studied", "against", "against", "studied"] * 2
+    by_step = {step: [call for call in learnt if call[1] == step] for step in (1, 2, 3, 4)}
     assert all(len(calls) == 4 and all(call[2] == calls[0][2] for call in calls) for calls in by_step.values())
     assert len({call[3] for call in by_step[1]}) == 1
     # The pass that counts does the same work, so its FLOPs are those of the timed one.
     work = {
-        name: [call[4] for call in seen if call[0] == name]
+        name: [call[4] for call in learnt if call[0] == name]
         for name in ("studied", "against", "count-studied", "count-against")
     }
     assert (
@@ -126,19 +126,19 @@ def test_both_learn_from_the_same_episodes_and_weights_in_turns(tmp_path, monkey
 
 def test_only_steps_with_a_replay_cost_more_flops(tmp_path):
     config, against = configs(tmp_path, algo="grpo+sil")
-    found = cost(config, against, steps=6, folder=tmp_path)
-    assert [step.step for step in found.steps] == [2, 3, 4, 5, 6, 7]  # the first is the warm-up
-    replayed = [step for step in found.steps if step.replayed]
+    measured = cost(config, against, steps=6, folder=tmp_path)
+    assert [step.step for step in measured.steps] == [2, 3, 4, 5, 6, 7]  # the first is the warm-up
+    replayed = [step for step in measured.steps if step.replayed]
     assert 0 < len(replayed) < 6
     assert all(step.studied.flops > step.against.flops > 0 for step in replayed)
-    assert all(step.studied.flops == step.against.flops > 0 for step in found.steps if not step.replayed)
-    assert all(0 < s.prepare + s.update <= s.seconds for step in found.steps for s in (step.studied, step.against))
-    assert all(step.rollout_flops > 0 and step.rollout_seconds > 0 for step in found.steps)
+    assert all(step.studied.flops == step.against.flops > 0 for step in measured.steps if not step.replayed)
+    assert all(0 < s.prepare + s.update <= s.seconds for step in measured.steps for s in (step.studied, step.against))
+    assert all(step.rollout_flops > 0 and step.rollout_seconds > 0 for step in measured.steps)
 
 
 def test_an_algorithm_costs_no_flops_over_itself(tmp_path):
-    found = cost(*configs(tmp_path, against="grpo+spear"), steps=2, folder=tmp_path)
-    assert all(step.studied.flops == step.against.flops > 0 for step in found.steps)
+    measured = cost(*configs(tmp_path, against="grpo+spear"), steps=2, folder=tmp_path)
+    assert all(step.studied.flops == step.against.flops > 0 for step in measured.steps)
 
 
 def test_configs_must_differ_in_the_algorithm_only(tmp_path):
@@ -164,19 +164,32 @@ def step(
 
 
 def test_summaries_are_the_sums_worked_out_by_hand():
-    found = summarise([step(1, 2.0, 1.0), step(2, 5.0, 3.0, flops=(40, 20)), step(3, 2.0, 2.0)])
-    assert (found.steps, found.rollout_seconds, found.seconds, found.seconds_against) == (3, 1.0, 4.0, 3.0)
-    assert (found.median_seconds, found.median_seconds_against) == (3.0, 3.0)
-    assert found.extra == pytest.approx(1 / 3) and found.extra_median == pytest.approx(0.5)  # of 3/2, 6/4 and 3/3
-    assert found.learn_extra == pytest.approx(0.5) and found.learn_extra_median == pytest.approx(
-        2 / 3
-    )  # of 2/1, 5/3 and 2/2
-    assert found.extra_cpu == pytest.approx(7 / 5 - 1) and found.learn_extra_cpu == pytest.approx(
-        0.5
-    )  # 1 + 6 over 1 + 4
-    assert (found.flops, found.flops_against) == (30.0, pytest.approx(70 / 3))
-    assert found.extra_flops == pytest.approx(90 / 70 - 1) and found.learn_extra_flops == pytest.approx(0.5)
-    assert (found.prepare_more, found.update_more, found.rest_more) == (0.5, 0.25, 0.25)
+    summary = summarise([step(1, 2.0, 1.0), step(2, 5.0, 3.0, flops=(40, 20)), step(3, 2.0, 2.0)])
+    assert summary == pytest.approx(
+        {
+            "steps": 3,
+            "rollout_seconds": 1.0,
+            "seconds": 4.0,
+            "seconds_against": 3.0,
+            "median_seconds": 3.0,
+            "median_seconds_against": 3.0,
+            "extra": 1 / 3,
+            "extra_median": 0.5,  # of 3/2, 6/4 and 3/3
+            "learn_extra": 0.5,
+            "learn_extra_median": 2 / 3,  # of 2/1, 5/3 and 2/2
+            "cpu_seconds": 7.0,
+            "cpu_seconds_against": 5.0,
+            "extra_cpu": 7 / 5 - 1,  # 1 + 6 over 1 + 4
+            "learn_extra_cpu": 0.5,
+            "flops": 30.0,
+            "flops_against": 70 / 3,
+            "extra_flops": 90 / 70 - 1,
+            "learn_extra_flops": 0.5,
+            "prepare_more": 0.5,
+            "update_more": 0.25,
+            "rest_more": 0.25,
+        }
+    )
 
 
 def test_bars_are_met_missed_or_left_open():
@@ -185,10 +198,10 @@ def test_bars_are_met_missed_or_left_open():
         verdicts(Cost("a", "b", [quiet]))["all"] is None
     )  # nothing was replayed: the average says nothing about replay
     assert verdicts(Cost("a", "b", [dear]))["without replay"] is None
-    found = verdicts(Cost("a", "b", [quiet, quiet, dear]))
-    assert found["without replay"]["met"] and found["all"]["met"] and found["all"]["wall"] == pytest.approx(0.2)
-    found = verdicts(Cost("a", "b", [step(1, 1.1, 1.0, flops=(16, 10)), dear]))
-    assert not found["without replay"]["met"] and not found["all"]["met"]  # the one by FLOPs, the other by time
+    bars = verdicts(Cost("a", "b", [quiet, quiet, dear]))
+    assert bars["without replay"]["met"] and bars["all"]["met"] and bars["all"]["wall"] == pytest.approx(0.2)
+    bars = verdicts(Cost("a", "b", [step(1, 1.1, 1.0, flops=(16, 10)), dear]))
+    assert not bars["without replay"]["met"] and not bars["all"]["met"]  # the one by FLOPs, the other by time
     text = table(Cost("a", "b", [quiet, quiet, dear]))
     assert "steps without replay: at most +10 %: wall time +5.0 %, FLOPs +0.0 %: met" in text and "NOT met" not in text
     assert "nothing was replayed" in table(Cost("a", "b", [quiet]))
@@ -199,9 +212,9 @@ def test_the_command_prints_json_and_leaves_nothing_behind(tmp_path, monkeypatch
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     settings = ["study", "cost", "--preset", "tiny", *SETTINGS, *FAST, "--algo", "grpo+sil"]
     assert main([*settings, "--steps", "2", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["algo"], found["against"], len(found["steps"])) == ("grpo+sil", "grpo", 2)
-    assert found["summaries"]["all"]["steps"] == 2 and set(found["bars"]) == {"without replay", "all"}
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["algo"], printed["against"], len(printed["steps"])) == ("grpo+sil", "grpo", 2)
+    assert printed["summaries"]["all"]["steps"] == 2 and set(printed["bars"]) == {"without replay", "all"}
     assert not any(tmp_path.iterdir())
 
     assert main([*settings, "--steps", "1", "--output", "kept"]) == 0

@@ -18,7 +18,7 @@ from spearrl.launch.assembly import Assembly, Players, launcher_of
 from spearrl.launch.describe import arithmetic, describe
 from spearrl.launch.devices import EXTRAS, Gpu, Machine, detect, imagined, parameters_of, visible
 from spearrl.launch.launcher import serve_rank
-from spearrl.launch.placement import GIB, place, with_settings
+from spearrl.launch.placement import GIB, place
 from spearrl.processes import under_launcher
 
 QWEN_1_5B = 1_543_714_304
@@ -87,11 +87,11 @@ def test_one_gpu_needs_no_configuration():
 def test_every_engine_gets_what_the_placement_decided(monkeypatch, tmp_path, host, settings, transport, sleeps):
     """In the trainer's process and in a worker: how weights reach it, and whether it gives its memory back."""
     placement = placed(host, *settings)
-    config = with_settings(placement.config, {"placement.mode": "auto"})
+    config = placement.config.with_settings({"placement.mode": "auto"})
     assert place(config, host).colocated == placement.colocated
     monkeypatch.setattr(parts, "VLLMEngine", lambda model, *_, transfer_backend, sleep, **__: (transfer_backend, sleep))
     monkeypatch.setattr(assembly, "processes", lambda start, *_: start)
-    start = launcher_of(with_settings(config, {"rollout.launcher": "processes"}), "model", placement, tmp_path)
+    start = launcher_of(config.with_settings({"rollout.launcher": "processes"}), "model", placement, tmp_path)
     assert (start.colocated, start.sleeps) == (placement.colocated, placement.sleeps)
     for decided in (start, placement):
         engine = parts.make_engine(config, "model", device="cuda", colocated=decided.colocated, sleeps=decided.sleeps)
