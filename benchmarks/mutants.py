@@ -42,10 +42,13 @@ REWARDS, CREDIT, MEMORY = "algorithm/rewards.py", "algorithm/credit.py", "algori
 
 # What the code says → the bugs that are tried there, by what they mean. Each text occurs once in its file.
 TABLE: dict[tuple[str, str, str], dict[str, str]] = {
-    ("mask", BUILD, "((0, shown), (1, sampled))"): {
-        "observations of later turns count as actions": "((int(known > 0), shown), (1, sampled))",
-        "mask one place late": "((0, shown + 1), (1, sampled - 1))",
-        "the reply's last token does not train": "((0, shown), (1, sampled - 1), (0, 1))",
+    ("mask", BUILD, "action_mask=turn_index >= 0"): {
+        "observations of later turns count as actions": (
+            "action_mask=torch.tensor([(p.known > 0, True) for p in turns]).flatten()"
+            ".repeat_interleave(counts.flatten())"
+        ),
+        "mask one place late": "action_mask=(turn_index >= 0) & (turn_index.roll(1) >= 0)",
+        "the reply's last token does not train": "action_mask=(turn_index >= 0) & (turn_index.roll(-1) == turn_index)",
     },
     ("mask", REWARDS, "rows.mask_turns(~flagged)"): {
         "filtered turns train": "rows.mask_turns(flagged | ~flagged)",
@@ -63,9 +66,9 @@ TABLE: dict[tuple[str, str, str], dict[str, str]] = {
         "only the first group's rows are buffered": "admitted = (rows.group == rows.group[0]) & torch.isin(",
         "only the last group's rows are buffered": "admitted = (rows.group == rows.group[-1]) & torch.isin(",
     },
-    ("group ids", BUILD, '"group_ids": trajectory.group'): {
-        "the whole step is one group": '"group_ids": 0',
-        "groups across tasks: ids of siblings": '"group_ids": trajectory.sibling',
+    ("group ids", BUILD, '"group_ids": [played.trajectory.group'): {
+        "the whole step is one group": '"group_ids": [0',
+        "groups across tasks: ids of siblings": '"group_ids": [played.trajectory.sibling',
     },
     ("group ids", CREDIT, "grpo_advantages(rewards, turns.group_ids, norm"): {
         "groups by position": "grpo_advantages(rewards, torch.arange(len(rewards)) // 8, norm",

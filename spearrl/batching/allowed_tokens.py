@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -40,7 +41,7 @@ class AllowedIds:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The fields by name."""
-        return {"index": self.index, "owner": self.owner, "ids": self.ids}
+        return dict(vars(self))
 
     def select(self, turns: torch.Tensor) -> AllowedIds | None:
         """The sets of these turns alone; None where none of them is restricted.
@@ -62,13 +63,8 @@ class AllowedIds:
         if all(table is None for table in tables):
             return None
         none = torch.zeros(0, dtype=torch.int64)
-        index, owner, ids, first = [none], [none], [none], 0
-        for table, count in zip(tables, turns, strict=True):
-            if table is None:
-                index.append(torch.full((count,), -1))
-                continue
-            index.append(torch.where(table.index < 0, -1, table.index + first))
-            owner.append(table.owner + first)
-            ids.append(table.ids)
-            first += table.sets
-        return AllowedIds(torch.cat(index), torch.cat(owner), torch.cat(ids))
+        every = [t or AllowedIds(torch.full((n,), -1), none, none) for t, n in zip(tables, turns, strict=True)]
+        first = list(accumulate((table.sets for table in every), initial=0))[:-1]
+        index = [torch.where(t.index < 0, -1, t.index + start) for t, start in zip(every, first, strict=True)]
+        owner = [table.owner + start for table, start in zip(every, first, strict=True)]
+        return AllowedIds(torch.cat(index), torch.cat(owner), torch.cat([table.ids for table in every]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,11 +24,12 @@ def canonical(anchor: Any) -> Any:
         ContractError: for any other type.
     """
     if isinstance(anchor, (np.generic, np.ndarray, torch.Tensor)):
-        return _flat(anchor)
+        values = anchor.reshape(-1).tolist()
+        return tuple(canonical(value) for value in values) if anchor.ndim else canonical(values[0])
     if anchor is None or isinstance(anchor, (str, bytes)):
         return anchor
     if isinstance(anchor, (bool, int, float)):
-        return _number(anchor)
+        return anchor if isinstance(anchor, float) and not anchor.is_integer() else int(anchor)
     if isinstance(anchor, (list, tuple)):
         return tuple(canonical(item) for item in anchor)
     if isinstance(anchor, Mapping):
@@ -46,21 +46,6 @@ def anchor_id(anchor: Any) -> int:
     """A 63-bit integer, the same for equal anchors on every machine. Raises ContractError as `canonical` does."""
     digest = hashlib.blake2b(_encode(canonical(anchor)), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> (64 - SEED_BITS)
-
-
-def _flat(array: Any) -> Any:
-    values = array.tolist()
-    if not isinstance(values, list):
-        return canonical(values)
-    if isinstance(array, np.ndarray) and array.dtype == object:
-        array = np.asarray(values, dtype=object)
-    return tuple(canonical(value) for value in array.reshape(-1).tolist())
-
-
-def _number(value: float) -> float:
-    if isinstance(value, float) and not (math.isfinite(value) and value.is_integer()):
-        return value
-    return int(value)
 
 
 def _encode(value: Any) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -39,8 +39,7 @@ class Batch:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The [B, T] fields that are there, by name."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rows"}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
     def select(self, rows: torch.Tensor | Sequence[int]) -> Batch:
         """The given rows (bool [B] or distinct indices), cut to the longest of them."""

@@ -8,19 +8,29 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any
+from itertools import chain
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from spearrl.batching.allowed_tokens import AllowedIds
 from spearrl.batching.anchors import anchor_id
-from spearrl.batching.rows import ROWS, TOKENS, Rows
+from spearrl.batching.rows import Rows
 from spearrl.batching.turn_table import TurnTable, turn_dtype
 from spearrl.errors import ContractError
 from spearrl.types import Group, Trajectory, Turn
 
 ROWS_PER_TRAJECTORY = 4096  # uid = trajectory * this + ordinal of the row
-CODES = {torch.int64: "q", torch.float32: "f", torch.float64: "d", torch.bool: "b"}
+
+
+class _Played(NamedTuple):
+    """A turn in its row, which holds the first `known` tokens of its prompt already."""
+
+    trajectory: Trajectory
+    turn: Turn
+    row: int
+    known: int
 
 
 def rows_from_groups(groups: Sequence[Group]) -> Rows:
@@ -32,142 +42,102 @@ def rows_from_groups(groups: Sequence[Group]) -> Rows:
         ContractError: an empty prompt, log-probabilities that do not match the sampled tokens, or a sampled token that
             was not allowed.
     """
-    builder = _Builder()
+    turns: list[_Played] = []
+    rows: list[tuple[int, int, int]] = []  # group, trajectory, uid
+    images: list[tuple[str, ...]] = []
     for trajectory in (t for group in groups for t in group.valid):
-        builder.add(trajectory)
-    return builder.rows()
-
-
-class _Builder:
-    """Collects numbers in typed arrays, whose memory torch takes over without a pass through Python objects."""
-
-    def __init__(self) -> None:
-        self.tokens: dict[str, array[Any]] = {name: array(CODES[dtype]) for name, dtype in TOKENS.items()}
-        self.row_fields = {name: array("q") for name in ROWS}
-        names = TurnTable.__dataclass_fields__
-        self.turns: dict[str, array[Any]] = {name: array(CODES[turn_dtype(name)]) for name in names}
-        self.offsets = array("q", [0])
-        self.images: list[tuple[str, ...]] = []
-        self.pictures: dict[str, torch.Tensor] = {}
-        self.text_id = cache(anchor_id)  # siblings meet the same states
-        self.allowed = array("q")  # by turn
-        self.sets: dict[tuple[int, ...], tuple[int, frozenset[int]]] = {}  # number and members; siblings share them
-
-    def add(self, trajectory: Trajectory) -> None:
         running: tuple[int, ...] = ()
-        ordinal = 0
+        first = len(rows)
         for number, turn in enumerate(trajectory.turns):
-            _check(turn, trajectory, number)
+            _check(turn, f"trajectory {trajectory.id}, turn {number}")
+            digests = tuple(image.digest for image in turn.images)
             extends = number > 0 and turn.prompt_ids[: len(running)] == running
-            digests = self._digests(turn)
-            if not extends or digests[: len(self.images[-1])] != self.images[-1]:
+            if not extends or digests[: len(images[-1])] != images[-1]:
                 running = ()
-                self._start_row(trajectory, ordinal)
-                ordinal += 1
-            self._add_turn(trajectory, turn)
-            self.allowed.append(self._allowed_set(turn, f"trajectory {trajectory.id}, turn {number}"))
-            self._add_tokens(turn, len(running))
-            self.images[-1] = digests
+                uid = trajectory.id * ROWS_PER_TRAJECTORY + len(rows) - first
+                rows.append((trajectory.group, trajectory.id, uid))
+                images.append(())
+            images[-1] = digests
+            turns.append(_Played(trajectory, turn, len(rows) - 1, len(running)))
             running = turn.prompt_ids + turn.token_ids
-        if ordinal > ROWS_PER_TRAJECTORY:
-            text = f"{ordinal} rows; at most {ROWS_PER_TRAJECTORY} are numbered apart"
+        if len(rows) - first > ROWS_PER_TRAJECTORY:
+            text = f"{len(rows) - first} rows; at most {ROWS_PER_TRAJECTORY} are numbered apart"
             raise ContractError(text, where=f"trajectory {trajectory.id}")
+    return _rows(turns, rows, images)
 
-    def _start_row(self, trajectory: Trajectory, ordinal: int) -> None:
-        self.offsets.append(self.offsets[-1])
-        self.row_fields["group"].append(trajectory.group)
-        self.row_fields["trajectory"].append(trajectory.id)
-        self.row_fields["uid"].append(trajectory.id * ROWS_PER_TRAJECTORY + ordinal)
-        self.images.append(())
 
-    def _add_turn(self, trajectory: Trajectory, turn: Turn) -> None:
-        values = {
-            "group_ids": trajectory.group,
-            "trajectory_ids": trajectory.id,
-            "anchor_ids": self._anchor_id(turn),
-            "rewards": turn.reward,
-            "penalties": 0.0 if turn.action.valid else 1.0,
-            "tool_calls": turn.action.tool_calls,
-            "status": trajectory.status.code,
-            "row": len(self.offsets) - 2,
-        }
-        for name, value in values.items():
-            self.turns[name].append(value)
+def _rows(turns: Sequence[_Played], rows: Sequence[tuple[int, int, int]], images: Sequence[tuple[str, ...]]) -> Rows:
+    """Rows of these turns: of each, the prompt's new tokens, then the sampled ones."""
+    table = _turn_table(turns)
+    sizes = [(len(played.turn.prompt_ids) - played.known, len(played.turn.token_ids)) for played in turns]
+    counts = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
 
-    def _anchor_id(self, turn: Turn) -> int:
-        state = turn.observation if turn.anchor is None else turn.anchor
-        return self.text_id(state) if isinstance(state, str) else anchor_id(state)
+    def by_token(values: Iterable[int]) -> torch.Tensor:
+        """int64 [S]: each turn's own value on its sampled tokens, -1 on the prompt's."""
+        pairs = torch.tensor([(-1, value) for value in values], dtype=torch.int64)
+        return pairs.flatten().repeat_interleave(counts.flatten())
 
-    def _allowed_set(self, turn: Turn, where: str) -> int:
-        """Number of the set that the reply was drawn from; -1: any token could be."""
-        if turn.allowed_ids is None:
-            return -1
-        if turn.allowed_ids not in self.sets:
-            self.sets[turn.allowed_ids] = (len(self.sets), frozenset(turn.allowed_ids))
-        number, members = self.sets[turn.allowed_ids]
-        if not members.issuperset(turn.token_ids):
-            others = sorted(set(turn.token_ids) - members)[:8]
-            text = f"sampled tokens {others} are not among the {len(members)} allowed ids"
+    pieces = chain.from_iterable((p.turn.prompt_ids[p.known :], p.turn.token_ids) for p in turns)
+    turn_index = by_token(range(len(turns)))
+    reported = torch.from_numpy(np.array(array("f", chain.from_iterable(p.turn.logprobs for p in turns))))
+    lengths = torch.zeros(len(rows), dtype=torch.int64).index_add(0, table.row, counts.sum(1))
+    group, trajectory, uid = torch.tensor(rows, dtype=torch.int64).view(-1, 3).unbind(1)
+    pictures = {image.digest: image.data for played in turns for image in played.turn.images}
+    return Rows(
+        token_ids=torch.from_numpy(np.array(array("q", chain.from_iterable(pieces)))),
+        action_mask=turn_index >= 0,
+        turn_index=turn_index,
+        rollout_logprobs=torch.zeros(len(turn_index)).masked_scatter(turn_index >= 0, reported),
+        policy_version=by_token(played.turn.min_version for played in turns),
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        group=group,
+        trajectory=trajectory,
+        uid=uid,
+        turns=table,
+        images=tuple(images),
+        allowed=_allowed(turns),
+        pictures={name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in pictures.items()},
+    )
+
+
+def _turn_table(turns: Sequence[_Played]) -> TurnTable:
+    text_id = cache(anchor_id)  # siblings meet the same states
+    states = [p.turn.observation if p.turn.anchor is None else p.turn.anchor for p in turns]
+    columns = {
+        "group_ids": [played.trajectory.group for played in turns],
+        "trajectory_ids": [played.trajectory.id for played in turns],
+        "anchor_ids": [text_id(state) if isinstance(state, str) else anchor_id(state) for state in states],
+        "rewards": [played.turn.reward for played in turns],
+        "penalties": [0.0 if played.turn.action.valid else 1.0 for played in turns],
+        "tool_calls": [played.turn.action.tool_calls for played in turns],
+        "status": [played.trajectory.status.code for played in turns],
+        "row": [played.row for played in turns],
+    }
+    return TurnTable(**{name: torch.tensor(values, dtype=turn_dtype(name)) for name, values in columns.items()})
+
+
+def _allowed(turns: Sequence[_Played]) -> AllowedIds | None:
+    """The sets that replies were restricted to; siblings share them."""
+    numbers: dict[tuple[int, ...] | None, int] = {None: -1}
+    index = [numbers.setdefault(played.turn.allowed_ids, len(numbers) - 1) for played in turns]
+    del numbers[None]
+    members = [frozenset(ids or ()) for ids in numbers]
+    for (trajectory, turn, _, _), number in zip(turns, index, strict=True):
+        if number >= 0 and not members[number].issuperset(turn.token_ids):
+            others = sorted(set(turn.token_ids) - members[number])[:8]
+            text = f"sampled tokens {others} are not among the {len(members[number])} allowed ids"
+            where = f"trajectory {trajectory.id}, turn {trajectory.turns.index(turn)}"
             raise ContractError(text, where=where, hint="use an engine that honours Sampling.allowed_ids")
-        return number
-
-    def _add_tokens(self, turn: Turn, known: int) -> None:
-        """The prompt's new tokens, then the sampled ones."""
-        shown, sampled = len(turn.prompt_ids) - known, len(turn.token_ids)
-        index = len(self.turns["row"]) - 1
-        tokens = self.tokens
-        tokens["token_ids"].extend(turn.prompt_ids[known:])
-        tokens["token_ids"].extend(turn.token_ids)
-        tokens["rollout_logprobs"].extend([0.0] * shown)
-        tokens["rollout_logprobs"].extend(turn.logprobs)
-        _fill(tokens["action_mask"], ((0, shown), (1, sampled)))
-        _fill(tokens["turn_index"], ((-1, shown), (index, sampled)))
-        _fill(tokens["policy_version"], ((-1, shown), (turn.min_version, sampled)))
-        self.offsets[-1] += shown + sampled
-
-    def _digests(self, turn: Turn) -> tuple[str, ...]:
-        """Content hashes of the pictures of the turn's prompt, whose bytes are kept once."""
-        digests = tuple(image.digest for image in turn.images)
-        for digest, image in zip(digests, turn.images, strict=True):
-            if digest not in self.pictures:
-                self.pictures[digest] = torch.frombuffer(bytearray(image.data), dtype=torch.uint8)
-        return digests
-
-    def rows(self) -> Rows:
-        tokens = {name: _tensor(values, TOKENS[name]) for name, values in self.tokens.items()}
-        turns = TurnTable(**{name: _tensor(values, turn_dtype(name)) for name, values in self.turns.items()})
-        row_fields = {name: _tensor(values, torch.int64) for name, values in self.row_fields.items()}
-        owner = [number for members, (number, _) in self.sets.items() for _ in members]
-        ids = [id_ for members in self.sets for id_ in members]
-        allowed = AllowedIds(*(torch.tensor(values, dtype=torch.int64) for values in (self.allowed, owner, ids)))
-        return Rows(
-            **tokens,
-            **row_fields,
-            offsets=_tensor(self.offsets, torch.int64),
-            turns=turns,
-            images=tuple(self.images),
-            allowed=allowed if self.sets else None,
-            pictures=self.pictures,
-        )
+    owner = [number for number, ids in enumerate(members) for _ in ids]
+    ids = list(chain.from_iterable(members))
+    tensors = (torch.tensor(values, dtype=torch.int64) for values in (index, owner, ids))
+    return AllowedIds(*tensors) if members else None
 
 
-def _check(turn: Turn, trajectory: Trajectory, number: int) -> None:
-    where = f"trajectory {trajectory.id}, turn {number}"
+def _check(turn: Turn, where: str) -> None:
     if not turn.prompt_ids:
         hint = "the chat encoder must give every turn at least one prompt token"
         raise ContractError("an empty prompt", where=where, hint=hint)
     if len(turn.logprobs) != len(turn.token_ids):
         text = f"{len(turn.logprobs)} log-probabilities for {len(turn.token_ids)} sampled tokens"
         raise ContractError(text, where=where)
-
-
-def _fill(target: array[Any], runs: Iterable[tuple[int, int]]) -> None:
-    for value, count in runs:
-        target.extend(array(target.typecode, [value]) * count)
-
-
-def _tensor(values: array[Any], dtype: torch.dtype) -> torch.Tensor:
-    if not values:
-        return torch.zeros(0, dtype=dtype)
-    stored = torch.int8 if dtype == torch.bool else dtype
-    return torch.frombuffer(values, dtype=stored).to(dtype).clone()

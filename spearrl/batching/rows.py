@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,10 +12,11 @@ from typing import Any
 import torch
 
 from spearrl.batching.allowed_tokens import AllowedIds
+from spearrl.batching.nested_tensors import fill, strip
 from spearrl.batching.turn_table import TurnTable, check_tensor
 from spearrl.errors import ContractError
 
-FORMAT = "spearrl.rows/1"
+FORMAT = "spearrl.rows/2"
 TOKENS = {
     "token_ids": torch.int64,
     "action_mask": torch.bool,
@@ -25,7 +25,7 @@ TOKENS = {
     "policy_version": torch.int64,
 }
 ROWS = ("group", "trajectory", "uid")
-NESTED = ("turns", "allowed", "pictures")  # tables inside a state dict
+FLAT = (*TOKENS, "offsets", *ROWS)
 
 
 @dataclass
@@ -221,7 +221,7 @@ class Rows:
 
         "allowed" is there where a reply was restricted, "pictures" where there are some.
         """
-        state: dict[str, Any] = {name: getattr(self, name) for name in (*TOKENS, "offsets", *ROWS)}
+        state: dict[str, Any] = {name: getattr(self, name) for name in FLAT}
         state |= {"turns": self.turns.tensors(), "images": [list(images) for images in self.images]}
         if self.allowed is not None:
             state["allowed"] = self.allowed.tensors()
@@ -230,7 +230,7 @@ class Rows:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Rows:
         """Rows from `state_dict()`. Raises ContractError for missing or malformed tensors."""
-        missing = {*TOKENS, "offsets", *ROWS, "turns", "images"} - set(state)
+        missing = {*FLAT, "turns", "images"} - set(state)
         if missing:
             raise ContractError(f"rows without {sorted(missing)}", where="Rows")
         tables: dict[str, Any] = {
@@ -238,18 +238,14 @@ class Rows:
             "images": tuple(tuple(images) for images in state["images"]),
             "allowed": AllowedIds(**state["allowed"]) if "allowed" in state else None,
         }
-        tensors = {name: state[name] for name in (*TOKENS, "offsets", *ROWS)}
-        return cls(**tensors, **tables, pictures=state.get("pictures", {}))
+        return cls(**{name: state[name] for name in FLAT}, **tables, pictures=state.get("pictures", {}))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
         from safetensors.torch import save_file
 
-        state = self.state_dict()
-        tensors = {f"{part}.{name}": tensor for part in NESTED for name, tensor in state.pop(part, {}).items()}
-        metadata = {"format": FORMAT, "images": json.dumps(state.pop("images"))}
-        tensors |= state
-        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path, metadata=metadata)
+        text, tensors = strip(self.state_dict(), "rows")
+        save_file(tensors, path, metadata={"format": FORMAT, "rows": text})
 
     @classmethod
     def load(cls, path: str | Path) -> Rows:
@@ -261,14 +257,7 @@ class Rows:
             if metadata.get("format") != FORMAT:
                 raise ContractError(f"format {metadata.get('format')!r}; expected {FORMAT!r}", where=str(path))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-        state: dict[str, Any] = {"images": json.loads(metadata["images"])}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            if rest:
-                state.setdefault(part, {})[rest] = tensor
-            else:
-                state[name] = tensor
-        return cls.from_state(state)
+        return cls.from_state(fill(metadata["rows"], tensors))
 
 
 def row_indices(rows: torch.Tensor | Sequence[int]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -29,29 +29,28 @@ class TurnTable:
 
     def __post_init__(self) -> None:
         count = len(self.group_ids)
-        for field in fields(self):
-            check_tensor(getattr(self, field.name), f"turns.{field.name}", turn_dtype(field.name), count)
+        for name, tensor in self.tensors().items():
+            check_tensor(tensor, f"turns.{name}", turn_dtype(name), count)
 
     def __len__(self) -> int:
         return len(self.group_ids)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The fields by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return dict(vars(self))
 
     def select(self, keep: torch.Tensor, row: torch.Tensor) -> TurnTable:
         """The turns where `keep` [N] is True; `row`: their new row numbers."""
-        return TurnTable(**{**{name: tensor[keep] for name, tensor in self.tensors().items()}, "row": row})
+        return TurnTable(**{name: tensor[keep] for name, tensor in self.tensors().items()} | {"row": row})
 
     @staticmethod
     def concat(tables: Sequence[TurnTable], first_rows: Sequence[int]) -> TurnTable:
         """One table after the other; `first_rows`: the number that row 0 of each gets."""
-        joined = {}
-        for field in fields(TurnTable):
-            shift = first_rows if field.name == "row" else [0] * len(tables)
-            parts = [getattr(table, field.name) + offset for table, offset in zip(tables, shift, strict=True)]
-            joined[field.name] = torch.cat(parts) if parts else torch.zeros(0, dtype=turn_dtype(field.name))
-        return TurnTable(**joined)
+        moved = [replace(table, row=table.row + first) for table, first in zip(tables, first_rows, strict=True)]
+        empty = {field.name: torch.zeros(0, dtype=turn_dtype(field.name)) for field in fields(TurnTable)}
+        return TurnTable(
+            **{name: torch.cat([none, *(getattr(t, name) for t in moved)]) for name, none in empty.items()}
+        )
 
 
 def turn_dtype(name: str) -> torch.dtype:

@@ -85,7 +85,7 @@ class Passes:
         policy = self.policy if policy is None else policy
         logprobs, entropy, hidden = policy(*tensors, inputs.lengths, allowed, images=images)
         outputs = [logprobs, entropy] if self.critic is None else [logprobs, entropy, self.critic(hidden)]
-        index, shape = inputs.place.to(self.device), (len(rows), rows.width)
+        index, shape = inputs.padded.to(self.device), (len(rows), rows.width)
         flat = (output.new_zeros(len(rows) * rows.width).index_copy(0, index, output) for output in outputs)
         return Outputs(*(tensor.view(shape) for tensor in flat))
 

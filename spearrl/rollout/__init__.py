@@ -5,7 +5,6 @@ from spearrl.rollout.asynchronous import Ahead
 from spearrl.rollout.collector import Collector, Player
 from spearrl.rollout.local import LocalEngine
 from spearrl.rollout.protocol import Completion, Engine, Request, Sampling
-from spearrl.rollout.scripted import ScriptedEngine
 
 __all__ = [
     "Ahead",
@@ -17,5 +16,4 @@ __all__ = [
     "Player",
     "Request",
     "Sampling",
-    "ScriptedEngine",
 ]

@@ -16,11 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
+from spearrl.batching.nested_tensors import fill, strip
 from spearrl.errors import CheckpointError, StorageError
-from spearrl.learner.deepspeed.wire import fill, strip
 
 NAME = re.compile(r"^step-\d{6,}$")
 FORMAT = 1
@@ -104,8 +103,8 @@ def save_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(exist_ok=True)
-    tensors: dict[str, torch.Tensor] = {}
-    (folder / f"{name}.json").write_text(json.dumps(strip(state, tensors, name)))
+    text, tensors = strip(state, name)
+    (folder / f"{name}.json").write_text(text)
     save_file(tensors, folder / f"{name}.safetensors")
 
 
@@ -113,7 +112,7 @@ def load_state(folder: Path, name: str) -> Any:
     """What `save_state` wrote."""
     from safetensors.torch import load_file
 
-    return fill(json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors"))
+    return fill((folder / f"{name}.json").read_text(), load_file(folder / f"{name}.safetensors"))
 
 
 def _fingerprint(path: Path) -> list[int]:

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spearrl.batching import AllowedIds, Rows, forward_inputs, rows_from_groups
+from spearrl.batching.nested_tensors import pack, unpack
 from spearrl.buffers import BaselineBuffer, ReplayBuffer
 from spearrl.config.sections import LearnerSection
 from spearrl.envs import Done, ToolEnvironment, tool
 from spearrl.errors import ContractError
 from spearrl.learner import LocalLearner
-from spearrl.learner.deepspeed.wire import pack, unpack
 from spearrl.learner.logprobs import token_logprobs
 from spearrl.losses import ClipCov, Objective
 from spearrl.rollout import LocalEngine

@@ -150,7 +150,7 @@ def test_the_shift():
     previous = padded[:, :6].flatten()[inputs.source]
     expected = [padded[b, t - 1] for b in range(2) for t in range(7) if rows.padded_mask[b, t]]
     assert previous.tolist() == expected
-    assert inputs.target.tolist() == padded.flatten()[inputs.place].tolist() == padded[rows.padded_mask].tolist()
+    assert inputs.target.tolist() == padded.flatten()[inputs.padded].tolist() == padded[rows.padded_mask].tolist()
     silent = forward_inputs(rows.with_action_mask(torch.zeros_like(rows.action_mask)))
     assert len(silent.target) == 0 and silent.token_ids.shape == (2, 1)
     assert len(Rows.concat([])) == 0

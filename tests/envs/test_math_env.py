@@ -18,10 +18,11 @@ from spearrl.envs.check import check_environment
 from spearrl.envs.math import Math
 from spearrl.envs.math.env import EMPTY, FAILED, SUFFIX
 from spearrl.errors import ConfigError
-from spearrl.rollout import Collector, ScriptedEngine
+from spearrl.rollout import Collector
 from spearrl.sandbox import RunResult
 from spearrl.types import Action, Group, Reply, Status, Task, Trajectory, Turn
 from tests.models.test_chat import encoder_of
+from tests.support.scripted_engine import ScriptedEngine
 
 TRUSTED = {"kind": "none", "unsandboxed": True, "packages": ["numpy"], "concurrency": 1}
 TASK = Task("t", "train", {"problem": "What is 6 times 7?", "answer": "42"})

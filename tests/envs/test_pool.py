@@ -14,11 +14,12 @@ from spearrl.envs import Environment, import_path, make
 from spearrl.envs.pool import open_pool
 from spearrl.envs.pool import supervision as workers
 from spearrl.errors import ConfigError, ContractError, EnvironmentFault, WorkerError
-from spearrl.rollout import Collector, LocalEngine, ScriptedEngine
+from spearrl.rollout import Collector, LocalEngine
 from spearrl.types import Reply, Status, Task
 from tests.rollout.test_collector import parts, say
 from tests.support.faulty_envs import Threaded
 from tests.support.gates import LIMIT_S, wait_gone
+from tests.support.scripted_engine import ScriptedEngine
 
 DEADLINE = 2.0
 REPLY = Reply("go", (1,), "stop")

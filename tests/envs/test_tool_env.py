@@ -12,10 +12,11 @@ from pydantic import BaseModel
 
 from spearrl.envs import Done, ToolEnvironment, call, tool
 from spearrl.errors import ConfigError, ContractError
-from spearrl.rollout import Collector, ScriptedEngine
+from spearrl.rollout import Collector
 from spearrl.types import Action, Observation, Outcome, Reply, Status, Task
 from tests.models.test_chat import encoder_of
 from tests.rollout.test_collector import parts
+from tests.support.scripted_engine import ScriptedEngine
 
 TASK = Task("t0", "train")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spearrl.learner.deepspeed.wire import pack, unpack
+from spearrl.batching.nested_tensors import pack, unpack
 from spearrl.learner.minibatches import deal
 
 

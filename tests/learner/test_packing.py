@@ -72,7 +72,7 @@ def test_a_pack_holds_tokens_up_to_each_rows_last_prediction():
     assert flat == rows.token_ids[3:9].tolist() + rows.token_ids[10:12].tolist()
     assert inputs.target.tolist() == rows.token_ids[rows.action_mask].tolist()
     assert inputs.source.tolist() == [1, 2, 5, 7]
-    assert inputs.place.tolist() == rows.padded_mask.flatten().nonzero().flatten().tolist()
+    assert inputs.padded.tolist() == rows.padded_mask.flatten().nonzero().flatten().tolist()
     nothing = forward_inputs(rows.with_action_mask(torch.zeros_like(clear)), packed=True)
     assert nothing.lengths == (1,) and nothing.token_ids.shape == (1, 1) and not len(nothing.target)
 

@@ -15,9 +15,10 @@ from spearrl.config import TinySection
 from spearrl.envs import Environment
 from spearrl.errors import ConfigError, ContractError, EngineError
 from spearrl.models import build_tiny
-from spearrl.rollout import ChatEncoder, Collector, LocalEngine, ScriptedEngine
+from spearrl.rollout import ChatEncoder, Collector, LocalEngine
 from spearrl.seeds import derive
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Status, Task, Text
+from tests.support.scripted_engine import ScriptedEngine
 
 WORDS = "show turn step win lose long say one two three four"
 

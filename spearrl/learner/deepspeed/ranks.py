@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from spearrl.batching.nested_tensors import pack, unpack
 from spearrl.errors import ConfigError, SpearError, WorkerError
-from spearrl.learner.deepspeed.wire import pack, unpack
 from spearrl.processes import child_environment, under_launcher
 
 Execute = Callable[[str, Any, Any], Any]  # (command, what all ranks are sent, this rank's part) → this rank's result
@@ -49,7 +49,7 @@ class RankGroup:
         self.gloo = dist.new_group(backend="gloo", timeout=limit)
 
     def send(self, tree: Any, rank: int) -> None:
-        """Send a value that `wire.pack` takes."""
+        """Send a value that `nested_tensors.pack` takes."""
         packed = pack(tree)
         dist.send(torch.tensor([len(packed)]), rank, group=self.gloo)
         dist.send(packed, rank, group=self.gloo)
