@@ -19,9 +19,11 @@ from spearrl.config import EvalSection, RunConfig
 from spearrl.envs import Environment, tasks_of
 from spearrl.launch.assembly import players_of
 from spearrl.launch.factories import make_environment
+from spearrl.launch.processors import with_sampling_dtype
 from spearrl.models import prepare_torch
 from spearrl.rollout import Player
 from spearrl.run.metrics import mean, numeric_means
+from spearrl.start.origin import Report, silent
 from spearrl.types import Group, Task, Trajectory
 
 Z95 = 1.959963984540054
@@ -98,9 +100,10 @@ def evaluate(config: RunConfig) -> EvalResult:
     return evaluate_with_groups(config)[0]
 
 
-def evaluate_with_groups(config: RunConfig) -> tuple[EvalResult, list[Group]]:
+def evaluate_with_groups(config: RunConfig, *, report: Report = silent) -> tuple[EvalResult, list[Group]]:
     """`evaluate`, with the episodes that were played."""
     device, environment = prepare_torch(config), make_environment(config)
+    config = with_sampling_dtype(config, report)
     with ExitStack() as stack:
         players = players_of(config, environment, device, stack)
         return play_panel(players.evaluator, tasks_of_panel(environment, config.eval), config)

@@ -18,6 +18,7 @@ from spearrl.envs import Environment, tasks_of
 from spearrl.evaluation import EvalResult, play_panel, tasks_of_panel
 from spearrl.launch.assembly import Assembly, assemble, check_extras
 from spearrl.launch.factories import make_environment
+from spearrl.launch.processors import with_sampling_dtype
 from spearrl.models import prepare_torch
 from spearrl.rollout.tasks_of_step import Episodes
 from spearrl.run import Run
@@ -56,7 +57,7 @@ class Trainer:
         environment = make_environment(config)
         self.tasks = tasks_of(environment, config.rollout.train_split, setting="rollout.train_split")
         self.panel = tasks_of_panel(environment, config.eval)
-        self.config = config if _run else with_pinned_model(config)
+        self.config = config if _run else with_sampling_dtype(with_pinned_model(config), report)
         if _run is None:
             check_format(self.config, environment)
         with ExitStack() as stack:

@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spearrl.cli.parsing import config_from, is_override
 from spearrl.cli.target import model_of
 
 if TYPE_CHECKING:
+    from spearrl.config import RunConfig
     from spearrl.evaluation import EvalResult
 
 EXAMPLES = """
@@ -17,14 +19,17 @@ examples:
   spearrl eval runs/webshop-grpo-spear-s0 --split val
   spearrl eval runs/webshop-grpo-spear-s0 --split val eval.tasks=500 eval.temperature=1.0
   spearrl eval models/shop --json
+  spearrl eval smollm2-135m --env webshop eval.tasks=8
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    target_help = "a run directory, or a model directory that holds the config.toml it was made with"
-    parser.add_argument("target", metavar="RUN|MODEL", help=target_help)
-    overrides_help = "settings that differ from the run's, e.g. eval.tasks=500"
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=overrides_help)
+    words_help = "a run, or a model made by `spearrl sft`: both know their settings; or any model, with --env or "
+    words_help += "--preset; and settings that differ, e.g. eval.tasks=500"
+    parser.add_argument("overrides", nargs="*", metavar="RUN | MODEL | section.key=value", help=words_help)
+    parser.add_argument("--env", metavar="NAME", help="environment, for a model without a run")
+    parser.add_argument("--preset", metavar="NAME", help="settings, for a model without a run")
+    parser.add_argument("--model", metavar="MODEL", help="the model, as a directory or a name: the same as MODEL")
     parser.add_argument("--split", help="split the panel comes from (default: the run's eval.split)")
     parser.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
     parser.add_argument("--trajectories", metavar="FILE", help="write the episodes as JSON lines")
@@ -32,19 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from spearrl.config import load_config
-    from spearrl.errors import RefusedError, StorageError
+    from spearrl.cli.progress import Progress
+    from spearrl.errors import StorageError
 
-    target = Path(args.target)
-    if not (target / "config.toml").is_file():
-        hint = "give a run directory, or a model directory made by `spearrl sft`"
-        raise RefusedError(f"{target} holds no config.toml", hint=hint)
-    overrides = [*args.overrides, *([f"eval.split={args.split}"] if args.split else [])]
-    config = load_config(target / "config.toml", [*overrides, f"model.path={model_of(target, args.step)}"])
+    config = _config(args)
     from spearrl.evaluation import evaluate_with_groups
     from spearrl.run import write_trajectories
 
-    result, groups = evaluate_with_groups(config)
+    result, groups = evaluate_with_groups(config, report=Progress().report)
     model = config.model.path
     print(json.dumps({"model": model, **result.as_json()}) if args.json else _table(result, model))
     if args.trajectories:
@@ -54,6 +54,27 @@ def run(args: argparse.Namespace) -> int:
             message = f"cannot write {args.trajectories}: {error.strerror}"
             raise StorageError(message, where="--trajectories") from error
     return 0
+
+
+def _config(args: argparse.Namespace) -> RunConfig:
+    """That of the run, with its newest weights; or for a model alone, that of an environment or a preset."""
+    from spearrl.config import load_config
+    from spearrl.errors import RefusedError
+
+    targets = [word for word in args.overrides if not is_override(word)] + ([args.model] if args.model else [])
+    if len(targets) != 1:
+        hint = "give one: a run directory, or a model's directory or name"
+        raise RefusedError(f"{len(targets)} runs or models are named", hint=hint)
+    args.overrides = [word for word in args.overrides if is_override(word)]
+    args.overrides += [f"eval.split={args.split}"] if args.split else []
+    target = Path(targets[0])
+    if args.env or args.preset:
+        args.algo, args.model = None, str(model_of(target, args.step))
+        return config_from(args)
+    if not (target / "config.toml").is_file():
+        hint = "give a run directory, a model directory made by `spearrl sft`, or any model with --env NAME"
+        raise RefusedError(f"{target} holds no config.toml", hint=hint)
+    return load_config(target / "config.toml", [*args.overrides, f"model.path={model_of(target, args.step)}"])
 
 
 def _table(result: EvalResult, model: str) -> str:

@@ -11,10 +11,12 @@ import difflib
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from spearrl import __version__
 from spearrl.errors import SpearError
@@ -63,6 +65,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Errors that are not SpearError keep their traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         code = _dispatch(words)
         sys.stdout.flush()
@@ -77,6 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Else the interpreter complains once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+    """Warnings of this package in one line of words, those of others as Python shows them."""
+    own = issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parents[1])
+    shown = f"warning: {message}\n" if own else warnings.formatwarning(message, category, filename, lineno)
+    sys.stderr.write(shown)
 
 
 def _dispatch(words: list[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,10 +38,26 @@ def add_gpus(parser: argparse.ArgumentParser) -> None:
 
 
 def config_from(args: argparse.Namespace) -> RunConfig:
-    """The config that the shared arguments describe; advice about it goes to standard error. Raises ConfigError."""
-    resolved = resolved_from(args)
+    """The config that the shared arguments describe, sizes that fit a large model on processors in it.
+
+    Advice, and what was worked out, go to standard error. Raises ConfigError.
+    """
+    fitting: dict[str, Any] = {}
+
+    def derive(config: RunConfig, unset: Collection[str]) -> Mapping[str, Any]:
+        if config.model.path != "tiny":
+            from spearrl.launch.devices import detect
+            from spearrl.launch.processors import sizes
+
+            fitting.update({} if detect().gpus else sizes(config, unset))
+        return fitting
+
+    resolved = resolved_from(args, derive)
     check_environment(resolved)
     announce(resolved)
+    if fitting:
+        values = " ".join(f"{key}={value}" for key, value in fitting.items())
+        print(f"worked out for this model on processors: {values}", file=sys.stderr)
     return resolved.config
 
 
@@ -74,10 +91,12 @@ def check_environment(resolved: Resolved) -> None:
 def placed_from(args: argparse.Namespace, machine: Callable[[], Machine]) -> tuple[Resolved, Placement]:
     """The config with what follows from the machine's GPUs, and which of them do what. Raises ConfigError.
 
-    A model of the hub is downloaded, unless the machine is only thought of.
+    A model of the hub is downloaded, unless the machine is only thought of. Without GPUs, sizes of a step are worked
+    out too.
     """
     from spearrl.launch.devices import parameters_of
-    from spearrl.launch.placement import place
+    from spearrl.launch.placement import place, with_settings
+    from spearrl.launch.processors import sizes
     from spearrl.models import directory_of
 
     placements: list[Placement] = []
@@ -85,7 +104,10 @@ def placed_from(args: argparse.Namespace, machine: Callable[[], Machine]) -> tup
     def derive(config: RunConfig, unset: Collection[str]) -> Mapping[str, Any]:
         host, model = machine(), config.model.path
         folder = directory_of(model) if host.present and model != "tiny" else model
-        placements.append(place(config, host, derive=unset, parameters=parameters_of(str(folder))))
+        fitting = {} if host.gpus or not host.present else sizes(config, unset)
+        config = with_settings(config, fitting)
+        placement = place(config, host, derive=unset, parameters=parameters_of(str(folder)))
+        placements.append(replace(placement, derived={**fitting, **placement.derived}))
         return placements[0].derived
 
     return resolved_from(args, derive), placements[0]
@@ -96,8 +118,8 @@ def resolved_from(args: argparse.Namespace, derive: Derive | None = None) -> Res
     from spearrl.config import resolve
     from spearrl.errors import ConfigError
 
-    overrides = [word for word in args.overrides if _is_override(word)] + gpu_override(args)
-    files = [word for word in args.overrides if not _is_override(word)]
+    overrides = [word for word in args.overrides if is_override(word)] + gpu_override(args)
+    files = [word for word in args.overrides if not is_override(word)]
     if len(files) > 1:
         names = ", ".join(repr(name[:60]) for name in files)
         hint = "use one file; settings are section.key=value"
@@ -117,7 +139,7 @@ def announce(resolved: Resolved) -> None:
         print(f"warning: {problem}", file=sys.stderr)
 
 
-def _is_override(word: str) -> bool:
+def is_override(word: str) -> bool:
     """section.key=value; a path may hold "=" too, but only behind a "/"."""
     key, separator, _ = word.partition("=")
     return bool(separator) and "/" not in key

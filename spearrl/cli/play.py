@@ -197,12 +197,14 @@ def _by_model(
     write: Callable[[str], None],
 ) -> dict[str, Any]:
     """The episode of a model through the trainer's own collector, shown as it is played, control tokens too."""
+    from spearrl.cli.progress import Progress
     from spearrl.launch.assembly import players_of
     from spearrl.launch.factories import make_collector, make_pool
+    from spearrl.launch.processors import with_sampling_dtype
     from spearrl.models import load_tokenizer, prepare_torch
     from spearrl.start.origin import with_pinned_model
 
-    config = with_pinned_model(config)
+    config = with_sampling_dtype(with_pinned_model(config), Progress().report)
     tokenizer = load_tokenizer(config.model.path)
     rollout = config.rollout.model_copy(update={"workers": 0, "slots": 1})
     config = config.model_copy(update={"rollout": rollout})

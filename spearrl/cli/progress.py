@@ -62,6 +62,9 @@ class Progress:
     def _format(self, v: dict[str, Any]) -> None:
         _say("\n".join([v["text"], *(f"  ! {note}" for note in v["notes"])]))
 
+    def _sampling(self, v: dict[str, Any]) -> None:
+        _say(v["text"])
+
     def _sft(self, v: dict[str, Any]) -> None:
         speed = f"{v['tokens_per_s'] / 1000:.1f}k tok/s  {v['seconds']:.0f}s"
         _say(f"cold start {v['update']:>4}/{v['updates']}  loss {v['loss']:.3f}  {speed}")

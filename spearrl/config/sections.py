@@ -104,6 +104,9 @@ class RolloutSection(Section):
     max_reply_tokens: int = Field(512, ge=1, description="Tokens a single reply may have.")
     max_response_tokens: int = Field(0, ge=0, description="Reply tokens of an episode, then overlong; 0: no limit.")
     context_tokens: int = Field(4096, ge=16, description="Prompt and reply tokens; more ends as context_limit.")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Type the local engine samples in; auto: bf16 where a large model's run measures it faster."
+    )
     slots: int = Field(64, ge=1, description="Sequences decoded at a time by an engine.")
     cache_mib: int = Field(1024, ge=1, description="MiB the local engine's key-value cache may take.")
     train_split: str = Field("train", pattern=PLAIN_TEXT, description="Split that training tasks come from.")

@@ -16,12 +16,21 @@ from spearrl.config import RunConfig
 from spearrl.envs import Environment
 from spearrl.errors import ConfigError
 from spearrl.launch.devices import detect
-from spearrl.launch.factories import engine_dtype, make_collector, make_engine, make_learner, make_pool, receiver_of
+from spearrl.launch.factories import (
+    engine_dtype,
+    make_collector,
+    make_engine,
+    make_learner,
+    make_pool,
+    receiver_of,
+    sampling_dtype,
+)
 from spearrl.launch.placement import Placement, place
 from spearrl.launch.worker_process import processes
 from spearrl.learner import Learner
 from spearrl.learner.deepspeed.zero import require
 from spearrl.learner.policy import use_bf16
+from spearrl.models import copy_of, load_model
 from spearrl.models.chat import ChatEncoder
 from spearrl.models.formats import describe_format, open_format
 from spearrl.rollout import Player
@@ -113,19 +122,22 @@ def assemble(
     placement = place(config, detect())
     encoder = open_format(origin.tokenizer, config.model, environment.tools())
     report("format", {"text": describe_format(encoder), "notes": list(encoder.stops.notes)})
-    one_model = _in_process(config) and config.learner.backend == "local"  # the engine samples from the learner's
+    one_process = _in_process(config) and config.learner.backend == "local"
+    dtype = sampling_dtype(config)
+    copied = one_process and dtype != torch.float32  # else the engine of one process samples from the learner's model
 
     def warn(text: str) -> None:
         report("warning", {"text": text})
 
     with ExitStack() as stack:
-        if not one_model:
+        if not one_process:
             origin.settle(run_folder / START)
+        own = copy_of(origin.model, dtype).to(device) if copied else None  # before the learner adds adapters
         learner = make_learner(config, origin, device, placement, reference=reference)
         stack.callback(learner.close)
         if placement.colocated:  # a cold start's memory; an engine takes its share as it starts
             learner.release()
-        model = learner.model if one_model else _address(config, origin)  # type: ignore[attr-defined]
+        model = own or (learner.model if one_process else _address(config, origin))  # type: ignore[attr-defined]
         bridge: Publisher  # made after the workers, which ask for weights only once episodes are played
         players = _players(
             config,
@@ -139,8 +151,8 @@ def assemble(
             on_start=lambda receiver: bridge.catch_up(receiver),
             report=warn,
         )
-        if one_model and players.engine is not None:
-            bridge = InProcess(players.engine)
+        if one_process and players.engine is not None:
+            bridge = InProcess(players.engine, learner if copied else None)
         else:
             bridge = _bridge(config, origin, learner, players, device=device, run_folder=run_folder, report=warn)
         stack.callback(bridge.close)
@@ -165,7 +177,9 @@ def players_of(config: RunConfig, environment: Environment, device: str, stack: 
     origin = Origin.of(config.model.path)
     encoder = open_format(origin.tokenizer, config.model, environment.tools())
     logs = Path(stack.enter_context(TemporaryDirectory()))
-    model = origin.model.to(device) if _in_process(config) else _address(config, origin)
+    model: torch.nn.Module | str = _address(config, origin)
+    if _in_process(config):
+        model = load_model(str(origin.folder), dtype=sampling_dtype(config)).to(device)
     placement = place(config, detect())
     return _players(config, environment, encoder, placement, model=model, device=device, logs=logs, stack=stack)
 

@@ -69,7 +69,8 @@ def make_engine(
     """
     settings, servers = config.rollout, config.vllm.addresses
     if settings.engine == "local":
-        module = load_model(model).to(device) if isinstance(model, str) else model
+        dtype = sampling_dtype(config)
+        module = load_model(model, dtype=dtype).to(device) if isinstance(model, str) else model
         return LocalEngine(
             module,
             slots=settings.slots,
@@ -103,9 +104,16 @@ def make_engine(
     )
 
 
+def sampling_dtype(config: RunConfig) -> torch.dtype:
+    """The type local engines hold their weights in; "auto" that nothing settled is float32."""
+    return torch.bfloat16 if config.rollout.dtype == "bf16" else torch.float32
+
+
 def engine_dtype(config: RunConfig, folder: str | Path) -> torch.dtype:
     """The type engines hold a model directory's weights in; float32 for servers of the user's own, which do not say."""
-    if config.rollout.engine == "local" or config.vllm.servers:
+    if config.rollout.engine == "local":
+        return sampling_dtype(config)
+    if config.vllm.servers:
         return torch.float32
     precision = config.learner.precision
     arguments = engine_arguments(folder, config.vllm, config.rollout, device="cpu", precision=precision)

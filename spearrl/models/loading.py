@@ -6,6 +6,7 @@ loaded here has `declared_stops`: what the directory's files call eos.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,15 @@ def load_model(path: str, *, dtype: torch.dtype = torch.float32) -> Any:
         raise ConfigError(text, where=path, hint="save the model again, all files of it")
     model.vision = load_vision(path)
     return model.eval()
+
+
+def copy_of(model: Any, dtype: torch.dtype) -> Any:
+    """A frozen copy with its parameters in another type; buffers (rotary frequencies) keep theirs."""
+    converted = {
+        id(parameter): torch.nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, converted).eval()
 
 
 def load_tokenizer(path: str) -> Any:

@@ -52,7 +52,11 @@ class Publisher(Protocol):
 
 
 class SharedEngine(Protocol):
-    """What the bridge asks of an engine that shares the learner's parameters."""
+    """What the bridge asks of an engine in the learner's process."""
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy them into a model of the engine's own."""
+        ...
 
     def publish(self, version: int) -> None:
         """The parameters changed in place; nothing cached before may be used again."""
@@ -60,19 +64,25 @@ class SharedEngine(Protocol):
 
 
 class InProcess:
-    """An engine that shares the learner's parameters: nothing travels, caches are flushed."""
+    """An engine of the learner's process: it shares the learner's parameters, or copies them into another type.
 
-    def __init__(self, engine: SharedEngine):
-        self.engine = engine
+    Args:
+        learner: whose weights are copied; None: they are shared.
+    """
+
+    def __init__(self, engine: SharedEngine, learner: WeightSource | None = None):
+        self.engine, self.learner = engine, learner
 
     def publish(self, version: int) -> dict[str, float]:
-        """Tell the engine that its parameters changed."""
+        """Have the engine go on with the learner's parameters, its caches flushed."""
+        if self.learner is not None:
+            self.engine.load(self.learner.full_parameters())
         self.engine.publish(version)
         return {}
 
     def catch_up(self, receiver: Receiver) -> None:
         """Raises ConfigError: such an engine is never replaced."""
-        raise ConfigError("an engine that shares the learner's parameters has no replacement", where=receiver.name)
+        raise ConfigError("an engine in the learner's process has no replacement", where=receiver.name)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -10,7 +10,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -108,6 +108,18 @@ class LocalEngine:
     def resume(self) -> None:
         """Go on where `pause` stopped."""
         self._paused = False
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy weights by name into the model, in the model's type; for an engine that shares its model with nobody.
+
+        Raises EngineError: one is not this model's.
+        """
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, tensor in weights:
+            if name not in own or own[name].shape != tensor.shape:
+                text = f"weight {name} {tuple(tensor.shape)} does not belong to the engine's model"
+                raise EngineError(text, where="rollout.engine", hint="use rollout.dtype=fp32")
+            own[name].data.copy_(tensor)
 
     def publish(self, version: int) -> None:
         """The shared parameters changed in place: what was cached before is not used for a new request again."""
