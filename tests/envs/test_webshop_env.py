@@ -14,9 +14,9 @@ from spearrl.envs import make
 from spearrl.envs.text import records
 from spearrl.envs.webshop import WebShop, catalogue
 from spearrl.envs.webshop.compact import plain_words, short_instruction
+from spearrl.envs.webshop.env import LONGEST
 from spearrl.envs.webshop.generate import COLORS, FAMILIES, SIZES, STYLES, generate
-from spearrl.envs.webshop.nouns import LexiconTagger
-from spearrl.envs.webshop.prompts import LONGEST
+from spearrl.envs.webshop.nouns import LEXICON
 from spearrl.envs.webshop.reward import purchase_reward
 from spearrl.errors import ConfigError, ContractError
 from spearrl.types import Action, Message, Observation, Outcome, Reply
@@ -61,16 +61,16 @@ def test_splits_are_the_first_500_goals_and_the_rest():
 
 
 def test_every_generated_goal_can_be_won_and_needs_all_of_it():
-    shop, tagger = WebShop()._shop, LexiconTagger()
+    shop, tagger = WebShop()._shop, LEXICON
     products = {product["asin"]: product for product in shop.catalogue.products}
     for goal in shop.goals:
         product, price = products[goal["asin"]], shop.prices[goal["asin"]]
-        assert purchase_reward(product, goal, price, goal["goal_options"], tagger).total == 1.0
+        assert purchase_reward(product, goal, price, goal["goal_options"], tagger)["task_score"] == 1.0
         for missing in goal["goal_options"]:
             others = {k: v for k, v in goal["goal_options"].items() if k != missing}
-            assert purchase_reward(product, goal, price, others, tagger).total < 1.0
+            assert purchase_reward(product, goal, price, others, tagger)["task_score"] < 1.0
             wrong = next(v for v in product["options"][missing] if v != goal["goal_options"][missing])
-            assert purchase_reward(product, goal, price, others | {missing: wrong}, tagger).total < 1.0
+            assert purchase_reward(product, goal, price, others | {missing: wrong}, tagger)["task_score"] < 1.0
 
 
 def test_generation_is_seeded_and_keeps_its_shape():
@@ -157,8 +157,8 @@ def test_buying_ends_the_episode():
     environment = WebShop()
     task = environment.tasks("val")[0]
     environment.reset(task, 0)
-    environment.step(Action("search[lamp]"))
-    environment.step(Action(environment._page.admissible[2]))
+    results = environment.step(Action("search[lamp]")).observation
+    environment.step(Action(results.admissible[2]))
     outcome = environment.step(Action("click[buy now]"))
     assert outcome.terminated and outcome.info["success"] is False and outcome.reward == 0
     assert set(outcome.info) == {

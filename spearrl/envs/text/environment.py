@@ -10,8 +10,10 @@ from typing import Any, Generic, Literal, Self, TypeVar
 from pydantic import Field
 
 from spearrl.envs.base import Environment
+from spearrl.envs.text.tagged_replies import PLAIN, TAGGED, projection
+from spearrl.envs.tool_calls import after_thought
 from spearrl.errors import ConfigError, ContractError
-from spearrl.types import Action, Observation
+from spearrl.types import Action, Message, Observation, Reply
 
 Episode = TypeVar("Episode")
 
@@ -24,6 +26,7 @@ class TextEnvironment(Environment, Generic[Episode]):
 
     splits: tuple[str, ...] = ("train", "val")
     thought = "The next step follows from what I see."  # what `format` puts inside <think>
+    tail = 20  # characters at the end of a reply without tags that stand for its action, as in verl-agent
 
     class Options(Environment.Options):
         observation: Literal["text", "compact"] = Field(
@@ -48,9 +51,30 @@ class TextEnvironment(Environment, Generic[Episode]):
         slot._episode = None
         return slot
 
+    def messages(self, observation: Observation, turn: int) -> list[Message]:
+        """Turn 0: the rules (not in compact) and what is shown first; later turns only what came back."""
+        if turn > 0:
+            return [Message("user", observation.info.get("chat", observation.text))]
+        rules = "" if self._compact else f"{self._rules()}\n{TAGGED if self._tagged else PLAIN}\n\n"
+        return [Message("user", rules + observation.text)]
+
+    def parse(self, reply: Reply) -> Action:
+        """Tagged: verl-agent's projection of the reply. Plain: the reply itself, in lower case."""
+        if self._tagged:
+            return self._action(*projection(reply.text, self.tail))
+        return self._action(after_thought(reply.text).lower().strip(), True)
+
     def format(self, text: str) -> str:
         """A reply that `parse` turns into `text`."""
         return f"<think>{self.thought}</think><action>{text}</action>" if self._tagged else text
+
+    def _rules(self) -> str:
+        """What a chat opens with, before how to write an action."""
+        raise NotImplementedError
+
+    def _action(self, text: str, valid: bool) -> Action:
+        """The action that a text in lower case means; `valid`: whether the reply around it has its form."""
+        raise NotImplementedError
 
     def _running(self) -> Episode:
         if self._episode is None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from spearrl.config.tables import table
 from spearrl.envs.webshop.catalogue import Product
-from spearrl.envs.webshop.goals import NO_LIMIT
+from spearrl.envs.webshop.goals import NO_LIMIT, Goal
 from spearrl.envs.webshop.pages import ShopSession
-from spearrl.envs.webshop.render import Page
 
 WORD = re.compile(r"[^\W_]+(?:[.'][^\W_]+)*")
 FILLER = frozenset(table(__file__, "words.toml")["filler"].split())
@@ -25,13 +25,13 @@ def plain_words(text: str) -> str:
     return " ".join(WORD.findall(text.lower())) or text.strip().lower()
 
 
-def wish_words(goal: dict[str, Any]) -> list[str]:
+def wish_words(goal: Goal) -> list[str]:
     """The words of the instruction that name attributes and category, without options and price."""
     words = plain_words(goal["wish"]).split()
     return [word for word in words if word not in FILLER] or words
 
 
-def short_instruction(goal: dict[str, Any]) -> str:
+def short_instruction(goal: Goal) -> str:
     """Example: `find soft vegan lamp color: red size: large under $60`. Human goals name their options in the wish."""
     options = goal["goal_options"].items() if isinstance(goal["goal_options"], dict) else ()
     named = (f"{plain_words(name)}: {plain_words(value)}" for name, value in options)
@@ -56,10 +56,12 @@ class CompactRenderer:
         self._title_words, self._ids = title_words, ids
         self._short_products: dict[str, ShortProduct] = {}
 
-    def show(
-        self, session: ShopSession, goal: dict[str, Any], *, changed: bool = True, score: float | None = None
-    ) -> Page:
-        """The page, or what changed: one word after an impossible action, the choice after a click on an option."""
+    def show(self, session: ShopSession, goal: Goal, *, changed: bool) -> tuple[str, str, str, dict[str, str]]:
+        """The page, or what changed: one word after an impossible action, the choice after a click on an option.
+
+        Returns:
+            As `render.show`, and the labels: what can be clicked -> the simulator's name for it.
+        """
         body, labels = self._page(session)
         choices = {}
         for name, value in session.options.items():
@@ -68,9 +70,7 @@ class CompactRenderer:
         picked = session.option_picked
         text = "invalid" if not changed else body if picked is None else choices[picked]
         instruction = f"{short_instruction(goal)}\n" if session.page == "index" and changed else ""
-        search = ("search[<your query>]",) if session.page == "index" else ()
-        admissible = (*search, *(f"click[{label}]" for label in labels))
-        return Page(instruction + text, text, "\n ".join([body, *choices.values()]), admissible, labels)
+        return instruction + text, text, "\n ".join([body, *choices.values()]), labels
 
     def _page(self, session: ShopSession) -> tuple[str, dict[str, str]]:
         """The whole page, and what its labels stand for."""
@@ -94,35 +94,29 @@ class CompactRenderer:
         return "\n ".join([*lines, "prev next" if session.number > 1 else "next"]), labels
 
     def _short(self, product: Product) -> ShortProduct:
-        short = self._short_products.get(product["asin"])
-        if short is None:
-            short = self._short_products[product["asin"]] = self._shorten(product)
-        return short
+        if product["asin"] not in self._short_products:
+            self._short_products[product["asin"]] = self._shorten(product)
+        return self._short_products[product["asin"]]
 
     def _shorten(self, product: Product) -> ShortProduct:
         price = f"${math.ceil(max(product['pricing']))}"
         title = " ".join([*plain_words(product["Title"]).split()[: self._title_words], price])
         labels, value_labels, lines = dict(ITEM_BUTTONS), dict[str, str](), []
         for name, values in product["options"].items():
-            shown = []
             for value in filter(None, values):
                 if value not in value_labels:
                     value_labels[value] = _free_label(plain_words(value), labels)
                     labels[value_labels[value]] = value
-                shown.append(value_labels[value])
-            lines.append(
-                f"\n {plain_words(name)}: " + (", " if any(" " in label for label in shown) else " ").join(shown)
-            )
+            shown = [value_labels[value] for value in values if value]
+            separator = ", " if any(" " in label for label in shown) else " "
+            lines.append(f"\n {plain_words(name)}: {separator.join(shown)}")
         return ShortProduct(title, "".join(lines), labels, value_labels)
 
 
-def _free_label(label: str, taken: dict[str, str]) -> str:
+def _free_label(label: str, taken: Collection[str]) -> str:
     """`label`, numbered where another option of the product already has it."""
-    number, free = 1, label
-    while free in taken:
-        number += 1
-        free = f"{label} {number}"
-    return free
+    numbered = (f"{label} {number}" for number in itertools.count(2))
+    return next(free for free in itertools.chain([label], numbered) if free not in taken)
 
 
 def _detail(session: ShopSession) -> str:

@@ -11,25 +11,26 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from spearrl.config.tables import table
 from spearrl.envs.text.environment import TextEnvironment
-from spearrl.envs.text.tagged_replies import compact_window, projection
-from spearrl.envs.tool_calls import after_thought
-from spearrl.envs.webshop import prompts
+from spearrl.envs.text.tagged_replies import PLAIN, compact_window, past_steps
+from spearrl.envs.webshop import render
 from spearrl.envs.webshop.compact import CompactRenderer, short_instruction
 from spearrl.envs.webshop.expert import Expert
 from spearrl.envs.webshop.goals import Shop, open_shop
 from spearrl.envs.webshop.nouns import default_tagger
 from spearrl.envs.webshop.pages import ShopSession, parse_action
-from spearrl.envs.webshop.render import OriginalRenderer
 from spearrl.envs.webshop.reward import purchase_reward
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive
-from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
+from spearrl.types import Action, Message, Observation, Outcome, Task
 
 PLAIN_ACTION = re.compile(r"(search|click)\[\s*([^\n\[]*[^\s\[])\s*\]")
 REWARD = 10.0  # for a perfect purchase
 PERFECT = 1 - 1e-9
 UNFINISHED = {"success": False, "task_score": 0.0}
+LONGEST = 13_000  # characters; a longer windowed prompt drops its history, as verl-agent does
+_TEXT = table(__file__, "prompts.toml")
 
 
 class WebShop(TextEnvironment[ShopSession]):
@@ -75,11 +76,7 @@ class WebShop(TextEnvironment[ShopSession]):
         super().__init__(data=data, observation=observation, seed=seed, **options)
         settings = self.options
         self._shop = open_shop(settings.data, settings.num_products, settings.seed, settings.human_goals)
-        self._renderer: CompactRenderer | OriginalRenderer = (
-            CompactRenderer(settings.title_words, settings.compact_ids)
-            if self._compact
-            else OriginalRenderer(settings.observation == "text_rich")
-        )
+        self._renderer = CompactRenderer(settings.title_words, settings.compact_ids)
         self._per_page = settings.results_per_page or (5 if self._compact and settings.data is None else 10)
         self._tagger = default_tagger()
 
@@ -110,20 +107,11 @@ class WebShop(TextEnvironment[ShopSession]):
         """Search, click, or leave the page as it is. Raises ContractError before the first reset."""
         session = self._running()
         kind, argument = parse_action(action.text)
-        if kind == "click" and self._page.labels is not None:
-            argument = self._page.labels.get(argument, "")
-        changed = session.play(kind, argument)
+        changed = session.play(kind, self._labels.get(argument, "") if kind == "click" else argument)
         done = session.page == "done"
         if changed and done:
             return self._buy(session)
         return Outcome(self._show(changed=changed), 0.0, done, info=dict(UNFINISHED))
-
-    def messages(self, observation: Observation, turn: int) -> list[Message]:
-        """Turn 0: the rules (not in compact) and the first page with the instruction; later turns only the page."""
-        if turn > 0:
-            return [Message("user", observation.info.get("chat", observation.text))]
-        rules = "" if self._compact else f"{prompts.rules(self._tagged)}\n\n"
-        return [Message("user", rules + observation.text)]
 
     def window(
         self, history: Sequence[tuple[Observation, Action]], observation: Observation, task: Task
@@ -136,18 +124,15 @@ class WebShop(TextEnvironment[ShopSession]):
         page, goal = observation.info.get("page", observation.text), self._shop.goals[task.data["goal"]]
         if self._compact:
             return [Message("user", compact_window(short_instruction(goal), steps, page))]
-        instruction, actions = goal["instruction_text"], observation.admissible or ()
-        text = prompts.windowed(instruction, page, actions, steps, len(history), tagged=self._tagged)
+        words, count = _TEXT["windowed"], len(history)
+        begin = [words["role"], words["task"].format(task=goal["instruction_text"])]
+        choices = words["choices"].format(actions="\n".join(f"'{action}'," for action in observation.admissible or ()))
+        end = [choices, words["decide"], words["reason"] if self._tagged else PLAIN]
+        then = words["then"].format(step=count + 1, page=page)
+        text = "\n".join([*begin, past_steps(steps, count), then, *end])
+        if not steps or len(text) > LONGEST:
+            text = "\n".join([*begin, words["now"].format(page=page), *end])
         return [Message("user", text)]
-
-    def parse(self, reply: Reply) -> Action:
-        """Tagged: verl-agent's projection of the reply. Plain: the reply itself, in lower case."""
-        if not self._tagged:
-            lowered = after_thought(reply.text).lower().strip()
-            match = PLAIN_ACTION.fullmatch(lowered)
-            return Action(f"{match[1]}[{match[2]}]", tool_calls=1) if match else Action(lowered, valid=False)
-        text, valid = projection(reply.text, 20)
-        return Action(text, valid, tool_calls=int(valid and parse_action(text)[0] in ("search", "click")))
 
     def format(self, text: str) -> str:
         """A reply that `parse` turns into `text`; plain ones space the brackets, so that tokens are a page's."""
@@ -160,26 +145,37 @@ class WebShop(TextEnvironment[ShopSession]):
         if session.page == "done":
             return None
         kind, argument = self._expert.act(session, self.expert_noise)
-        if kind == "click" and self._page.labels is not None:
-            argument = next((label for label, name in self._page.labels.items() if name == argument), argument)
+        if kind == "click":
+            argument = next((label for label, name in self._labels.items() if name == argument), argument)
         return f"{kind}[{argument}]"
 
+    def _rules(self) -> str:
+        return str(_TEXT["rules"])
+
+    def _action(self, text: str, valid: bool) -> Action:
+        if self._tagged:
+            return Action(text, valid, tool_calls=int(valid and parse_action(text)[0] in ("search", "click")))
+        match = PLAIN_ACTION.fullmatch(text)
+        return Action(f"{match[1]}[{match[2]}]", tool_calls=1) if match else Action(text, valid=False)
+
     def _buy(self, session: ShopSession) -> Outcome:
-        product = session.product
-        score = purchase_reward(product, self._goal, self._shop.prices[product["asin"]], session.options, self._tagger)
-        info: dict[str, Any] = {
-            "success": score.total >= PERFECT,
-            "task_score": score.total,
-            "score_before_type": score.before_type,
-            **{name: getattr(score, name) for name in ("r_type", "r_attributes", "r_price", "tagger")},
-        }
-        if score.r_options is not None:
-            info["r_options"] = score.r_options
-        return Outcome(self._show(score=score.total), REWARD if info["success"] else 0.0, True, info=info)
+        price = self._shop.prices[session.product["asin"]]
+        parts = purchase_reward(session.product, self._goal, price, session.options, self._tagger)
+        info = {"success": parts["task_score"] >= PERFECT, **parts}
+        observation = self._show(score=parts["task_score"])
+        return Outcome(observation, REWARD if info["success"] else 0.0, True, info=info)
 
     def _show(self, *, changed: bool = True, score: float | None = None) -> Observation:
-        page = self._page = self._renderer.show(self._running(), self._goal, changed=changed, score=score)
-        return Observation(page.text, page.body, page.admissible, info={"chat": page.chat, "page": page.body})
+        session = self._running()
+        if self._compact:
+            text, chat, page, self._labels = self._renderer.show(session, self._goal, changed=changed)
+        else:
+            rich = self.options.observation == "text_rich"
+            text, chat, page = render.show(session, self._goal, score, rich=rich)
+            self._labels = {name: name for name in session.targets()}
+        search = ("search[<your query>]",) if session.page == "index" else ()
+        admissible = (*search, *(f"click[{label}]" for label in self._labels))
+        return Observation(text, page, admissible, info={"chat": chat, "page": page})
 
 
 @lru_cache(maxsize=16)

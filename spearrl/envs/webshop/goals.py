@@ -20,6 +20,7 @@ NO_LIMIT = 1_000_000
 SHUFFLE_SEED = 233  # the original's
 
 Goal = dict[str, Any]
+Wish = tuple[str, list[str], list[Any]]  # what is said, its attributes, the options of each goal that says so
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,47 +54,36 @@ def draw_prices(products: Iterable[Product], draw: random.Random) -> dict[str, f
 def make_goals(
     products: Iterable[Product], prices: dict[str, float], draw: random.Random, *, human: bool
 ) -> list[Goal]:
-    """All goals in the original's shuffled order; `draw` continues from the price draws, as there."""
-    goals = list((_human if human else _synthetic)(products, prices, draw))
+    """All goals in the original's shuffled order; `draw` continues from the price draws, as there.
+
+    `wish` is the instruction without options and price.
+    """
+    goals: list[Goal] = []
+    for product in products:
+        for wish, attributes, choices in _human_wishes(product) if human else _synthetic_wishes(product):
+            limit, limit_text = _price_limit(prices[product["asin"]], draw)
+            for options in choices:
+                named = [] if human else [f"{name}: {value}" for name, value in options.items()]
+                text = wish + (f" with {', and '.join(named)}" if named else "") + limit_text
+                goal = {name: product[name] for name in ("asin", "category", "query", "name", "product_category")}
+                goal |= {"instruction_text": text, "price_upper": limit, "wish": wish}
+                goals.append(goal | {"attributes": attributes, "goal_options": options})
     random.Random(SHUFFLE_SEED).shuffle(goals)
     return goals
 
 
-def _synthetic(products: Iterable[Product], prices: dict[str, float], draw: random.Random) -> Iterator[Goal]:
-    for product in products:
-        if not product["instruction_text"]:
-            continue
-        limit = _price_limit(prices[product["asin"]], draw)
-        wish, attributes = product["instruction_text"], product["instruction_attributes"]
+def _synthetic_wishes(product: Product) -> Iterator[Wish]:
+    if product["instruction_text"]:
         names = sorted(product["options"])
-        for values in itertools.product(*(product["options"][name] for name in names)):
-            options = dict(zip(names, values, strict=True))
-            listed = ", and ".join(f"{name}: {value}" for name, value in options.items())
-            options_text = f" with {listed}" if listed else ""
-            yield _goal(product, wish, options_text, limit, attributes=attributes, options=options)
+        values = itertools.product(*(product["options"][name] for name in names))
+        choices = [dict(zip(names, chosen, strict=True)) for chosen in values]
+        yield product["instruction_text"], product["instruction_attributes"], choices
 
 
-def _human(products: Iterable[Product], prices: dict[str, float], draw: random.Random) -> Iterator[Goal]:
-    for product in products:
-        for instruction in product["instructions"]:
-            if instruction["instruction_attributes"]:
-                limit, wish = _price_limit(prices[product["asin"]], draw), instruction["instruction"].strip(".")
-                attributes, options = instruction["instruction_attributes"], instruction["instruction_options"]
-                yield _goal(product, wish, "", limit, attributes=attributes, options=options)
-
-
-def _goal(
-    product: Product, wish: str, options_text: str, limit: tuple[float, str], *, attributes: list[str], options: Any
-) -> Goal:
-    """The original's goal, and `wish`: the instruction without options and price."""
-    return {
-        **{name: product[name] for name in ("asin", "category", "query", "name", "product_category")},
-        "instruction_text": wish + options_text + limit[1],
-        "price_upper": limit[0],
-        "wish": wish,
-        "attributes": attributes,
-        "goal_options": options,
-    }
+def _human_wishes(product: Product) -> Iterator[Wish]:
+    for said in product["instructions"]:
+        if said["instruction_attributes"]:
+            yield said["instruction"].strip("."), said["instruction_attributes"], [said["instruction_options"]]
 
 
 def _price_limit(price: float, draw: random.Random) -> tuple[float, str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from functools import cache, lru_cache
-from typing import Any, Protocol
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
+from typing import Any, NamedTuple
 
 from spearrl.config.tables import table
 
@@ -19,42 +20,27 @@ _NOT_NOUNS = frozenset((*_WORDS["function_words"], *_WORDS["adjectives"]))
 _ADJECTIVE_ENDINGS, _ALWAYS_NOUNS = _WORDS["adjective_endings"], frozenset(_WORDS["always_nouns"])
 
 
-class NounTagger(Protocol):
-    """Finds nouns; `name` says in every result which one did."""
+class NounTagger(NamedTuple):
+    """Finds the nouns of a title: in lower case, in order, repeats kept. `name` says in every result which one did."""
 
     name: str
-
-    def nouns(self, title: str) -> tuple[str, ...]:
-        """The title's nouns in lower case, in order, repeats kept."""
-        ...
+    nouns: Callable[[str], tuple[str, ...]]
 
 
-class SpacyTagger:
-    """The original's tagger: words that spaCy tags NOUN or PROPN. Loads the model when first used."""
-
-    def __init__(self, model: str):
-        self.name = f"spacy:{model}"
-        self.nouns = lru_cache(maxsize=1 << 16)(self._nouns)
-        self._model = model
-        self._pipeline: Any = None
-
-    def _nouns(self, title: str) -> tuple[str, ...]:
-        if self._pipeline is None:
-            self._pipeline = importlib.import_module("spacy").load(self._model)
-        return tuple(token.text.lower() for token in self._pipeline(title) if token.pos_ in NOUN_TAGS)
+@cache
+def _pipeline(model: str) -> Any:
+    return importlib.import_module("spacy").load(model)
 
 
-class LexiconTagger:
-    """The fallback: every word of a title that is no function word, adjective, participle, adverb or measure."""
+def _tagged_nouns(model: str, title: str) -> tuple[str, ...]:
+    """Words that spaCy tags NOUN or PROPN, as the original has it. The model is loaded when first used."""
+    return tuple(token.text.lower() for token in _pipeline(model)(title) if token.pos_ in NOUN_TAGS)
 
-    name = "lexicon"
 
-    @staticmethod
-    @lru_cache(maxsize=1 << 16)
-    def nouns(title: str) -> tuple[str, ...]:
-        """Words that are nouns by the lists and endings of words.toml."""
-        tokens = (_POSSESSIVE.sub("", token) for token in _TOKEN.findall(title))
-        return tuple(token.lower() for token in tokens if _is_noun(token))
+def _listed_nouns(title: str) -> tuple[str, ...]:
+    """Every word of a title that is no function word, adjective, participle, adverb or measure, by words.toml."""
+    tokens = (_POSSESSIVE.sub("", token) for token in _TOKEN.findall(title))
+    return tuple(token.lower() for token in tokens if _is_noun(token))
 
 
 def _is_noun(token: str) -> bool:
@@ -70,8 +56,13 @@ def _is_noun(token: str) -> bool:
     return not (participle or adverb or (len(word) > 5 and word.endswith(_ADJECTIVE_ENDINGS)))
 
 
+LEXICON = NounTagger("lexicon", lru_cache(maxsize=1 << 16)(_listed_nouns))
+
+
 @cache
 def default_tagger() -> NounTagger:
     """spaCy with the best model installed, else the word list."""
     installed = [model for model in MODELS if importlib.util.find_spec("spacy") and importlib.util.find_spec(model)]
-    return SpacyTagger(installed[0]) if installed else LexiconTagger()
+    if not installed:
+        return LEXICON
+    return NounTagger(f"spacy:{installed[0]}", lru_cache(maxsize=1 << 16)(partial(_tagged_nouns, installed[0])))

@@ -3,93 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterator
 
 from spearrl.config.tables import table
 from spearrl.envs.webshop.catalogue import Product
-from spearrl.envs.webshop.pages import ShopSession, item_targets
+from spearrl.envs.webshop.goals import Goal
+from spearrl.envs.webshop.pages import ShopSession
 
 SEP = " [SEP] "
-TEXT, BUTTON, CLICKED = (
-    "{}",
-    "[button] {} [button_]",
-    "[clicked button] {} [clicked button_]",
-)  # how rich lines show a node
+# how rich lines show a node
+TEXT, BUTTON, CLICKED = "{}", "[button] {} [button_]", "[clicked button] {} [clicked button_]"
 Node = tuple[str, str]  # the text of an HTML node, and how a rich line shows it
 # The page after a purchase: a fixed form, in which the original fills in the product, its options and the reward.
 THANKS, NOT_FILLED_IN = (table(__file__, "words.toml")[name].split("|") for name in ("thanks", "not_filled_in"))
 
 
-@dataclass(slots=True, frozen=True)
-class Page:
-    """What one state looks like to the policy."""
+def show(session: ShopSession, goal: Goal, score: float | None, *, rich: bool) -> tuple[str, str, str]:
+    """The page of `session` as `text` (rich: `text_rich`), equal to the original's.
 
-    text: str  # Observation.text
-    chat: str  # what later turns of a chat show: no instruction
-    body: str  # the whole page without the instruction: windowed prompts, and what GiGPO compares states by
-    admissible: tuple[str, ...]
-    labels: dict[str, str] | None = None  # shown label -> the simulator's name, where they differ
+    Args:
+        score: of the purchase, where the last action was one.
 
-
-@dataclass(slots=True, frozen=True)
-class Fragment:
-    """The parts of a product's pages that never change, made once."""
-
-    listing: str  # text mode, on a results page
-    item: str  # text mode, from the options to Buy Now
-    admissible: tuple[str, ...]
-
-
-class OriginalRenderer:
-    """`text` or `text_rich`, equal to the original's. Shared by all slots; only its cache of fragments changes."""
-
-    def __init__(self, rich: bool):
-        self._rich = rich
-        self._fragments: dict[str, Fragment] = {}
-
-    def show(
-        self, session: ShopSession, goal: dict[str, Any], *, changed: bool = True, score: float | None = None
-    ) -> Page:
-        """The whole page of `session`, whatever the last action was. `score`: of the purchase, where it was one."""
-        instruction, admissible = goal["instruction_text"], self._admissible(session)
-        if self._rich:
-            body = "".join(f"{mark.format(text)}\n" for text, mark in _nodes(session, score))
-            return Page(_rich_head(session, instruction) + body, body, body, admissible)
-        head = "" if session.page == "done" else f"Instruction:{SEP}{instruction}{SEP}"
-        body = self._text(session, score)
-        quoted = "'" + body.replace(SEP, f"'{SEP}'") + "'"
-        return Page(f"WebShop{SEP}{head}{body}" if session.page == "index" else head + body, body, quoted, admissible)
-
-    def _text(self, session: ShopSession, score: float | None) -> str:
-        """Everything after the instruction."""
-        if session.page == "item":
-            return SEP.join(["Back to Search", "< Prev", self._fragment(session, session.product).item])
-        if session.page == "results":
-            listings = (self._fragment(session, product).listing for product in session.visible())
-            return SEP.join([*(text for text, _ in _results_head(session)), *listings])
-        return _joined(_nodes(session, score))
-
-    def _fragment(self, session: ShopSession, product: Product) -> Fragment:
-        fragment = self._fragments.get(product["asin"])
-        if fragment is None:
-            fragment = self._fragments[product["asin"]] = Fragment(
-                _joined(_listing(product, BUTTON)),
-                _joined(_item(product, (), session.show_attrs)),
-                tuple(f"click[{name}]" for name in item_targets(product, session.show_attrs)),
-            )
-        return fragment
-
-    def _admissible(self, session: ShopSession) -> tuple[str, ...]:
-        if session.page == "item":
-            return self._fragment(session, session.product).admissible
-        search = ("search[<your query>]",) if session.page == "index" else ()
-        return (*search, *(f"click[{name}]" for name in session.targets()))
-
-
-def _joined(nodes: Iterable[Node]) -> str:
-    return SEP.join(text.strip() for text, _ in nodes if text)
+    Returns:
+        The whole text; what later turns of a chat show, which have no instruction; what windowed prompts show.
+    """
+    instruction, nodes = goal["instruction_text"], _nodes(session, score)
+    if rich:
+        body = "".join(f"{mark.format(text)}\n" for text, mark in nodes)
+        return _rich_head(session, instruction) + body, body, body
+    body = SEP.join(text.strip() for text, _ in nodes if text)
+    head = "" if session.page == "done" else f"Instruction:{SEP}{instruction}{SEP}"
+    title = f"WebShop{SEP}" if session.page == "index" else ""
+    return title + head + body, body, "'" + body.replace(SEP, f"'{SEP}'") + "'"
 
 
 def _nodes(session: ShopSession, score: float | None) -> Iterator[Node]:
@@ -99,28 +44,20 @@ def _nodes(session: ShopSession, score: float | None) -> Iterator[Node]:
     elif session.page == "done":
         yield from ((text, TEXT) for text in _done_texts(session, score))
     elif session.page == "results":
-        yield from _results_head(session)
+        yield "Back to Search", BUTTON
+        yield f"Page {session.number} (Total results: {len(session.results)})", TEXT
+        if session.number > 1:
+            yield "< Prev", BUTTON
+        yield "Next >", BUTTON
         for product in session.visible():
-            yield from _listing(product, CLICKED if product["asin"] in session.opened else BUTTON)
+            yield product["asin"], f"\n{CLICKED if product['asin'] in session.opened else BUTTON}"
+            yield from ((text, TEXT) for text in (product["Title"], product["Price"]) if text)
     else:
         yield from (("Back to Search", BUTTON), ("< Prev", BUTTON))
         if session.page == "item":
             yield from _item(session.product, set(_clicked_values(session)), session.show_attrs)
         else:
             yield from ((text, TEXT) for text in _sub_page_texts(session))
-
-
-def _results_head(session: ShopSession) -> Iterator[Node]:
-    yield "Back to Search", BUTTON
-    yield f"Page {session.number} (Total results: {len(session.results)})", TEXT
-    if session.number > 1:
-        yield "< Prev", BUTTON
-    yield "Next >", BUTTON
-
-
-def _listing(product: Product, mark: str) -> Iterator[Node]:
-    yield product["asin"], f"\n{mark}"
-    yield from ((text, TEXT) for text in (product["Title"], product["Price"]) if text)
 
 
 def _item(product: Product, clicked: Collection[str], show_attrs: bool) -> Iterator[Node]:

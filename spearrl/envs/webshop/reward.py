@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +10,7 @@ from rapidfuzz import fuzz
 from rapidfuzz.utils import default_process
 
 from spearrl.config.tables import table
-from spearrl.envs.webshop.nouns import NounTagger, default_tagger
+from spearrl.envs.webshop.nouns import NounTagger
 
 Option = str | tuple[str, str]  # a value, or (name, value)
 
@@ -22,60 +21,40 @@ COLORS = tuple(table(__file__, "words.toml")["colors"].split())
 _LATIN_1 = dict.fromkeys(range(128, 256))  # thefuzz deletes these letters and keeps the rest of Unicode
 
 
-@dataclass(frozen=True, slots=True)
-class PurchaseScore:
-    """A purchase's reward and its parts."""
-
-    total: float  # r_type * before_type, the original's reward
-    before_type: float  # (attributes matched + options matched + r_price) / (attributes + options + 1)
-    r_type: float  # 1, 0.5, 0.1 or 0: is it the kind of product the goal names
-    r_attributes: float  # share of the goal's attributes matched
-    r_options: float | None  # share of the goal's options matched; None: it has none
-    r_price: float  # 1 if the price is within the limit
-    title_score: float  # share of the goal title's nouns in the bought title
-    query_match: bool
-    category_match: bool
-    tagger: str  # what found the nouns
-
-
 def purchase_reward(
     product: Mapping[str, Any],
     goal: Mapping[str, Any],
     price: float,
     options: Mapping[str, str],
-    tagger: NounTagger | None = None,
-) -> PurchaseScore:
-    """Reward of buying `product` at `price` with the picked `options` (name: value) for `goal`.
+    tagger: NounTagger,
+) -> dict[str, Any]:
+    """Reward of buying `product` at `price` with the picked `options` (name: value) for `goal`, and its parts.
 
     Args:
         product: Title, BulletPoints, Description, Attributes, name, query, product_category, as the original has them.
         goal: attributes, goal_options (a dict, or a list of values), price_upper, name, query, product_category.
-        tagger: finds the nouns of titles; None: `default_tagger()`.
+        tagger: finds the nouns of titles.
+
+    Returns:
+        task_score: the original's reward, r_type · score_before_type.
+        score_before_type: (attributes matched + options matched + r_price) / (attributes + options + 1).
+        r_type: 1, 0.5, 0.1 or 0: is it the kind of product the goal names.
+        r_attributes, r_options: share of the goal's attributes and options matched; no r_options where it has none.
+        r_price: 1 if the price is within the limit.
+        tagger: what found the nouns.
     """
-    tagger = tagger or default_tagger()
-    goal_options: list[Option] = list(
-        goal["goal_options"].items() if isinstance(goal["goal_options"], Mapping) else goal["goal_options"]
-    )
+    wanted = goal["goal_options"]
+    goal_options: list[Option] = list(wanted.items() if isinstance(wanted, Mapping) else wanted)
     attributes = matched_attributes(product, goal["attributes"])
     matched = matched_options(options.values(), goal_options)
     r_price = float(price <= goal["price_upper"])
     before_type = (attributes + matched + r_price) / (len(goal["attributes"]) + len(goal_options) + 1)
-    title_score = title_similarity(product["name"], goal["name"], tagger)
-    query_match = product["query"] == goal["query"]
-    category_match = same_category(product["product_category"], goal["product_category"])
-    r_type = type_score(title_score, same_kind=query_match or category_match)
-    return PurchaseScore(
-        total=before_type * r_type,
-        before_type=before_type,
-        r_type=r_type,
-        r_attributes=attributes / max(len(goal["attributes"]), 1),
-        r_options=matched / len(goal_options) if goal_options else None,
-        r_price=r_price,
-        title_score=title_score,
-        query_match=query_match,
-        category_match=category_match,
-        tagger=tagger.name,
-    )
+    categories = (one["product_category"] for one in (product, goal))
+    same_kind = product["query"] == goal["query"] or same_category(*categories)
+    r_type = type_score(title_similarity(product["name"], goal["name"], tagger), same_kind=same_kind)
+    parts: dict[str, Any] = {"task_score": before_type * r_type, "score_before_type": before_type, "r_type": r_type}
+    parts |= {"r_attributes": attributes / max(len(goal["attributes"]), 1), "r_price": r_price, "tagger": tagger.name}
+    return parts | ({"r_options": matched / len(goal_options)} if goal_options else {})
 
 
 @lru_cache(maxsize=1 << 16)
