@@ -44,7 +44,6 @@ HEAVY["transformers"] = {"models", "rollout", "learner"}
 SAME_MODULES = {
     "env": "the Environment of a built-in environment",
     "expert": "the script that wins its tasks",
-    "prompts": "its prompt texts",
     "generate": "what makes its tasks",
     "compact": "its short texts for tiny models",
     "answers": "how it judges an answer",

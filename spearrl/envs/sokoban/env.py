@@ -106,7 +106,7 @@ class Sokoban(TextEnvironment[Level]):
         if turn or self._compact:
             return [_message([], observation)]
         answer = TAGGED if self._tagged else PLAIN
-        return [_message([*self._rules(), _TEXT["choices"], answer, _TEXT["now"]], observation)]
+        return [_message([*self._head(), _TEXT["choices"], answer, _TEXT["now"]], observation)]
 
     def window(
         self, history: Sequence[tuple[Observation, Action]], observation: Observation, task: Task
@@ -118,7 +118,7 @@ class Sokoban(TextEnvironment[Level]):
             return [_message([compact_window("", steps, "")], observation)]
         past = [past_steps(steps, len(history)), _TEXT["step"].format(step=len(history) + 1)] if steps else []
         answer = REASON if self._tagged else PLAIN
-        return [_message([*self._rules(), *past, _TEXT["now"]], observation, [_TEXT["choices"], answer])]
+        return [_message([*self._head(), *past, _TEXT["now"]], observation, [_TEXT["choices"], answer])]
 
     def parse(self, reply: Reply) -> Action:
         """Tagged: the first move in verl-agent's projection. Plain: the reply itself. Else no move, and invalid."""
@@ -150,7 +150,7 @@ class Sokoban(TextEnvironment[Level]):
         hint = "use fewer boxes, walls or pulls, a larger room, or a longer longest_solution"
         raise ConfigError(reason, where="env.options", hint=hint)
 
-    def _rules(self) -> list[str]:
+    def _head(self) -> list[str]:
         return [_TEXT["role"], _TEXT["rules"], _TEXT["picture" if self.options.vision else "text"]]
 
     def _show(self) -> Observation:
