@@ -95,7 +95,7 @@ def placed_from(args: argparse.Namespace, machine: Callable[[], Machine]) -> tup
     out too.
     """
     from spearrl.launch.devices import parameters_of
-    from spearrl.launch.placement import place, with_settings
+    from spearrl.launch.placement import place
     from spearrl.launch.processors import sizes
     from spearrl.models import directory_of
 
@@ -105,7 +105,7 @@ def placed_from(args: argparse.Namespace, machine: Callable[[], Machine]) -> tup
         host, model = machine(), config.model.path
         folder = directory_of(model) if host.present and model != "tiny" else model
         fitting = {} if host.gpus or not host.present else sizes(config, unset)
-        config = with_settings(config, fitting)
+        config = config.with_settings(fitting)
         placement = place(config, host, derive=unset, parameters=parameters_of(str(folder)))
         placements.append(replace(placement, derived={**fitting, **placement.derived}))
         return placements[0].derived

@@ -15,7 +15,6 @@ import torch
 
 from spearrl.config import RunConfig
 from spearrl.launch.devices import parameters_of
-from spearrl.launch.placement import with_settings
 from spearrl.learner.policy import use_bf16
 from spearrl.models import directory_of, prepare_torch, threads_of
 from spearrl.models.cpu_dtype import DtypeSpeed, fastest_dtype
@@ -42,7 +41,7 @@ def with_sampling_dtype(config: RunConfig, report: Report) -> RunConfig:
         return config
     dtype = "bf16" if "bfloat16" in str(speed.dtype) else "fp32"
     report("sampling", {"text": f"sampling in {speed}; rollout.dtype=fp32 or bf16 fixes it"})
-    return with_settings(config, {"rollout.dtype": dtype})
+    return config.with_settings({"rollout.dtype": dtype})
 
 
 def sizes(config: RunConfig, unset: Collection[str]) -> dict[str, Any]:
