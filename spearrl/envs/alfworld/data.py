@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import lzma
 import random
 import re
 import zlib
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from spearrl.envs.alfworld.game import Game, compile_game, parse_problem
+from spearrl.envs.alfworld.game import Facts, Game, Goal, compile_game, parse_problem
 from spearrl.envs.alfworld.generate import KINDS, household
+from spearrl.envs.text.records import read_records
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive
 from spearrl.types import Task
@@ -30,152 +30,126 @@ CACHED = 4096  # compiled games held in memory, about 30 KB each
 LAYOUTS = {"train": range(60), "valid_seen": range(60), "valid_unseen": range(60, 72)}  # generated rooms, in turn
 
 
+class Source(NamedTuple):
+    """What a game is compiled from. `record`: what the original engine needs; empty for a generated game."""
+
+    facts: Facts
+    goal: Goal
+    text: str  # of the task
+    where: str  # what errors call it
+    old: bool = False  # the grammar of the 2.1.1 files
+    record: Mapping[str, Any] = {}
+
+
+Listing = Iterator[tuple[Task, Callable[[], Source]]]
+
+
 class Games:
-    """Read-only and shared by all slots. A split is listed at its first use, a game compiled at its first reset."""
+    """Read-only and shared by all slots. A split is listed at its first use, a game compiled at its first reset.
 
-    name = "the generated households"
+    Args:
+        name: of the place they come from, for errors.
+        listing: the tasks of a split, each with what loads its game.
+    """
 
-    def __init__(self) -> None:
-        self._splits: dict[str, tuple[Task, ...]] = {}
-        self._listed: set[tuple[str, str]] = set()
+    def __init__(self, name: str, listing: Callable[[str], Listing]):
+        self.name = name
+        self._listed = lru_cache(lambda split: {task.id: (task, load) for task, load in listing(split)})
+        self.tasks = lru_cache(lambda split: tuple(task for task, _ in self._listed(split).values()))
         self._compiled = lru_cache(maxsize=CACHED)(self._compile)
 
-    def tasks(self, split: str) -> tuple[Task, ...]:
-        """The tasks of one of SPLITS."""
-        if split not in self._splits:
-            self._splits[split] = tuple({task.id: task for task in self._list(split)}.values())
-            self._listed.update((split, task.id) for task in self._splits[split])
-        return self._splits[split]
+    def source(self, task: Task) -> Source:
+        """What a task's game is made from. Raises ConfigError for one that is not there."""
+        listed = self._listed(task.split) if task.split in SPLITS else {}
+        if task.id not in listed:
+            reason = f"no game {task.id!r} in {self.name}"
+            raise ConfigError(reason, where="env alfworld", hint="take tasks from tasks(split)")
+        return listed[task.id][1]()
 
     def game(self, task: Task) -> Game:
         """The compiled game of a task. Raises ConfigError for one that is not there."""
-        if task.split in SPLITS:
-            self.tasks(task.split)
-        if (task.split, task.id) not in self._listed:
-            reason = f"no game {task.id!r} in {self.name}"
-            raise ConfigError(reason, where="env alfworld", hint="take tasks from tasks(split)")
         return self._compiled(task.split, task.id)
 
-    def source(self, task: Task) -> dict[str, Any]:
-        """What the original engine needs: `pddl_problem` and `task_desc`, or a `file`."""
-        reason = "the original engine cannot play generated households"
-        raise ConfigError(reason, where="env.options.backend", hint=f"set {WHERE}")
-
-    def _list(self, split: str) -> Iterator[Task]:
-        raise NotImplementedError
-
     def _compile(self, split: str, name: str) -> Game:
-        raise NotImplementedError
+        source = self.source(Task(name, split))
+        return compile_game(source.facts, source.goal, source.where, source.text, old=source.old)
 
 
-class PackedGames(Games):
+def _packed_games(folder: Path, split: str) -> Listing:
     """`<split>.jsonl.xz` (or .jsonl), one game a line: read once, kept compressed."""
-
-    def __init__(self, folder: Path):
-        super().__init__()
-        self.name, self._folder = str(folder), folder
-        self._packed: dict[str, tuple[str, bytes]] = {}
-
-    def source(self, task: Task) -> dict[str, Any]:
-        self.game(task)
-        where, packed = self._packed[task.id]
-        return _record(zlib.decompress(packed), where, ("pddl_problem", "task_desc"))
-
-    def _list(self, split: str) -> Iterator[Task]:
-        files = [self._folder / f"{split}{suffix}" for suffix in (".jsonl.xz", ".jsonl")]
-        path = next((file for file in files if file.is_file()), None)
-        if path is None:
-            raise ConfigError(f"no {split}.jsonl.xz in {self._folder}", where=WHERE, hint=HINT)
-        try:
-            with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    where, end = f"{path}:{number}", line.find(b'"pddl_problem"')
-                    # the long rest of the line is parsed when the game is played
-                    head = _record(line[:end].rstrip(b", ") + b"}" if end > 1 else line, where, ("id", "task_type"))
-                    self._packed[head["id"]] = (where, zlib.compress(line, 1))
-                    yield Task(head["id"], split, {"stratum": head["task_type"]})
-        except (OSError, EOFError, lzma.LZMAError) as error:
-            raise _unreadable(path, error) from error
-
-    def _compile(self, split: str, name: str) -> Game:
-        where, packed = self._packed[name]
-        record = _record(zlib.decompress(packed), where, ("pddl_problem", "task_desc"))
-        facts, goal = parse_problem(record["pddl_problem"], where)
-        return compile_game(facts, goal, where, record["task_desc"])
+    path = next((file for suffix in (".jsonl.xz", ".jsonl") if (file := folder / f"{split}{suffix}").is_file()), None)
+    if path is None:
+        raise ConfigError(f"no {split}.jsonl.xz in {folder}", where=WHERE, hint=HINT)
+    for number, record in read_records(path, layout="a game of ALFWorld on each line"):
+        where = f"{path}:{number}"
+        _check(record, where, "id", "task_type", "pddl_problem", "task_desc")
+        game = {name: record[name] for name in ("pddl_problem", "task_desc")}
+        load = partial(_unpacked, zlib.compress(json.dumps(game).encode(), 1), where)
+        yield Task(record["id"], split, {"stratum": record["task_type"]}), load
 
 
-class TreeGames(Games):
-    """The original's <split>/<task>/<trial>/game.tw-pddl, or one such file.
-
-    The filter is the original's: no "movable", no "Sliced", and solvable.
-    """
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.name, self._path = str(path), path
-        self._files: dict[str, Path] = {}
-
-    def source(self, task: Task) -> dict[str, Any]:
-        self.game(task)
-        return {"file": str(self._files[task.id])}
-
-    def _list(self, split: str) -> Iterator[Task]:
-        if self._path.is_file():
-            name = f"{split}/{self._path.parent.name}"
-            self._files[name] = self._path
-            goal = self._compiled(split, name).goal
-            kinds = (kind for kind, (sort, state, *_) in KINDS.items() if (sort, state) == (goal.kind, goal.state))
-            yield Task(name, split, {"stratum": next(kinds, self._path.parent.parent.name.partition("-")[0])})
-            return
-        for path in sorted((self._path / split).glob("*/*/game.tw-pddl")):
-            kind, trial = path.parent.parent.name, path.parent.name
-            if "movable" not in kind and "Sliced" not in kind and SOLVABLE.search(_read(path)):
-                self._files[f"{split}/{kind}/{trial}"] = path
-                yield Task(f"{split}/{kind}/{trial}", split, {"stratum": kind.partition("-")[0]})
-
-    def _compile(self, split: str, name: str) -> Game:
-        path = self._files[name]
-        record = _record(_read(path).encode(), str(path), ("pddl_problem", "grammar"))
-        facts, goal = parse_problem(record["pddl_problem"], str(path))
-        task = TASK_LINE.search(record["grammar"])
-        if task is None:
-            reason = 'its grammar has no "Your task is to: …"'
-            raise ConfigError(reason, where=str(path), hint="give an unchanged game.tw-pddl file")
-        return compile_game(facts, goal, str(path), task[1], old="put {o} in/on {r}" in record["grammar"])
+def _unpacked(packed: bytes, where: str) -> Source:
+    record = json.loads(zlib.decompress(packed))
+    return Source(*parse_problem(record["pddl_problem"], where), record["task_desc"], where, record=record)
 
 
-class Households(Games):
+def _tree_games(folder: Path, split: str) -> Listing:
+    """The original's <split>/<task>/<trial>/game.tw-pddl, by its filter: no "movable", no "Sliced", and solvable."""
+    for path in sorted((folder / split).glob("*/*/game.tw-pddl")):
+        kind, trial = path.parent.parent.name, path.parent.name
+        if "movable" not in kind and "Sliced" not in kind and SOLVABLE.search(_read(path)):
+            yield Task(f"{split}/{kind}/{trial}", split, {"stratum": kind.partition("-")[0]}), partial(_game_file, path)
+
+
+def _single_game(path: Path, split: str) -> Listing:
+    goal = _game_file(path).goal
+    kinds = (kind for kind, (sort, state, *_) in KINDS.items() if (sort, state) == (goal.kind, goal.state))
+    stratum = next(kinds, path.parent.parent.name.partition("-")[0])
+    yield Task(f"{split}/{path.parent.name}", split, {"stratum": stratum}), partial(_game_file, path)
+
+
+def _game_file(path: Path) -> Source:
+    try:
+        record = json.loads(_read(path))
+    except ValueError as error:
+        raise ConfigError(f"not a game: {error}", where=str(path), hint=HINT) from error
+    _check(record, str(path), "pddl_problem", "grammar")
+    task = TASK_LINE.search(record["grammar"])
+    if task is None:
+        reason = 'its grammar has no "Your task is to: …"'
+        raise ConfigError(reason, where=str(path), hint="give an unchanged game.tw-pddl file")
+    old = "put {o} in/on {r}" in record["grammar"]
+    return Source(*parse_problem(record["pddl_problem"], str(path)), task[1], str(path), old, record)
+
+
+@lru_cache(maxsize=8)
+def generated_games(seed: int, size: str, train: int, valid: int) -> Games:
     """Generated games, the six kinds in turn. valid_seen shares its rooms with train, valid_unseen does not."""
+    kinds, counts = tuple(KINDS), {"train": train, "valid_seen": valid, "valid_unseen": valid}
 
-    def __init__(self, seed: int, size: str, train: int, valid: int):
-        super().__init__()
-        self._seed, self._size, self._counts = seed, size, {"train": train, "valid_seen": valid, "valid_unseen": valid}
-
-    def _list(self, split: str) -> Iterator[Task]:
-        kinds = tuple(KINDS)
-        for i in range(self._counts[split]):
+    def listing(split: str) -> Listing:
+        for i in range(counts[split]):
             kind = kinds[i % len(kinds)]
-            yield Task(f"{split}/{kind}-{i}", split, {"stratum": kind})
+            name, layout = f"{split}/{kind}-{i}", LAYOUTS[split][i // len(kinds) % len(LAYOUTS[split])]
+            yield Task(name, split, {"stratum": kind}), partial(load, name, kind, layout)
 
-    def _compile(self, split: str, name: str) -> Game:
-        kind, _, number = name.rpartition("/")[2].rpartition("-")
-        layout = LAYOUTS[split][int(number) // len(KINDS) % len(LAYOUTS[split])]
-        draw = random.Random(derive(self._seed, "household", name))
-        facts, goal, text = household(kind, layout, self._size, draw, self._seed)
-        return compile_game(facts, goal, name, text)
+    def load(name: str, kind: str, layout: int) -> Source:
+        draw = random.Random(derive(seed, "household", name))
+        return Source(*household(kind, layout, size, draw, seed), name)
 
-
-generated_games = lru_cache(maxsize=8)(Households)
+    return Games("the generated households", listing)
 
 
 @lru_cache(maxsize=8)
 def open_games(data: str) -> Games:
     """The games below a path, once per process. Raises ConfigError where there are none."""
     path = Path(data).expanduser()
-    if path.is_file() or any((path / split).is_dir() for split in SPLITS):
-        return TreeGames(path)
+    if path.is_file():
+        return Games(str(path), partial(_single_game, path))
+    if any((path / split).is_dir() for split in SPLITS):
+        return Games(str(path), partial(_tree_games, path))
     if any((path / f"{split}{suffix}").is_file() for split in SPLITS for suffix in (".jsonl.xz", ".jsonl")):
-        return PackedGames(path)
+        return Games(str(path), partial(_packed_games, path))
     raise ConfigError(f"no ALFWorld games in {path}", where=WHERE, hint=HINT)
 
 
@@ -183,19 +157,10 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
+        raise ConfigError(f"cannot be read: {error}", where=str(path), hint="copy the file again") from error
 
 
-def _unreadable(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"cannot be read: {error}", where=str(path), hint="copy the file again")
-
-
-def _record(text: bytes, where: str, keys: tuple[str, ...]) -> dict[str, Any]:
-    """A JSON object with text under `keys`."""
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"not a game: {error}", where=where, hint=HINT) from error
+def _check(record: Any, where: str, *keys: str) -> None:
+    """Raise ConfigError unless it is a JSON object with text under `keys`."""
     if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in keys):
         raise ConfigError(f"not a game: it needs {', '.join(keys)}", where=where, hint=HINT)
-    return record

@@ -9,20 +9,21 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from spearrl.envs.alfworld import compact, prompts
+from spearrl.config.tables import table
+from spearrl.envs.alfworld import compact
 from spearrl.envs.alfworld.data import SPLITS, Games, generated_games, open_games
 from spearrl.envs.alfworld.expert import Expert
 from spearrl.envs.alfworld.world import CHANGING, NOTHING, World
 from spearrl.envs.text.environment import TextEnvironment
-from spearrl.envs.text.tagged_replies import compact_window, projection
-from spearrl.envs.tool_calls import after_thought
+from spearrl.envs.text.tagged_replies import PLAIN, REASON, compact_window, past_steps
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive
-from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
+from spearrl.types import Action, Message, Observation, Outcome, Task
 
 VERBS = frozenset((*CHANGING, "move", "look", "inventory", "examine", "help"))
 LONGEST_PLAIN = 80  # characters of a plain reply that can be a command
 REWARD = 10.0  # for a finished task
+_TEXT = table(__file__, "prompts.toml")
 
 
 class ALFWorld(TextEnvironment[World]):
@@ -35,6 +36,7 @@ class ALFWorld(TextEnvironment[World]):
 
     max_turns = 50
     splits = SPLITS
+    tail = 30
 
     class Options(TextEnvironment.Options):
         data: str | None = Field(
@@ -109,7 +111,7 @@ class ALFWorld(TextEnvironment[World]):
             from spearrl.envs.alfworld.original import OriginalEngine
 
             self.close()
-            self._engine = OriginalEngine(self._games.source(task))
+            self._engine = OriginalEngine(self._games.source(task).record)
             return self._show(self._engine.text)
         return self._show(f"{world.intro()}\n\nYour task is to: {game.task}.")
 
@@ -127,13 +129,6 @@ class ALFWorld(TextEnvironment[World]):
         observation = self._show(compact.effect(world) if self._compact else text)
         return Outcome(observation, REWARD if won else 0.0, won, info={"success": won})
 
-    def messages(self, observation: Observation, turn: int) -> list[Message]:
-        """Turn 0: the rules (not in compact) and the first text, which holds the task; later turns: what came back."""
-        if turn > 0 or self._compact:
-            return [Message("user", observation.text)]
-        rules = prompts.rules(tagged=self._tagged, old=self._running().old)
-        return [Message("user", f"{rules}\n\n{observation.text}")]
-
     def window(
         self, history: Sequence[tuple[Observation, Action]], observation: Observation, task: Task
     ) -> list[Message]:
@@ -143,17 +138,14 @@ class ALFWorld(TextEnvironment[World]):
         if self._compact:
             page = observation.info.get("page", observation.text)
             return [Message("user", compact_window(compact.opening(game), steps, page))]
-        text, commands = observation.text, observation.admissible or ()
-        return [Message("user", prompts.windowed(game.task, text, commands, steps, len(history), tagged=self._tagged))]
-
-    def parse(self, reply: Reply) -> Action:
-        """Tagged: verl-agent's projection of the reply. Plain: the reply itself, in lower case."""
-        if not self._tagged:
-            text = after_thought(reply.text).lower().strip()
-            valid = text.partition(" ")[0] in VERBS and "\n" not in text and len(text) <= LONGEST_PLAIN
-            return Action(text, valid, tool_calls=int(valid))
-        text, valid = projection(reply.text, 30)
-        return Action(text, valid, tool_calls=int(valid and text.partition(" ")[0] in VERBS))
+        actions = "\n ".join(f"'{action}'" for action in observation.admissible or () if action != "help")
+        lines = [_TEXT["role"], _TEXT["first"].format(text=observation.text)]  # which holds the task itself
+        if history:
+            past = [past_steps(steps, len(history))] if steps else []
+            now = _TEXT["now"].format(step=len(history) + 1, text=observation.text)
+            lines = [f"{_TEXT['role']} Your task is to: {game.task}", *past, now]
+        lines += [_TEXT["choices"].format(actions=actions), "", REASON if self._tagged else PLAIN]
+        return [Message("user", "\n".join(lines))]
 
     def expert(self) -> str | None:
         """The scripted player's next command, from the true state; None after the end."""
@@ -164,6 +156,15 @@ class ALFWorld(TextEnvironment[World]):
         if self._compact:
             return next((short for short, full in self._commands.items() if full == command), command)
         return command
+
+    def _rules(self) -> str:
+        return str(_TEXT["rules"].format(**_TEXT["old_grammar" if self._running().old else "grammar"]))
+
+    def _action(self, text: str, valid: bool) -> Action:
+        known = text.partition(" ")[0] in VERBS
+        if not self._tagged:
+            valid = known and "\n" not in text and len(text) <= LONGEST_PLAIN
+        return Action(text, valid, tool_calls=int(valid and known))
 
     def _show(self, text: str) -> Observation:
         world = self._running()

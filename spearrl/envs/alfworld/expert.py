@@ -24,8 +24,7 @@ def plan(world: World, goal: Goal, known: set[int]) -> Act | None:
     Of two objects, one is brought after the other.
     """
     game, held = world.game, world.held
-    plans = _lamp_plans(world, goal, known) if goal.kind == "light" else _place_plans(world, goal, known)
-    cheapest = min(plans, default=None)
+    cheapest = min(_plans(world, goal, known), default=None)
     if cheapest is None:
         return None
     _, thing, stops = cheapest
@@ -45,17 +44,21 @@ def plan(world: World, goal: Goal, known: set[int]) -> Act | None:
     return None
 
 
-def _place_plans(world: World, goal: Goal, known: set[int]) -> Iterator[Plan]:
-    """Ways to bring one more object to a receptacle of the goal.
+def _plans(world: World, goal: Goal, known: set[int]) -> Iterator[Plan]:
+    """Ways to bring one more object to a receptacle of the goal, or to one with its lamp.
 
     Where the goal is two objects, the cheapest way for the other one is counted in.
     """
     game = world.game
     things = [o for o in sorted(known) if game.object_types[o] == goal.object]
     things = [o for o in things if not goal.state or goal.state in game.able[o]]
-    for target in (r for r, kind in enumerate(game.receptacle_types) if kind == goal.receptacle):
+    targets = [r for r, kind in enumerate(game.receptacle_types) if kind == goal.receptacle]
+    if goal.kind == "light":
+        lamps = {o for o in known if game.object_types[o] == goal.lamp and "use" in game.able[o]}
+        targets = [r for r, contents in enumerate(world.contents) if contents & lamps]
+    for target in targets:
         plans = [carried for o in things for carried in _carry_plans(world, goal, o, target)]
-        if goal.kind == "place":
+        if goal.kind != "two":
             yield from plans
             continue
         cheapest = {thing: cost for cost, thing, _ in sorted(plans, reverse=True)}
@@ -67,10 +70,10 @@ def _place_plans(world: World, goal: Goal, known: set[int]) -> Iterator[Plan]:
 
 
 def _carry_plans(world: World, goal: Goal, o: int, target: int) -> Iterator[Plan]:
-    """Ways to bring object o to `target`, treated as the goal says."""
+    """Ways to bring object o to `target`, treated as the goal says; under a lamp it stays in the hand."""
     game, there = world.game, o in world.contents[target]
-    ready = not goal.state or o in world.is_in[goal.state]
-    if game.object_types[o] not in game.accepts[target] or (ready and there):
+    ready, lamp = not goal.state or o in world.is_in[goal.state], goal.kind == "light"
+    if not lamp and (game.object_types[o] not in game.accepts[target] or (ready and there)):
         return
     appliance, verb = APPLIANCE.get(goal.state, ("", ""))
     treatments: list[list[Stop]] = [[(r, verb)] for r, kind in enumerate(game.receptacle_types) if kind == appliance]
@@ -78,22 +81,8 @@ def _carry_plans(world: World, goal: Goal, o: int, target: int) -> Iterator[Plan
         # some objects stand in two receptacles at once: taken from one, they are still in the other
         put: list[Stop] = [] if there and grip != [(target, "take")] else [(target, "put")]
         for treatment in [[]] if ready else treatments:
-            stops = [*grip, *treatment, *put]
+            stops = [*grip, *treatment, *([(target, "use")] if lamp else put)]
             yield _cost(world, stops), o, stops
-
-
-def _lamp_plans(world: World, goal: Goal, known: set[int]) -> Iterator[Plan]:
-    """Ways to hold the goal's object at a lamp, and to switch it on."""
-    types, able = world.game.object_types, world.game.able
-    lamps = [
-        r
-        for r, things in enumerate(world.contents)
-        if any(types[o] == goal.lamp and "use" in able[o] for o in things & known)
-    ]
-    for o in (o for o in sorted(known) if types[o] == goal.object):
-        for grip in _grips(world, o):
-            for r in lamps:
-                yield _cost(world, [*grip, (r, "use")]), o, [*grip, (r, "use")]
 
 
 def _grips(world: World, o: int) -> Iterator[list[Stop]]:

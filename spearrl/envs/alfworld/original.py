@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ class OriginalEngine:
     """One game in the original engine. `text` and `commands` are what it shows now.
 
     Args:
-        source: the `file` of a game, or `pddl_problem` and `task_desc`; domain and grammar then are the package's.
+        record: what a game.tw-pddl holds, or `pddl_problem` and `task_desc`: domain and grammar are the package's then.
     Raises:
         ConfigError: a package is missing.
     """
 
-    def __init__(self, source: dict[str, Any]):
+    def __init__(self, record: Mapping[str, Any]):
         try:
             from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
             from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
@@ -27,12 +27,11 @@ class OriginalEngine:
             reason = f"the original engine is not installed: {error}"
             hint = 'pip install "spearrl[alfworld]", or leave env.options.backend at native'
             raise ConfigError(reason, where="env.options.backend", hint=hint) from error
-        if "file" in source:
-            game = json.loads(Path(source["file"]).read_text(encoding="utf-8"))
-        else:
-            grammar = Path(ALFRED_TWL2_PATH).read_text(encoding="utf-8").replace("UNKNOWN GOAL", source["task_desc"])
-            domain = Path(ALFRED_PDDL_PATH).read_text(encoding="utf-8")
-            game = {"pddl_domain": domain, "grammar": grammar, "pddl_problem": source["pddl_problem"]}
+        game = dict(record)
+        if "grammar" not in game:
+            grammar = Path(ALFRED_TWL2_PATH).read_text(encoding="utf-8")
+            game["grammar"] = grammar.replace("UNKNOWN GOAL", game["task_desc"])
+            game["pddl_domain"] = Path(ALFRED_PDDL_PATH).read_text(encoding="utf-8")
         self._env = AlfredDemangler(PddlEnv())
         self._env.load(game)
         self._show(self._env.reset())

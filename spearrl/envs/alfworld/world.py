@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from spearrl.config.tables import table
 from spearrl.envs.alfworld.game import KNIVES, Act, Game
-from spearrl.envs.alfworld.prompts import HELP
 
 NOTHING = "Nothing happens."
+HELP: str = table(__file__, "prompts.toml")["help"]  # the engine's own
 TREATMENTS = {"clean": "clean", "heat": "hot", "cool": "cool"}  # verb -> what the object is then
 APPLIANCES = {"SinkBasinType": "clean", "MicrowaveType": "heat", "FridgeType": "cool"}
 CHANGING = ("go", "open", "close", "take", "put", "clean", "heat", "cool", "use", "slice")  # acts; the others only look
@@ -43,7 +44,7 @@ class World:
         verb, first, second = self.last = self.possible.get(command.strip(), ("", -1, -1))
         if not verb:
             return NOTHING
-        text = self._treat(verb, first, second) if verb in TREATMENTS else getattr(self, f"_{verb}")(first, second)
+        text = self._change(verb, first, second) if verb in CHANGING else self._look(verb, first)
         if verb in CHANGING:
             self.possible = self._possible()
         return text
@@ -109,10 +110,18 @@ class World:
                         acts[f"slice {game.objects[o]} with {game.objects[held]}"] = ("slice", o, held)
         return acts
 
-    # one method an action: (first, second) of its Act -> text
-
-    def _look(self, _: int, __: int) -> str:
-        game, here = self.game, self.game.at_place[self.place]
+    def _look(self, verb: str, number: int) -> str:
+        """The text of an act that changes nothing; `number`: the receptacle or object it is about."""
+        game, held = self.game, self.held
+        if verb == "help":
+            return HELP
+        if verb == "inventory":
+            return f"You are carrying: a {game.objects[held]}." if held >= 0 else "You are not carrying anything."
+        if verb == "examine":
+            return self._receptacle(number)
+        if verb == "inspect":
+            return self._object(number)
+        here = game.at_place[self.place]
         if not here:
             return "You are in the middle of a room. Looking quickly around you, you see nothing."
         # the engine forgets where a thing stands now: it lists what was taken from one of these and put into another
@@ -120,20 +129,7 @@ class World:
         facing = _joined([game.receptacles[r] for r in here])
         return f"You are facing the {facing}. Next to it, you see {_listed(beside)}."
 
-    def _inventory(self, _: int, __: int) -> str:
-        if self.held < 0:
-            return "You are not carrying anything."
-        return f"You are carrying: a {self.game.objects[self.held]}."
-
-    def _help(self, _: int, __: int) -> str:
-        return HELP
-
-    def _go(self, r: int, _: int) -> str:
-        self.place, self.facing = self.game.place_of[r], r
-        arrived = self.game.places[self.place] if self.old else self.game.receptacles[r]
-        return f"You arrive at {arrived}. {self._examine(r, -1)}"
-
-    def _examine(self, r: int, _: int) -> str:
+    def _receptacle(self, r: int) -> str:
         name = self.game.receptacles[r]
         if not self.reach(r):
             return f"The {name} is closed."
@@ -141,7 +137,7 @@ class World:
         where = f"The {name} is open. In it" if r in self.game.openable else f"On the {name}"
         return f"{where}, you see {things}."
 
-    def _inspect(self, o: int, _: int) -> str:
+    def _object(self, o: int) -> str:
         game, name = self.game, self.game.objects[o]
         if "box" in game.able[o]:
             return f"This is a normal {name}. In it, you see {_listed([game.objects[i] for i in game.inner[o]])}."
@@ -153,44 +149,44 @@ class World:
             return f"This {name} is {'on' if o in self.on else 'off'}."
         return f"There's nothing special about {name}."
 
-    def _open(self, r: int, _: int) -> str:
-        self.open.add(r)
-        return f"You open the {self.game.receptacles[r]}. {self._examine(r, -1)}"
-
-    def _close(self, r: int, _: int) -> str:
-        self.open.discard(r)
-        return f"You close the {self.game.receptacles[r]}."
-
-    def _take(self, o: int, r: int) -> str:
-        self.contents[r].discard(o)
-        self.lying[self.place].discard(o)
-        self.moved.add((o, r))
-        self.held = o
-        return f"You pick up the {self.game.objects[o]} from the {self.game.receptacles[r]}."
-
-    def _put(self, o: int, r: int) -> str:
-        self.contents[r].add(o)
-        self.lying[self.place].add(o)
-        self.moved.discard((o, r))
-        self.held = -1
-        thing, name = self.game.objects[o], self.game.receptacles[r]
-        return f"You put the {thing} in/on the {name}." if self.old else f"You move the {thing} to the {name}."
-
-    def _treat(self, verb: str, o: int, r: int) -> str:
-        state = TREATMENTS[verb]
-        if state != "clean":
-            self.is_in["hot"].discard(o)
-            self.is_in["cool"].discard(o)
-        self.is_in[state].add(o)
-        return f"You {verb} the {self.game.objects[o]} using the {self.game.receptacles[r]}."
-
-    def _use(self, o: int, _: int) -> str:
-        self.on.add(o)
-        return f"You turn on the {self.game.objects[o]}."
-
-    def _slice(self, o: int, knife: int) -> str:
-        self.sliced.add(o)
-        return f"You sliced the {self.game.objects[o]} with the {self.game.objects[knife]}."
+    def _change(self, verb: str, first: int, second: int) -> str:
+        """Carry out an act, and its text."""
+        receptacles, objects = self.game.receptacles, self.game.objects
+        match verb:
+            case "go":
+                self.place, self.facing = self.game.place_of[first], first
+                arrived = self.game.places[self.place] if self.old else receptacles[first]
+                return f"You arrive at {arrived}. {self._receptacle(first)}"
+            case "open":
+                self.open.add(first)
+                return f"You open the {receptacles[first]}. {self._receptacle(first)}"
+            case "close":
+                self.open.discard(first)
+                return f"You close the {receptacles[first]}."
+            case "take":
+                self.contents[second].discard(first)
+                self.lying[self.place].discard(first)
+                self.moved.add((first, second))
+                self.held = first
+                return f"You pick up the {objects[first]} from the {receptacles[second]}."
+            case "put":
+                self.contents[second].add(first)
+                self.lying[self.place].add(first)
+                self.moved.discard((first, second))
+                self.held = -1
+                way = "put the {} in/on the {}" if self.old else "move the {} to the {}"
+                return f"You {way.format(objects[first], receptacles[second])}."
+            case "use":
+                self.on.add(first)
+                return f"You turn on the {objects[first]}."
+            case "slice":
+                self.sliced.add(first)
+                return f"You sliced the {objects[first]} with the {objects[second]}."
+        if verb != "clean":  # heat and cold take turns
+            self.is_in["hot"].discard(first)
+            self.is_in["cool"].discard(first)
+        self.is_in[TREATMENTS[verb]].add(first)
+        return f"You {verb} the {objects[first]} using the {receptacles[second]}."
 
 
 def _joined(names: Iterable[str]) -> str:

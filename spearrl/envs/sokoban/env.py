@@ -14,11 +14,10 @@ from spearrl.envs.sokoban import picture
 from spearrl.envs.sokoban.expert import solve
 from spearrl.envs.sokoban.level import MOVES, Level, State, reverse_play
 from spearrl.envs.text.environment import TextEnvironment
-from spearrl.envs.text.tagged_replies import PLAIN, REASON, TAGGED, compact_window, past_steps, projection
-from spearrl.envs.tool_calls import after_thought
+from spearrl.envs.text.tagged_replies import PLAIN, REASON, TAGGED, compact_window, past_steps
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive
-from spearrl.types import Action, Image, Message, Observation, Outcome, Reply, Task, Text
+from spearrl.types import Action, Image, Message, Observation, Outcome, Task, Text
 
 ATTEMPTS = 1000  # draws for one level
 STEP, ON_TARGET, SOLVED = -0.1, 1.0, 10.0  # gym-sokoban's rewards, which verl-agent pays
@@ -36,6 +35,7 @@ class Sokoban(TextEnvironment[Level]):
 
     max_turns = 15
     thought = "The next push follows from where I stand."
+    tail = 1
 
     class Options(TextEnvironment.Options):
         vision: bool = Field(False, description="Show the room as a picture; else as symbols.")
@@ -62,9 +62,7 @@ class Sokoban(TextEnvironment[Level]):
         super().__init__(vision=vision, **options)
         self._levels = lru_cache(maxsize=4096)(self._make)
         counts = {"train": self.options.train_tasks, "val": self.options.val_tasks}
-        self._tasks = {
-            split: tuple(Task(f"{split}/{i}", split) for i in range(count)) for split, count in counts.items()
-        }
+        self._tasks = {split: tuple(Task(f"{split}/{i}", split) for i in range(n)) for split, n in counts.items()}
 
     def tasks(self, split: str) -> Sequence[Task]:
         """The levels of a split; each is made at its first reset.
@@ -120,12 +118,6 @@ class Sokoban(TextEnvironment[Level]):
         answer = REASON if self._tagged else PLAIN
         return [_message([*self._head(), *past, _TEXT["now"]], observation, [_TEXT["choices"], answer])]
 
-    def parse(self, reply: Reply) -> Action:
-        """Tagged: the first move in verl-agent's projection. Plain: the reply itself. Else no move, and invalid."""
-        text, valid = projection(reply.text, 1) if self._tagged else (after_thought(reply.text).strip().lower(), True)
-        move = next((name for name in MOVES if (name in text if self._tagged else name == text)), "")
-        return Action(move or STILL, valid and bool(move), tool_calls=int(valid and bool(move)))
-
     def expert(self) -> str | None:
         """The next move of a shortest solution, or of chance where there is none any more; None after the end."""
         level = self._running()
@@ -135,6 +127,12 @@ class Sokoban(TextEnvironment[Level]):
             self._plan = solve(level, self._state)
         wrong = self._draw.random() < self.expert_noise
         return self._draw.choice(list(MOVES)) if wrong or not self._plan else self._plan[self._state]
+
+    def _action(self, text: str, valid: bool) -> Action:
+        """The first move named in a tagged text, or the one that a plain text is. Else no move, and invalid."""
+        move = next((name for name in MOVES if (name in text if self._tagged else name == text)), "")
+        sound = valid and bool(move)
+        return Action(move or STILL, sound, tool_calls=int(sound))
 
     def _make(self, split: str, name: str) -> Level:
         """The level of a task. A level's digest says which split it belongs to, so none is in both."""
