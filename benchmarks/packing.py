@@ -16,7 +16,7 @@ import time
 import torch
 
 from spearrl.batching import Batch
-from spearrl.config import LearnerSection, TinySection
+from spearrl.config.sections import LearnerSection, TinySection
 from spearrl.learner import LocalLearner
 from spearrl.learner.minibatches import micro_batches
 from spearrl.losses import Objective

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from spearrl.config import EvalSection, RunConfig
+from spearrl.config.sections import EvalSection, RunConfig
 from spearrl.envs import Environment, tasks_of
 from spearrl.launch.assembly import players_of
 from spearrl.launch.factories import make_environment

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from spearrl.batching import Batch, Rows, rows_from_groups
-from spearrl.config import LearnerSection, RolloutSection, VllmSection
+from spearrl.config.sections import LearnerSection, RolloutSection, VllmSection
 from spearrl.learner import LocalLearner
 from spearrl.models import load_model
 from spearrl.rollout import Completion, Request, Sampling

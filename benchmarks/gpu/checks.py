@@ -21,7 +21,7 @@ from benchmarks.gpu.bench import (
     timed,
 )
 from spearrl.batching import Rows
-from spearrl.config import LearnerSection, SyncSection
+from spearrl.config.sections import LearnerSection, SyncSection
 from spearrl.launch.devices import visible
 from spearrl.learner import DeepSpeedLearner
 from spearrl.losses import Objective

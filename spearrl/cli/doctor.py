@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from spearrl.errors import ConfigError
 
     if args.model:
-        from spearrl.config import ModelSection
+        from spearrl.config.sections import ModelSection
         from spearrl.models import load_tokenizer
         from spearrl.models.formats import explain_format
 

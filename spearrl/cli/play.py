@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from spearrl.config import RunConfig
     from spearrl.envs import Environment
     from spearrl.rollout import Request
-    from spearrl.types import Action, Observation, Task, Trajectory, Turn
+    from spearrl.types import Action, Observation, Task, Turn
 
 EXAMPLES = """
 examples:
@@ -28,6 +28,7 @@ examples:
 By hand you type actions, one a line; an empty line is an empty action, end of input stops.
 """
 STOPPED = "stopped"
+Write = Callable[[str], None]  # shows text; says nothing where JSON is printed
 LISTED = 12  # admissible actions that are listed
 
 
@@ -37,13 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", metavar="ID", help="the task to play (default: the first of the split)")
     parser.add_argument("--split", default="train", help="the split the task is in (default: train)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the episode (default: 0)")
-    style_help = "how prompts are made (default: the config's env.style)"
-    parser.add_argument("--style", choices=("chat", "windowed"), help=style_help)
+    parser.add_argument(
+        "--style", choices=("chat", "windowed"), help="how prompts are made (default: the config's env.style)"
+    )
     parser.add_argument("--expert", action="store_true", help="the environment's scripted expert plays")
     model_help = "a model plays: a run directory (its newest checkpoint), a model directory or a model's name"
     parser.add_argument("--model", metavar="MODEL", help=model_help)
-    raw_help = "by hand: what you type is the whole reply, not the action in it"
-    parser.add_argument("--raw", action="store_true", help=raw_help)
+    parser.add_argument(
+        "--raw", action="store_true", help="by hand: what you type is the whole reply, not the action in it"
+    )
     parser.add_argument("--json", action="store_true", help="print the episode as one JSON object instead")
 
 
@@ -57,24 +60,20 @@ def run(args: argparse.Namespace) -> int:
     overrides = [*args.overrides, *([f"env.style={args.style}"] if args.style else [])]
     config = config_of(args.target, overrides, model=str(model_of(args.model)) if args.model else None)
     name, seed, style = config.env.name, args.seed, config.env.style
-    say = (lambda text: None) if args.json else _say
+    write: Write = (lambda text: None) if args.json else _write
     with _blaming(name):
         environment = envs.instantiate(name, config.env.options, config.env.max_turns)
         task = _task(environment, args.split, args.task)
-    say(f"task {task.id} ({task.split}), seed {seed}, style {style}, at most {environment.max_turns} turns")
+    write(f"task {task.id} ({task.split}), seed {seed}, style {style}, at most {environment.max_turns} turns\n")
     if args.model:
-        write = (lambda text: None) if args.json else _write
-        episode = _by_model(config, environment, task, seed, say=say, write=write)
+        episode = _by_model(config, environment, task, seed, write)
     else:
         with _blaming(f"{name}, task {task.id}, seed {seed}"):
-            episode = _by_hand(environment, task, style, args, say)
-    say(f"{episode['status']}: reward {episode['reward']:g} in {len(episode['turns'])} turns")
+            episode = _by_hand(environment, task, style, args, write)
+    write(f"{episode['status']}: reward {episode['reward']:g} in {len(episode['turns'])} turns\n")
     if args.json:
-        print(
-            json.dumps(
-                {"environment": name, "task": task.id, "split": task.split, "seed": seed, **episode}, default=str
-            )
-        )
+        facts = {"environment": name, "task": task.id, "split": task.split, "seed": seed}
+        print(json.dumps(facts | episode, default=str))
     return 0
 
 
@@ -95,10 +94,6 @@ def _blaming(where: str) -> Iterator[None]:
             where=f"{where} ({frame.filename}:{frame.lineno}, in {frame.name})",
             hint=f"{hint}spearrl check-env tries it with many replies",
         ) from error
-
-
-def _say(text: str) -> None:
-    _write(text + "\n")
 
 
 def _write(text: str) -> None:
@@ -124,7 +119,7 @@ def _task(environment: Environment, split: str, task_id: str | None) -> Task:
 
 
 def _by_hand(
-    environment: Environment, task: Task, style: str, args: argparse.Namespace, say: Callable[[str], None]
+    environment: Environment, task: Task, style: str, args: argparse.Namespace, write: Write
 ) -> dict[str, Any]:
     """The episode of the person or the expert, through the same slot that the trainer uses."""
     from spearrl.envs.pool.slot import Slot
@@ -137,13 +132,13 @@ def _by_hand(
         start = slot.start(task, args.seed)
         messages, observation = start.messages, start.observation
         for tool in start.tools:
-            say(f"tool: {json.dumps(tool)}")
+            write(f"tool: {json.dumps(tool)}\n")
         for number in range(most):
-            say(f"--- turn {number + 1} of {most}")
+            write(f"--- turn {number + 1} of {most}\n")
             for message in messages:
                 images = f" [{len(message.images)} image(s)]" if message.images else ""
-                say(f"{message.role}:{images} {message.text}")
-            reply = _reply(environment, observation, args, say)
+                write(f"{message.role}:{images} {message.text}\n")
+            reply = _reply(environment, observation, args, write)
             if reply is None:
                 status = STOPPED
                 break
@@ -151,21 +146,19 @@ def _by_hand(
             outcome, prompt = played.outcome, [[message.role, message.text] for message in messages]
             pictures = sum(len(message.images) for message in messages)
             turns.append({**_turn(prompt, reply, played.action, outcome.reward), "pictures": pictures})
-            say(_action_line(turns[-1]))
+            write(_action_line(turns[-1]))
             messages, observation = played.messages, outcome.observation
             if outcome.terminated or outcome.truncated:
                 ended = "success" if outcome.info.get("success") else "failure"
                 status = ended if outcome.terminated else "turn_limit"
-                say(f"end: {observation.text}\ninfo: {json.dumps(dict(outcome.info), default=str)}")
+                write(f"end: {observation.text}\ninfo: {json.dumps(dict(outcome.info), default=str)}\n")
                 break
     finally:
         slot.close()
     return {"status": status, "reward": sum(turn["reward"] for turn in turns), "turns": turns}
 
 
-def _reply(
-    environment: Environment, observation: Observation, args: argparse.Namespace, say: Callable[[str], None]
-) -> str | None:
+def _reply(environment: Environment, observation: Observation, args: argparse.Namespace, write: Write) -> str | None:
     """What the player says; None at the end of input."""
     from spearrl.errors import ConfigError
 
@@ -177,7 +170,7 @@ def _reply(
         return environment.format(action)
     if actions := observation.admissible:
         more = f" | … {len(actions) - LISTED} more" if len(actions) > LISTED else ""
-        say(f"(possible: {' | '.join(actions[:LISTED])}{more})")
+        write(f"(possible: {' | '.join(actions[:LISTED])}{more})\n")
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
@@ -187,15 +180,7 @@ def _reply(
     return text if args.raw else environment.format(text)
 
 
-def _by_model(
-    config: RunConfig,
-    environment: Environment,
-    task: Task,
-    seed: int,
-    *,
-    say: Callable[[str], None],
-    write: Callable[[str], None],
-) -> dict[str, Any]:
+def _by_model(config: RunConfig, environment: Environment, task: Task, seed: int, write: Write) -> dict[str, Any]:
     """The episode of a model through the trainer's own collector, shown as it is played, control tokens too."""
     from spearrl.cli.progress import Progress
     from spearrl.launch.assembly import players_of
@@ -205,26 +190,27 @@ def _by_model(
     from spearrl.start.origin import with_pinned_model
 
     config = with_sampling_dtype(with_pinned_model(config), Progress().report)
+    config = config.with_settings({"rollout.workers": 0, "rollout.slots": 1})
     tokenizer = load_tokenizer(config.model.path)
-    rollout = config.rollout.model_copy(update={"workers": 0, "slots": 1})
-    config = config.model_copy(update={"rollout": rollout})
     with ExitStack() as stack:
         players = players_of(config, environment, prepare_torch(config), stack)
         engine, encoder = cast(Any, players.engine), cast(Any, players.evaluator).encoder
         # The collector derives a seed of its own; here the episode is the one that --seed names, as by hand.
         pool = make_pool(config, environment, episode_seed=seed)
         stack.callback(pool.close)
-        sampling = (config.eval.temperature, config.eval.top_p)
-        collector = make_collector(config, engine, encoder, pool, sampling=sampling)
-        shown = _Shown(tokenizer, say, write, environment.max_turns)
-        collector.on_turn = shown.turn
+        collector = make_collector(config, engine, encoder, pool, sampling=(config.eval.temperature, config.eval.top_p))
+        screen = _Screen(tokenizer, write, environment.max_turns)
+        collector.on_turn = screen.turn
         if hasattr(engine, "on_token"):  # the embedded engine; from another one replies come whole
-            engine.on_token = shown.token
+            engine.on_token = screen.token
         (group,) = collector.collect([task], 1, run_seed=seed, step=0, first_group_id=0, purpose="play")
     trajectory = group.trajectories[0]
-    turns = _model_turns(trajectory, tokenizer)
-    if trajectory.turns and turns[-1]["reward"] != shown.reward:  # what a cut episode pays
-        say(f"cut short: the last turn's reward is {turns[-1]['reward']:g}")
+    turns = []
+    for turn in trajectory.turns:
+        prompt, reply = _text_of(tokenizer, turn.prompt_ids), _text_of(tokenizer, turn.token_ids)
+        turns.append({**_turn(prompt, reply, turn.action, turn.reward), "pictures": len(turn.images)})
+    if turns and turns[-1]["reward"] != screen.reward:  # what a cut episode pays
+        write(f"cut short: the last turn's reward is {turns[-1]['reward']:g}\n")
     if trajectory.error:
         lines = trajectory.error.strip().splitlines()
         frames = [line.strip() for line in lines if line.startswith("  File ")]
@@ -234,11 +220,11 @@ def _by_model(
     return {"status": trajectory.status.value, "reward": trajectory.reward, "info": trajectory.info, "turns": turns}
 
 
-class _Shown:
+class _Screen:
     """Shows an episode of a model while it is played: each prompt, the tokens of the reply, the action."""
 
-    def __init__(self, tokenizer: Any, say: Callable[[str], None], write: Callable[[str], None], most: int):
-        self._tokenizer, self._say, self._write, self._most = tokenizer, say, write, most
+    def __init__(self, tokenizer: Any, write: Write, most: int):
+        self._tokenizer, self._write, self._most = tokenizer, write, most
         self._turn, self._written = -1, 0
         self._reply: list[int] = []
         self._before: tuple[int, ...] = ()  # ids of the turn before
@@ -259,37 +245,22 @@ class _Shown:
         if not self._reply:
             self._begin(self._turn + 1, turn.prompt_ids, len(turn.images))
         self._write(_text_of(self._tokenizer, turn.token_ids)[self._written :] + "\n")
-        self._say(_action_line(_turn("", "", turn.action, turn.reward)))
+        self._write(_action_line(_turn("", "", turn.action, turn.reward)))
         self._before, self._reply, self._written, self.reward = turn.prompt_ids + turn.token_ids, [], 0, turn.reward
 
     def _begin(self, number: int, prompt: tuple[int, ...], pictures: int) -> None:
         if number <= self._turn:
-            self._say("played again from the start")
+            self._write("played again from the start\n")
             self._before = ()
         self._turn = number
         known = len(self._before) if self._before and prompt[: len(self._before)] == self._before else 0
         continues, images = " goes on" if known else "", f", {pictures} picture(s) in it" if pictures else ""
-        self._say(f"--- turn {number + 1} of {self._most}: the prompt{continues}{images}")
-        self._say(f"{_text_of(self._tokenizer, prompt[known:])}\n--- the reply")
+        self._write(f"--- turn {number + 1} of {self._most}: the prompt{continues}{images}\n")
+        self._write(f"{_text_of(self._tokenizer, prompt[known:])}\n--- the reply\n")
 
 
 def _text_of(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _model_turns(trajectory: Trajectory, tokenizer: Any) -> list[dict[str, Any]]:
-    """The turns as text; "new" is what a prompt has beyond the turn before, where it goes on from that one."""
-
-    turns: list[dict[str, Any]] = []
-    before: tuple[int, ...] = ()
-    for turn in trajectory.turns:
-        continues = bool(before) and turn.prompt_ids[: len(before)] == before
-        new = _text_of(tokenizer, turn.prompt_ids[len(before) :] if continues else turn.prompt_ids)
-        before = turn.prompt_ids + turn.token_ids
-        prompt, reply = _text_of(tokenizer, turn.prompt_ids), _text_of(tokenizer, turn.token_ids)
-        entry = _turn(prompt, reply, turn.action, turn.reward)
-        turns.append({**entry, "new": new, "continues": continues, "pictures": len(turn.images)})
-    return turns
 
 
 def _turn(prompt: Any, reply: str, action: Action, reward: float) -> dict[str, Any]:
@@ -298,4 +269,4 @@ def _turn(prompt: Any, reply: str, action: Action, reward: float) -> dict[str, A
 
 
 def _action_line(turn: dict[str, Any]) -> str:
-    return f"action: {turn['action']!r}{'' if turn['valid'] else ' (invalid)'}   reward {turn['reward']:g}"
+    return f"action: {turn['action']!r}{'' if turn['valid'] else ' (invalid)'}   reward {turn['reward']:g}\n"

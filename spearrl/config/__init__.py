@@ -14,32 +14,14 @@ if TYPE_CHECKING:
     from spearrl.config.dump import diff, to_toml
     from spearrl.config.loading import Resolved, load_config, resolve
     from spearrl.config.pitfalls import advice
-    from spearrl.config.sections import (
-        EnvSection,
-        EvalSection,
-        LearnerSection,
-        LoraSection,
-        ModelSection,
-        PlacementSection,
-        RolloutSection,
-        RunConfig,
-        RunSection,
-        SftSection,
-        SyncSection,
-        TinySection,
-        VllmSection,
-    )
+    from spearrl.config.sections import RunConfig
 
-__all__ = ["AlgoSection", "EnvSection", "EvalSection", "LearnerSection", "LoraSection", "ModelSection"]
-__all__ += ["PlacementSection", "RolloutSection", "RunConfig", "RunSection", "SftSection", "SyncSection"]
-__all__ += ["TinySection", "VllmSection"]
-__all__ += ["Resolved", "advice", "check", "diff", "load_config", "resolve", "to_toml"]
-
-_HOME_OF = {"advice": "pitfalls", "check": "checks", "diff": "dump", "to_toml": "dump"}
-_HOME_OF |= dict.fromkeys(("Resolved", "load_config", "resolve"), "loading")
+__all__ = ["AlgoSection", "Resolved", "RunConfig", "advice", "check", "diff", "load_config", "resolve", "to_toml"]
+_HOME_OF = {"AlgoSection": "algo", "RunConfig": "sections", "advice": "pitfalls", "check": "checks"}
+_HOME_OF |= {"diff": "dump", "to_toml": "dump"}
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module(f"{__name__}.{_HOME_OF.get(name, 'sections')}"), name)
+        return getattr(import_module(f"{__name__}.{_HOME_OF.get(name, 'loading')}"), name)
     raise AttributeError(f"module 'spearrl.config' has no attribute {name!r}")

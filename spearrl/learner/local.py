@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from spearrl.batching import Rows
-from spearrl.config import LearnerSection
+from spearrl.config.sections import LearnerSection
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.lora import adapter_weights, add_adapters, load_adapters, model_weights
 from spearrl.learner.loss_inputs import LossInputs, Share, Tally

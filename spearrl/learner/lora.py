@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from spearrl.config import LoraSection
+from spearrl.config.sections import LoraSection
 from spearrl.errors import CheckpointError, ConfigError
 from spearrl.models.vision import vision_of
 from spearrl.models.weights import TensorFiles, write_file

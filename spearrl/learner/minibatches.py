@@ -16,7 +16,7 @@ import torch
 
 from spearrl.batching import Batch
 from spearrl.batching.token_hashes import counter_keys
-from spearrl.config import LearnerSection
+from spearrl.config.sections import LearnerSection
 from spearrl.learner.loss_inputs import Share, Weighted
 from spearrl.seeds import derive
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from spearrl.config import LearnerSection
+from spearrl.config.sections import LearnerSection
 from spearrl.errors import CheckpointError
 from spearrl.models.weights import TensorFiles, write_tensors
 from spearrl.schedules import schedule_value

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from spearrl.batching import Rows, forward_inputs
-from spearrl.config import LearnerSection
+from spearrl.config.sections import LearnerSection
 from spearrl.errors import ContractError
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.lora import without_adapters

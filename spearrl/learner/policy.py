@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from spearrl.config import LearnerSection
+from spearrl.config.sections import LearnerSection
 from spearrl.errors import ConfigError
 from spearrl.learner.attention import Float32Attention
 from spearrl.learner.logprobs import token_logprobs

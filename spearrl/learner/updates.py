@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from spearrl.batching import Batch, Rows
-from spearrl.config import LearnerSection
+from spearrl.config.sections import LearnerSection
 from spearrl.errors import ContractError
 from spearrl.learner.lora import FOLDER, save_adapters
 from spearrl.learner.loss_inputs import Share, Tally, split_objectives

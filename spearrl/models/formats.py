@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spearrl.config import ModelSection
+from spearrl.config.sections import ModelSection
 from spearrl.errors import ConfigError
 from spearrl.models.chat import ChatEncoder
 from spearrl.models.layouts import HERMES, LAYOUTS, Layout, call_text, parts_of, types_of

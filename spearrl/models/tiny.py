@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from spearrl.config import TinySection
+from spearrl.config.sections import TinySection
 from spearrl.models.vision import Vision, make_processor
 
 END, PAD = "<|end|>", "<|pad|>"

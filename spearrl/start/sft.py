@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from spearrl.batching import Batch, Rows, rows_from_groups
-from spearrl.config import LearnerSection, LoraSection, RunConfig, SftSection
+from spearrl.config.sections import LearnerSection, LoraSection, RunConfig, SftSection
 from spearrl.errors import ConfigError
 from spearrl.learner import LocalLearner
 from spearrl.losses import Objective

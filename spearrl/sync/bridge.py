@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from spearrl.config import SyncSection
+from spearrl.config.sections import SyncSection
 from spearrl.errors import ConfigError, EngineError
 from spearrl.sync.buckets import PORTIONS, bucket_folder, buckets, digest, read_bucket, write_bucket
 from spearrl.sync.native import Native

@@ -12,7 +12,7 @@ import torch
 
 from spearrl.cli.main import main
 from spearrl.cli.study import table, verdicts
-from spearrl.config import TinySection
+from spearrl.config.sections import TinySection
 from spearrl.errors import ContractError
 from spearrl.learner.logprobs import token_logprobs
 from spearrl.models import build_tiny

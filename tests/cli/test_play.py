@@ -8,7 +8,7 @@ import json
 import pytest
 
 from spearrl.cli.main import main
-from spearrl.config import TinySection
+from spearrl.config.sections import TinySection
 from spearrl.models import build_tiny, save_model
 
 FETCH = "tests.support.toy_envs:Fetch"

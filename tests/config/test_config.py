@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spearrl.config import AlgoSection, RunConfig, RunSection, advice, check, diff, load_config, resolve, to_toml
+from spearrl.config import AlgoSection, advice, check, diff, load_config, resolve, to_toml
 from spearrl.config import checks as checks_module
 from spearrl.config.fields import constraint, dotted, leaves, sections
 from spearrl.config.file import ConfigFile, parse
 from spearrl.config.presets import DESCRIPTIONS, PRESETS
+from spearrl.config.sections import RunConfig, RunSection
 from spearrl.config.suggestions import ALIASES, nearest
 from spearrl.errors import ConfigError
 

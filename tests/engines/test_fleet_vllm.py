@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from spearrl.config import LearnerSection  # noqa: E402
+from spearrl.config.sections import LearnerSection  # noqa: E402
 from spearrl.learner import LocalLearner  # noqa: E402
 from spearrl.models import load_model  # noqa: E402
 from spearrl.rollout.workers.fleet import Fleet  # noqa: E402

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("vllm")
 
 from spearrl.batching import rows_from_groups
-from spearrl.config import LearnerSection, RolloutSection, VllmSection
+from spearrl.config.sections import LearnerSection, RolloutSection, VllmSection
 from spearrl.errors import EngineError
 from spearrl.learner import LocalLearner
 from spearrl.rollout import Completion, LocalEngine, Request, Sampling

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from spearrl.config import RolloutSection, VllmSection
+from spearrl.config.sections import RolloutSection, VllmSection
 from spearrl.errors import EngineError
 from spearrl.models import train_tokenizer
 from spearrl.rollout import Request, Sampling

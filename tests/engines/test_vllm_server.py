@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from spearrl.config import RolloutSection, VllmSection
+from spearrl.config.sections import RolloutSection, VllmSection
 from spearrl.errors import ConfigError, EngineError
 from spearrl.rollout import LocalEngine, Request, Sampling
 from spearrl.rollout.vllm.server import RemoteEngine

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from spearrl.config import LearnerSection, RolloutSection, SyncSection, VllmSection  # noqa: E402
+from spearrl.config.sections import LearnerSection, RolloutSection, SyncSection, VllmSection  # noqa: E402
 from spearrl.errors import EngineError  # noqa: E402
 from spearrl.learner import LocalLearner  # noqa: E402
 from spearrl.models import save_weights  # noqa: E402

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("vllm")
 pytest.importorskip("peft")
 
-from spearrl.config import LearnerSection, RolloutSection, SyncSection, VllmSection  # noqa: E402
+from spearrl.config.sections import LearnerSection, RolloutSection, SyncSection, VllmSection  # noqa: E402
 from spearrl.errors import EngineError  # noqa: E402
 from spearrl.learner import LocalLearner  # noqa: E402
 from spearrl.models import load_model, save_weights  # noqa: E402

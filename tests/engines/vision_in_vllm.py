@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from spearrl.config import LearnerSection, RolloutSection, SyncSection, VllmSection
+from spearrl.config.sections import LearnerSection, RolloutSection, SyncSection, VllmSection
 from spearrl.learner import LocalLearner
 from spearrl.models import save_model
 from spearrl.rollout import ChatEncoder

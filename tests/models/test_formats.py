@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spearrl.config import ModelSection
+from spearrl.config.sections import ModelSection
 from spearrl.errors import ConfigError
 from spearrl.models import load_tokenizer
 from spearrl.models.chat import ChatEncoder

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from spearrl.cli.main import main
-from spearrl.config import TinySection
+from spearrl.config.sections import TinySection
 from spearrl.errors import ConfigError
 from spearrl.launch.devices import parameters_of
 from spearrl.models import build_tiny, directory_of, load_model, load_tokenizer, pinned, save_model

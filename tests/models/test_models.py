@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from spearrl.config import TinySection
+from spearrl.config.sections import TinySection
 from spearrl.errors import ConfigError
 from spearrl.models import build_tiny, load_model, load_tokenizer, save_model
 from spearrl.models.cpu_dtype import fastest_dtype

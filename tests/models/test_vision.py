@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from spearrl.batching import Batch, Rows, rows_from_groups
-from spearrl.config import LearnerSection
+from spearrl.config.sections import LearnerSection
 from spearrl.errors import ConfigError, ContractError, EngineError
 from spearrl.learner import LocalLearner
 from spearrl.losses import Objective
@@ -370,7 +370,7 @@ def test_what_does_not_go_with_pictures_is_refused(scene):
     model, _, chats = scene
     with pytest.raises(ConfigError, match="rows with pictures are not packed"):
         LocalLearner(model, LearnerSection(**SETTINGS, packing=True))
-    from spearrl.config import TinySection
+    from spearrl.config.sections import TinySection
     from spearrl.models import build_tiny
 
     blind = build_tiny(["a"], TinySection(layers=1, hidden_size=16, heads=1, feed_forward=16, vocab_size=340), 0)[0]

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from spearrl.config import TinySection
+from spearrl.config.sections import TinySection
 from spearrl.envs import Environment
 from spearrl.errors import ConfigError, ContractError, EngineError
 from spearrl.models import build_tiny

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from spearrl.config import RolloutSection, VllmSection
+from spearrl.config.sections import RolloutSection, VllmSection
 from spearrl.errors import ConfigError, EngineError
 from spearrl.launch.factories import make_engine
 from spearrl.models import prepare_torch

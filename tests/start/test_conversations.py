@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from spearrl.cli.main import main
-from spearrl.config import SftSection, advice, load_config
+from spearrl.config import advice, load_config
+from spearrl.config.sections import SftSection
 from spearrl.envs.tool import ToolEnvironment, call
 from spearrl.errors import ConfigError
 from spearrl.learner.optimizer import learning_rate

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from spearrl.config import TinySection
+from spearrl.config.sections import TinySection
 from spearrl.envs import Environment
 from spearrl.models import build_tiny
 from spearrl.seeds import derive

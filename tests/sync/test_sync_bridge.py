@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from spearrl.config import SyncSection
+from spearrl.config.sections import SyncSection
 from spearrl.errors import ConfigError, EngineError, StorageError, WorkerLost
 from spearrl.sync import Bridge, InProcess, probe_prompt
 from spearrl.sync import buckets as buckets_module

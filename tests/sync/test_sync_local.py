@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from spearrl.config import LearnerSection, SyncSection
+from spearrl.config.sections import LearnerSection, SyncSection
 from spearrl.errors import EngineError
 from spearrl.learner import LocalLearner
 from spearrl.rollout.local.receiver import LocalWeights

@@ -15,7 +15,7 @@ import types
 import pytest
 import torch
 
-from spearrl.config import SyncSection
+from spearrl.config.sections import SyncSection
 from spearrl.errors import ConfigError, EngineError
 from spearrl.rollout.vllm.worker_extension import WeightReceiver
 from spearrl.sync import Bridge, native

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spearrl.config import EvalSection, RunConfig
+from spearrl.config.sections import EvalSection, RunConfig
 from spearrl.evaluation import panel_id, pass_rates, success_rate, summarise, wilson
 from spearrl.types import Group, Status, Task, Trajectory
 

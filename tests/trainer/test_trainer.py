@@ -197,7 +197,7 @@ def test_any_causal_model_directory_trains(tmp_path, architecture):
     and resume."""
     import transformers
 
-    from spearrl.config import TinySection
+    from spearrl.config.sections import TinySection
     from spearrl.models import build_tiny, save_model
 
     _, tokenizer = build_tiny(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from spearrl.batching import Rows
-from spearrl.config import LearnerSection
+from spearrl.config.sections import LearnerSection
 from spearrl.errors import CheckpointError
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.deepspeed.ranks import Ranks

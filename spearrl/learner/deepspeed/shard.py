@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from spearrl.batching import Batch, Rows
-from spearrl.config import LearnerSection
+from spearrl.config.sections import LearnerSection
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.deepspeed.zero import Moments, engine_settings, gathered, load_sharded, prepare
 from spearrl.learner.lora import (

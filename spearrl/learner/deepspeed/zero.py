@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from spearrl.config import LearnerSection
+from spearrl.config.sections import LearnerSection
 from spearrl.errors import CheckpointError, ConfigError
 from spearrl.models import load_model
 

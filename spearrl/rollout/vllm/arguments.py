@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from spearrl.config import RolloutSection, VllmSection
+from spearrl.config.sections import RolloutSection, VllmSection
 from spearrl.errors import ConfigError
 from spearrl.models.vision import KINDS
 from spearrl.rollout.protocol import Sampling

@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from spearrl.config import RolloutSection, VllmSection
+from spearrl.config.sections import RolloutSection, VllmSection
 from spearrl.errors import EngineError
 from spearrl.rollout.protocol import Completion, Request, request_problem
 from spearrl.rollout.vllm.arguments import (

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from spearrl.config import RolloutSection, VllmSection
+from spearrl.config.sections import RolloutSection, VllmSection
 from spearrl.errors import ConfigError, EngineError
 from spearrl.rollout.protocol import Completion, Request, Sampling, request_problem
 from spearrl.rollout.vllm.arguments import (
