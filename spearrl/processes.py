@@ -3,46 +3,68 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from multiprocessing.connection import Connection
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
+
+from spearrl.errors import ContractError, EnvironmentFault, SpearError
 
 PARENT_CHECK_S = 1.0
+TAIL_LINES, TAIL_BYTES = 8, 4000  # of a process's log, in error messages
 
 
 class Child:
     """`python -m <module>` in a session of its own, at the other end of `connection`.
 
-    The module's first call is `connection_to_parent`.
+    The module's first call is `connection_to_parent`. Messages are bytes; they may be sent and received by different
+    threads.
 
     Args:
         environment: variables besides those of this process.
-        output, errors: where these go; None: as those of this process.
+        log: a file that its output is added to. None: it goes to standard error, since standard output is for results.
     """
 
-    def __init__(
-        self, module: str, environment: Mapping[str, str], *, output: int | IO[bytes], errors: int | None = None
-    ):
+    def __init__(self, module: str, environment: Mapping[str, str], *, log: Path | None = None):
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, log.open("ab") if log else nullcontext(2) as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=errors,
+                stderr=output,
                 env={**child_environment(), **environment},
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
-        self.connection = Connection(ours.detach())
-        self._killing = threading.Lock()
+        self.connection, self._log = Connection(ours.detach()), log
+        self._killing, self._sending = threading.Lock(), threading.Lock()
+
+    def send(self, data: bytes) -> None:
+        """Raises ConnectionError where the process is gone."""
+        try:
+            with self._sending:
+                self.connection.send_bytes(data)
+        except OSError as error:
+            raise ConnectionError(str(error)) from error
+
+    def receive(self, timeout_s: float | None = None) -> bytes:
+        """The next message. Raises TimeoutError, or ConnectionError where the process is gone, or killed meanwhile."""
+        try:
+            if self.connection.poll(timeout_s):
+                return self.connection.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise ConnectionError(str(error)) from error
+        raise TimeoutError(f"no answer within {timeout_s:g} s")
 
     def kill(self) -> None:
         """End it and everything it started. May be called again, and from any thread."""
@@ -55,12 +77,51 @@ class Child:
                 self.process.wait()
 
     def ending(self, wait_s: float = 0.0) -> str:
-        """How it ended, in words, within `wait_s`."""
+        """How it ended, in words, within `wait_s`; and the last lines of its log."""
         try:
             code = self.process.wait(wait_s)
+            text = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         except subprocess.TimeoutExpired:
-            return "its connection broke"
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            text = "its connection broke"
+        return f"{text}{log_tail(self._log)}" if self._log else text
+
+
+def log_tail(log: Path) -> str:
+    """The last lines of a process's log, to be added to an error message."""
+    if not log.is_file():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+    return "".join([f"; the end of {log}:", *(f"\n  | {line}" for line in lines)])
+
+
+def pickled(value: Any) -> bytes:
+    """A value for another process. Raises ContractError for one that cannot travel."""
+    try:
+        return pickle.dumps(value)
+    except Exception as error:  # whatever the type of a user's value raises
+        raise _cannot_travel(error) from error
+
+
+def unpickled(data: bytes) -> Any:
+    """What `pickled` was given. Raises ContractError where its types cannot be imported here."""
+    try:
+        return pickle.loads(data)
+    except Exception as error:
+        raise _cannot_travel(error) from error
+
+
+def _cannot_travel(error: Exception) -> ContractError:
+    text = f"a value cannot travel between processes: {error}"
+    hint = "use plain values in Task.data, Observation.anchor and Outcome.info: numbers, text, tuples, dicts"
+    return ContractError(text, where="env", hint=hint)
+
+
+def portable(error: Exception, *, where: str | None = None, hint: str | None = None) -> SpearError:
+    """An error for another process to raise: spearrl's own as they are, others as the text of their traceback."""
+    text = "".join(traceback.format_exception(error)).rstrip()
+    return error if isinstance(error, SpearError) else EnvironmentFault(text, where=where, hint=hint)
 
 
 def child_environment() -> dict[str, str]:

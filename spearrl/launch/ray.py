@@ -17,8 +17,8 @@ from typing import Any
 
 from spearrl.errors import ConfigError
 from spearrl.launch.worker_process import open_worker
-from spearrl.processes import child_environment
-from spearrl.rollout.workers.link import Launcher, Link, log_tail
+from spearrl.processes import child_environment, log_tail
+from spearrl.rollout.workers.link import Launcher, Link
 from spearrl.rollout.workers.messages import Start
 from spearrl.rollout.workers.rollout_worker import RolloutWorker
 

@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +19,10 @@ from pathlib import Path
 from spearrl.launch.factories import make_collector, make_engine, make_environment, make_pool, receiver_of
 from spearrl.models import directory_of, load_tokenizer, prepare_torch, threads_of
 from spearrl.models.formats import open_format
-from spearrl.processes import connection_to_parent
-from spearrl.rollout.workers.link import Launcher, Link, ProcessLink
+from spearrl.processes import Child, connection_to_parent
+from spearrl.rollout.workers.link import Launcher, Link
 from spearrl.rollout.workers.messages import Start
-from spearrl.rollout.workers.rollout_worker import RolloutWorker, portable
+from spearrl.rollout.workers.rollout_worker import RolloutWorker, reported
 
 GOODBYE_S = 3.0
 
@@ -41,9 +40,11 @@ def processes(start: Start, folder: Path, environments: Sequence[Mapping[str, st
     cores = max(1, threads_of(config) // max(1, config.rollout.workers))
 
     def launch(index: int) -> Link:
-        variables = {"OMP_NUM_THREADS": str(cores), **(environments[index] if environments else {})}
-        log = folder / f"worker-{index}.log"
-        return ProcessLink("spearrl.launch.worker_process", replace(start, index=index), log, variables)
+        variables = {"OMP_NUM_THREADS": str(cores), "PYTHONUNBUFFERED": "1"}
+        variables |= environments[index] if environments else {}
+        child = Child("spearrl.launch.worker_process", variables, log=folder / f"worker-{index}.log")
+        child.send(pickle.dumps(("start", replace(start, index=index))))
+        return child
 
     return launch
 
@@ -74,8 +75,7 @@ def open_worker(data: bytes, send: Callable[[bytes], None]) -> RolloutWorker | N
     try:
         return build_worker(start, send)
     except Exception as error:
-        traceback.print_exc()
-        send(pickle.dumps(("failed", None, portable(error))))
+        send(pickle.dumps(("failed", None, reported(error))))
         return None
 
 

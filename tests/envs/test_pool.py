@@ -81,7 +81,7 @@ def test_a_broken_contract_stops_the_run_from_a_worker_too():
     with pytest.raises(ContractError, match="the rule was broken") as caught:
         play(collector_of(), ids("fine-0", "contract"))
     assert (caught.value.where, caught.value.hint) == ("Rogue", "mend it")
-    with pytest.raises(ContractError, match="cannot leave its process"):
+    with pytest.raises(ContractError, match="cannot travel between processes"):
         play(collector_of("Unsendable"), ids("fine-0"))
 
 

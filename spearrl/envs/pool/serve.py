@@ -2,20 +2,18 @@
 
 A message is a list of calls (method, slot number, arguments); the first message of all is [(import path, options,
 style)].
-Each call is answered by itself: ("ok", value), ("error", class, message, where, hint) or ("raised", traceback).
+Each call is answered by itself: (value, None), or (None, the error to raise).
 Only the records of `spearrl.types` travel; the environment itself is built here, from its import path and options.
 """
 
 from __future__ import annotations
 
-import traceback
-from multiprocessing.connection import Connection
+from contextlib import suppress
 from typing import Any
 
 from spearrl.envs.pool.slot import Slot
 from spearrl.envs.registry import make
-from spearrl.errors import SpearError
-from spearrl.processes import connection_to_parent
+from spearrl.processes import connection_to_parent, pickled, portable
 
 
 class SlotServer:
@@ -55,26 +53,14 @@ def main() -> None:
             break
         for call in calls:
             try:
-                answer: tuple[Any, ...] = ("ok", server.call(*call) if server else None)
+                answer = pickled((server.call(*call) if server else None, None))
                 server = server or SlotServer(*call)
-            except SpearError as error:
-                answer = ("error", type(error).__name__, error.message, error.where, error.hint)
-            except Exception:
-                answer = ("raised", traceback.format_exc())
-            _send(connection, answer)
+            except Exception as error:
+                answer = pickled((None, portable(error)))
+            with suppress(ConnectionError):  # nobody waits any more; the next receive ends the loop
+                connection.send_bytes(answer)
     if server is not None:
         server.close()
-
-
-def _send(connection: Connection, answer: tuple[Any, ...]) -> None:
-    try:
-        connection.send(answer)
-    except (EOFError, ConnectionError):
-        return  # nobody waits any more; the next receive ends the loop
-    except Exception as error:  # what pickle raises on a value of the environment's own
-        complaint = f"what the environment returned cannot leave its process: {error}"
-        hint = "put plain values into Observation.anchor and Outcome.info: numbers, text, tuples, dicts"
-        connection.send(("error", "ContractError", complaint, None, hint))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ that live in it; a thread worker takes any call.
 from __future__ import annotations
 
 import os
-import pickle
 import subprocess
 import threading
 from collections import deque
@@ -18,9 +17,8 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
-from spearrl import errors
-from spearrl.errors import ContractError, EnvironmentFault, SpearError, WorkerError
-from spearrl.processes import Child
+from spearrl.errors import EnvironmentFault, WorkerError
+from spearrl.processes import Child, pickled, unpickled
 
 # Building an environment may take this many deadlines, and at least so many seconds.
 BUILD_FACTOR, BUILD_LEAST_S = 10, 60.0
@@ -129,9 +127,7 @@ class ProcessWorker:
 
     def __init__(self, environment: tuple[str, dict[str, Any], str], deadline_s: float):
         variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        # Standard output is sent to standard error: results of the run go to the first, and an environment may print.
-        self._child = Child("spearrl.envs.pool.serve", variables, output=2)
-        self._connection = self._child.connection
+        self._child = Child("spearrl.envs.pool.serve", variables)
         self.interrupt = self._child.kill  # ends a running call, from another thread
         try:
             self.send([environment])
@@ -145,28 +141,23 @@ class ProcessWorker:
 
         The process reads all of it before it answers, so the two never wait for each other.
         """
+        data = pickled(payloads)
         try:
-            self._connection.send(payloads)
-        except OSError as error:
+            self._child.send(data)
+        except ConnectionError as error:
             raise self._died() from error
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise _cannot_travel(error) from error
 
     def receive(self, deadline_s: float) -> Any:
         try:
-            if not self._connection.poll(deadline_s):
-                raise CallTimeout(f"no answer within {deadline_s:g} s")
-            kind, *rest = self._connection.recv()
-        except (EOFError, OSError) as error:
+            data = self._child.receive(deadline_s)
+        except TimeoutError as error:
+            raise CallTimeout(str(error)) from error
+        except ConnectionError as error:
             raise self._died() from error
-        except (pickle.UnpicklingError, AttributeError, ImportError, TypeError) as error:
-            raise _cannot_travel(error) from error
-        if kind == "ok":
-            return rest[0]
-        if kind == "raised":
-            raise EnvironmentFault(str(rest[0]).rstrip())
-        name, message, where, hint = rest
-        raise getattr(errors, name, SpearError)(message, where=where, hint=hint)
+        value, error = unpickled(data)
+        if error is not None:
+            raise error
+        return value
 
     def alive(self) -> bool:
         return self._child.process.poll() is None
@@ -174,11 +165,11 @@ class ProcessWorker:
     def kill(self) -> None:
         """End the process and everything it started."""
         self._child.kill()
-        self._connection.close()
+        self._child.connection.close()
 
     def stop(self) -> None:
         """Give the process a moment to close its environments."""
-        self._connection.close()
+        self._child.connection.close()
         try:
             self._child.process.wait(CLOSE_S)
         except subprocess.TimeoutExpired:
@@ -186,11 +177,6 @@ class ProcessWorker:
 
     def _died(self) -> WorkerDied:
         return WorkerDied(f"the worker process ended ({self._child.ending(CLOSE_S)})")
-
-
-def _cannot_travel(error: Exception) -> ContractError:
-    hint = "use plain values in Task.data, Observation.anchor and Outcome.info: numbers, text, tuples, dicts"
-    return ContractError(f"a value cannot travel between processes: {error}", where="env", hint=hint)
 
 
 Worker = ThreadWorker | ProcessWorker

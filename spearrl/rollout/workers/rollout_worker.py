@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from spearrl.envs.pool import Pool
-from spearrl.errors import ContractError, SpearError, WorkerError
+from spearrl.errors import ContractError, SpearError
+from spearrl.processes import pickled, portable
 from spearrl.rollout.collector import MEASURES, Collector
 from spearrl.rollout.protocol import Engine
 from spearrl.rollout.workers.messages import Assignment, Hello, Report
@@ -125,14 +126,10 @@ class RolloutWorker:
         try:
             trajectory = await self._collectors[sampling].play(a.task, a.group, a.sibling, seed=a.seed)
         except Exception as error:
-            traceback.print_exc()
-            self._running.pop(number, None)
-            self._send("failed", number, portable(error))
+            self._send("failed", number, reported(error))
             return
-        except asyncio.CancelledError:
+        finally:
             self._running.pop(number, None)
-            raise
-        self._running.pop(number, None)
         if trajectory.status is Status.ENGINE_ERROR:
             self._healthy = self.engine.health()
         self._send("played", number, trajectory, self.report())
@@ -151,8 +148,7 @@ class RolloutWorker:
             answer = self._take_data(*arguments) if with_data else getattr(self._receiver, method)(*arguments)
             self._send("answer", number, answer)
         except Exception as error:
-            traceback.print_exc()
-            self._send("refused", number, portable(error))
+            self._send("refused", number, reported(error))
 
     def _take_data(self, bucket: dict[str, Any], timeout_s: float) -> Any:
         """A bucket whose file is on the controller's machine came as bytes: the engine reads it from a file here."""
@@ -165,17 +161,13 @@ class RolloutWorker:
 
     def _send(self, kind: str, *values: Any) -> None:
         try:
-            data = pickle.dumps((kind, *values))
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            hint = "put plain values into Task.data, Observation.anchor and Outcome.info: numbers, text, tuples, dicts"
-            refusal = ContractError(f"a value cannot travel between processes: {error}", where="env", hint=hint)
-            data = pickle.dumps(("refused" if kind == "answer" else "failed", values[0], refusal))
+            data = pickled((kind, *values))
+        except ContractError as error:
+            data = pickled(("refused" if kind == "answer" else "failed", values[0], error))
         self._send_bytes(data)
 
 
-def portable(error: Exception) -> SpearError:
-    """An error that the controller can raise: spearrl's own as they are, others as text."""
-    if isinstance(error, SpearError):
-        return error
-    hint = "this is a fault of the environment or of spearrl"
-    return WorkerError("".join(traceback.format_exception(error)).rstrip(), where="rollout worker", hint=hint)
+def reported(error: Exception) -> SpearError:
+    """An error that the controller can raise, which is told of it in this process too."""
+    traceback.print_exception(error)
+    return portable(error, where="rollout worker", hint="this is a fault of the environment or of spearrl")
