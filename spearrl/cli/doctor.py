@@ -27,7 +27,6 @@ EXTRAS = {  # optional packages: what each is for, and the extra that installs i
     "peft": ("LoRA", "lora"),
     "alfworld": ("ALFWorld's own engine, for comparison", "alfworld"),
     "math-verify": ("math answers compared as formulas", "envs"),
-    "bm25s": ("the search environment", "envs"),
     "pillow": ("environments with pictures", "envs"),
 }
 LEAST_DISK = 10 << 30

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 
 import pytest
@@ -15,7 +14,6 @@ from spearrl.config import load_config
 from spearrl.envs import make
 from spearrl.envs.check import check_environment, failures
 from spearrl.envs.search import Search
-from spearrl.envs.search import retrieve as retrieve_module
 from spearrl.envs.search.answers import exact, f1, normalise
 from spearrl.envs.search.facts import LINKS, open_world
 from spearrl.envs.text.analyzer import analyze
@@ -122,12 +120,6 @@ def test_options_and_splits_are_checked():
         Search().reset(Task("x", "train"), 0)
     with pytest.raises(ContractError, match="reset"):
         Search().step(Action("search x"))
-
-
-def test_without_bm25s_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(ConfigError, match=r'pip install "spearrl\[envs\]"'):
-        retrieve_module.build_index([])
 
 
 # replies

@@ -21,8 +21,9 @@ from spearrl.envs.search import Search
 from spearrl.envs.search import retrieve as retrieve_module
 from spearrl.envs.search.answers import exact
 from spearrl.envs.search.files import Document, read_documents, read_questions
-from spearrl.envs.search.retrieve import K1, B, RetrievalServer, Unavailable, build_index
+from spearrl.envs.search.retrieve import RetrievalServer, Unavailable, build_index
 from spearrl.envs.text.analyzer import analyze
+from spearrl.envs.text.bm25 import K1, B
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive
 from spearrl.types import Action, Reply

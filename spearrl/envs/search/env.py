@@ -125,10 +125,12 @@ class Search(TextEnvironment[Task]):
         try:
             documents = self._retriever.search(argument[:LONGEST_QUERY], self.options.topk)
         except Unavailable as error:
+            info["fault"] = True
             text = _information(texts["unavailable"].format(reason=error))
-            return Outcome(self._observe(text), 0.0, False, info={**info, "fault": True})
-        self._found_titles.update(document.title for document in documents)
-        return Outcome(self._observe(self._results(documents)), 0.0, False, info=info)
+        else:
+            self._found_titles.update(document.title for document in documents)
+            text = self._results(documents)
+        return Outcome(self._observe(text), 0.0, False, info=info)
 
     def messages(self, observation: Observation, turn: int) -> list[Message]:
         """Turn 0: the rules (not in compact) and the question; later turns only what came back."""

@@ -1,4 +1,4 @@
-"""Where documents come from: BM25 over a local corpus (bm25s), or a retrieval server that speaks Search-R1's API."""
+"""Where documents come from: BM25 over a local corpus, or a retrieval server that speaks Search-R1's API."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 import httpx
 
 from spearrl.envs.search.files import Document, as_document, read_documents
-from spearrl.envs.text.analyzer import analyze
-from spearrl.envs.text.bm25 import top_scores
+from spearrl.envs.text.bm25 import LuceneIndex
 from spearrl.errors import ConfigError
 
-K1, B = 0.9, 0.4  # Pyserini's, and so Search-R1's
 TRIES, PAUSE_S, LONGEST_REPLY = 3, 0.1, 8 << 20
 
 
@@ -25,36 +23,24 @@ class Unavailable(Exception):
 
 
 class CorpusIndex(NamedTuple):
-    """An inverted index (bm25s) and its documents. Shared by all slots."""
+    """An inverted index and its documents. Shared by all slots."""
 
-    scorer: Any
+    index: LuceneIndex
     documents: Sequence[Document]
 
     def search(self, query: str, k: int) -> list[Document]:
         """The best k documents that share a term with the query; of equal ones those that come first in the corpus."""
-        terms = self.scorer.get_tokens_ids(analyze(query))
-        best = top_scores(self.scorer.get_scores_from_ids(terms), k) if terms else []
-        return [self.documents[number] for number, _ in best]
+        return [self.documents[number] for number, _ in self.index.search(query, k)]
 
 
 def build_index(documents: Iterable[Document]) -> CorpusIndex:
-    """Index documents (title and text), by Lucene's English analysis. Raises ConfigError without documents or bm25s."""
-    try:
-        import bm25s
-    except ImportError as error:
-        hint = 'pip install "spearrl[envs]"'
-        raise ConfigError("a local corpus needs bm25s", where="env search", hint=hint) from error
-    vocabulary, distinct = dict[str, int](), list(dict.fromkeys(documents))
-    ids = [
-        [vocabulary.setdefault(term, len(vocabulary)) for term in analyze(f"{title} {text}")]
-        for title, text in distinct
-    ]
-    if not vocabulary:
+    """Index documents (title and text), by Lucene's English analysis. Raises ConfigError where there are none."""
+    distinct = list(dict.fromkeys(documents))
+    index = LuceneIndex.from_texts(f"{title} {text}" for title, text in distinct)
+    if not index.vocabulary:
         hint = "give env.options.corpus, HotpotQA files with contexts, or a retriever_url"
         raise ConfigError("no documents to search in", where="env search", hint=hint)
-    scorer = bm25s.BM25(k1=K1, b=B, method="lucene")
-    scorer.index((ids, vocabulary), show_progress=False)
-    return CorpusIndex(scorer, distinct)
+    return CorpusIndex(index, distinct)
 
 
 @lru_cache(maxsize=4)

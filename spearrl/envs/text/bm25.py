@@ -5,14 +5,13 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spearrl.envs.text.analyzer import analyze
 
-K1, B = np.float32(0.9), np.float32(0.4)  # Pyserini's defaults
+K1, B = np.float32(0.9), np.float32(0.4)  # Pyserini's defaults, and so Search-R1's
 EXACT_LENGTHS = 24  # SmallFloat stores lengths exactly up to here, the rest above it with 4 significant bits
 
 
@@ -52,7 +51,7 @@ class LuceneIndex:
         return cls(Counter(analyze(text)) for text in texts)
 
     def search(self, query: str | Iterable[str], k: int = 50) -> list[tuple[int, float]]:
-        """The best k documents that hold a term of the query, as (document number, score), best first.
+        """The best k documents that hold a term of the query, (document number, score), best first, then by number.
 
         score = Σ_t n_t · ln(1 + (N − df_t + ½) / (df_t + ½)) · tf / (tf + k1·(1 − b + b·length/mean length))
 
@@ -67,21 +66,12 @@ class LuceneIndex:
             part = slice(self.offsets[number], self.offsets[number + 1])
             # as in Lucene, shares are rounded to single precision and their sum is kept in double: ties depend on it
             scores[self.documents[part]] += self.impacts[part] * (np.float32(count) * self.idf[number])
-        return top_scores(scores.astype(np.float32), k)
-
-
-def top_scores(scores: NDArray[Any], k: int) -> list[tuple[int, float]]:
-    """The best k documents with a score, as (document number, score), best first; equal ones by number.
-
-    Args:
-        scores: [documents]; 0: not found.
-        k: at most so many.
-    """
-    hits = np.flatnonzero(scores)
-    if len(hits) > k > 0:
-        hits = hits[scores[hits] >= np.partition(scores[hits], -k)[-k]]
-    best = hits[np.argsort(-scores[hits], kind="stable")][:k]
-    return list(zip(best.tolist(), scores[best].tolist(), strict=True))
+        single = scores.astype(np.float32)
+        hits = np.flatnonzero(single)
+        if len(hits) > k > 0:  # only the best are sorted
+            hits = hits[single[hits] >= np.partition(single[hits], -k)[-k]]
+        best = hits[np.argsort(-single[hits], kind="stable")][:k]
+        return list(zip(best.tolist(), single[best].tolist(), strict=True))
 
 
 def _norms(lengths: NDArray[np.int64]) -> NDArray[np.float32]:
