@@ -39,8 +39,8 @@ class Trainer:
 
     Args:
         config: everything that defines the run.
-        report: called with (kind, values) for every event: "format", "expert", "sft", "eval", "step", "checkpoint",
-            "warning".
+        report: called with (kind, values) for every event: "format", "engine", "expert", "sft", "sync" (the first one),
+            "eval", "step", "checkpoint", "warning".
     Raises:
         SpearError: the run cannot begin. Whatever was started by then is closed, and a new run leaves no directory.
     """
@@ -84,7 +84,9 @@ class Trainer:
             self._load(checkpoint)
         else:
             self.episodes.begin()
-            self.parts.publish(self.policy_version)
+        if measured := self.parts.publish(self.policy_version):
+            self._log("sync", measured)
+        if checkpoint is None:
             self.save()
 
     @classmethod
@@ -230,7 +232,6 @@ class Trainer:
             getattr(self, name).load_state_dict(state[name])
         self.episodes.load_state_dict(state["episodes"], step=self.step)
         self.parts.learner.load(checkpoint)
-        self.parts.publish(self.policy_version)
         stored = {"replay_stored": len(self.memory.replay), "baselines": len(self.memory.baseline)}
         self._log("resume", {"from": str(checkpoint), **stored})
 

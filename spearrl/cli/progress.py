@@ -65,6 +65,11 @@ class Progress:
     def _sampling(self, v: dict[str, Any]) -> None:
         _say(v["text"])
 
+    def _sync(self, v: dict[str, Any]) -> None:
+        agree = f"engine and learner agree within {v['sync/probe_gap']:.2g} nats (allowed {v['sync/probe_bound']:.2g}"
+        own = f"; the learner's own rounding {v['sync/probe_rounding']:.2g}" if v["sync/probe_rounding"] else ""
+        _say(f"weights synced in {v['sync/seconds']:.1f}s: {agree}{own})")
+
     def _sft(self, v: dict[str, Any]) -> None:
         speed = f"{v['tokens_per_s'] / 1000:.1f}k tok/s  {v['seconds']:.0f}s"
         _say(f"cold start {v['update']:>4}/{v['updates']}  loss {v['loss']:.3f}  {speed}")

@@ -127,7 +127,7 @@ class VllmSection(Section):
     tensor_parallel: int = Field(1, ge=1, description="GPUs that one engine is split over.")
     memory_fraction: float = Field(0.85, gt=0, le=1, description="Share of a GPU's memory an engine may take.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of the engine's weights and activations; auto: the model's."
+        "auto", description="Type of the engine's weights and activations; auto: the model's, if the CPU is fast in it."
     )
     prefix_caching: bool = Field(True, description="Compute a beginning that prompts share once.")
     eager: bool = Field(False, description="No CUDA graphs or compilation: starts sooner, samples slower.")
@@ -146,7 +146,7 @@ class SyncSection(Section):
     )
     bucket_mib: int = Field(256, ge=1, description="MiB of weights under way at a time.")
     timeout_s: float = Field(120.0, gt=0, description="Seconds each part of a sync may take before the run stops.")
-    probe_tolerance: float = Field(0.0, ge=0, description="Largest difference on the probe; 0: 1e-3 fp32, 0.05 bf16.")
+    probe_tolerance: float = Field(0.0, ge=0, description="Largest difference on the probe, nats; 0: measured.")
 
 
 class LoraSection(Section):

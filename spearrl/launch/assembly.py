@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from spearrl.config import RunConfig
-from spearrl.envs import Environment
+from spearrl.envs import Environment, tasks_of
+from spearrl.envs.pool.slot import Slot
 from spearrl.errors import ConfigError
 from spearrl.launch.devices import detect
 from spearrl.launch.factories import (
@@ -30,7 +31,7 @@ from spearrl.launch.worker_process import processes
 from spearrl.learner import Learner
 from spearrl.learner.deepspeed.zero import require
 from spearrl.learner.policy import use_bf16
-from spearrl.models import copy_of, load_model
+from spearrl.models import copy_of, load_model, text_ids
 from spearrl.models.chat import ChatEncoder
 from spearrl.models.formats import describe_format, open_format
 from spearrl.rollout import Player
@@ -38,10 +39,14 @@ from spearrl.rollout.vllm.arguments import installed_version
 from spearrl.rollout.workers.fleet import Fleet
 from spearrl.rollout.workers.link import Launcher
 from spearrl.rollout.workers.messages import Start
+from spearrl.seeds import derive
 from spearrl.start.origin import START, Origin, Report, silent
-from spearrl.sync import Bridge, InProcess, Publisher, probe_prompt
+from spearrl.sync import Bridge, InProcess, Publisher
 from spearrl.sync.receivers import Receiver
 from spearrl.sync.sleep import put_to_sleep, wake_up
+from spearrl.types import Message
+
+PROBE = 32  # tokens at a prompt's end that engines and learner are compared on
 
 
 @dataclass
@@ -154,7 +159,8 @@ def assemble(
         if one_process and players.engine is not None:
             bridge = InProcess(players.engine, learner if copied else None)
         else:
-            bridge = _bridge(config, origin, learner, players, device=device, run_folder=run_folder, report=warn)
+            text = probe_text(config, environment, encoder, warn)[-PROBE:]
+            bridge = _bridge(config, origin, learner, players, text, device=device, run_folder=run_folder, report=warn)
         stack.callback(bridge.close)
         return Assembly(origin.tokenizer, learner, players, bridge, placement, report, stack.pop_all())
 
@@ -256,11 +262,28 @@ def launcher_of(config: RunConfig, model_dir: str, placement: Placement, logs: P
     return processes(start, logs, [placement.worker_environment(index) for index in range(config.rollout.workers)])
 
 
+def probe_text(
+    config: RunConfig, environment: Environment, encoder: ChatEncoder, report: Callable[[str], None]
+) -> Sequence[int]:
+    """Token ids of the first training task's first prompt, pictures left out; of ordinary text where it has none."""
+    task = tasks_of(environment, config.rollout.train_split, setting="rollout.train_split")[0]
+    slot = Slot(environment.spawn(), config.env.style)
+    try:
+        start = slot.start(task, derive(config.run.seed, "probe"))
+    except Exception as error:  # an environment may fail now and then: episodes are issued again
+        report(f"weight syncs are checked on other text than the environment's: {type(error).__name__}: {error}")
+        return text_ids(encoder.tokenizer)
+    finally:
+        slot.close()
+    return encoder.start([Message(message.role, message.text) for message in start.messages], start.tools)
+
+
 def _bridge(
     config: RunConfig,
     origin: Origin,
     learner: Learner,
     players: Players,
+    text: Sequence[int],
     *,
     device: str,
     run_folder: Path,
@@ -273,7 +296,7 @@ def _bridge(
         learner,
         players.receivers,
         settings=config.sync,
-        probe_ids=probe_prompt(len(origin.tokenizer), config.run.seed),
+        probe_ids=list(text),
         run_folder=run_folder,
         dtype=None if dtype == torch.float32 else dtype,
         float32=dtype == torch.float32 and not bf16,

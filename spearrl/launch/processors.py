@@ -18,6 +18,7 @@ from spearrl.launch.devices import parameters_of
 from spearrl.learner.policy import use_bf16
 from spearrl.models import directory_of, prepare_torch, threads_of
 from spearrl.models.cpu_dtype import DtypeSpeed, fastest_dtype
+from spearrl.rollout.vllm.arguments import model_dtype
 from spearrl.start.origin import Report
 
 SMALL = 30_000_000
@@ -29,19 +30,24 @@ CONTEXT = (1024, 4096)  # tokens of an episode, at least and at most
 
 
 def with_sampling_dtype(config: RunConfig, report: Report) -> RunConfig:
-    """The config with a `rollout.dtype` for good; what was measured is reported.
+    """The config with a `rollout.dtype`, or on a processor a `vllm.dtype`, for good; what was measured is reported.
 
-    "auto" is float32 on a GPU, for small models, and where bfloat16 is not measured to be faster.
+    "auto" is float32 on a GPU, for small models, and where bfloat16 is not measured to be faster; with vLLM the type of
+    learner.precision or of the directory, but half precision on a processor only where it is measured to be faster.
     """
-    settings = config.rollout
-    if settings.dtype != "auto" or settings.engine != "local" or config.model.path == "tiny":
+    local, path = config.rollout.engine == "local", config.model.path
+    setting = "rollout.dtype" if local else "vllm.dtype"
+    if path == "tiny" or (config.rollout.dtype if local else config.vllm.dtype) != "auto":
+        return config
+    chosen = config.vllm.servers or config.sft.enabled or config.learner.precision != "auto"
+    if not local and (chosen or model_dtype(directory_of(path)) not in ("bfloat16", "float16")):
         return config
     speed = _speed(config) if prepare_torch(config) == "cpu" else None
     if speed is None:
         return config
-    dtype = "bf16" if "bfloat16" in str(speed.dtype) else "fp32"
-    report("sampling", {"text": f"sampling in {speed}; rollout.dtype=fp32 or bf16 fixes it"})
-    return config.with_settings({"rollout.dtype": dtype})
+    names = ("fp32", "bf16") if local else ("float32", "bfloat16")
+    report("sampling", {"text": f"sampling in {speed}; {setting}={names[0]} or {names[1]} fixes it"})
+    return config.with_settings({setting: names[speed.dtype == torch.bfloat16]})
 
 
 def sizes(config: RunConfig, unset: Collection[str]) -> dict[str, Any]:

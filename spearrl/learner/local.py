@@ -66,8 +66,8 @@ class LocalLearner(BaseLearner):
         self.passes = Passes(self.policy, self.model, settings, self.device, reference=reference, critic=self.critic)
         self.optimizer = make_optimizer(self.model.named_parameters(), settings, critic=self.critic)
 
-    def probe(self, token_ids: Sequence[int]) -> list[float]:
-        return self.policy.probe(self.policy, token_ids, self.device)
+    def probe(self, token_ids: Sequence[int], dtype: torch.dtype | None = None) -> list[float]:
+        return self.policy.probe(self.policy, token_ids, self.device, dtype)
 
     def export(self, folder: str | Path) -> None:
         save_weights(self.model, folder, dict(self.full_parameters()) if self.settings.lora.rank else None)

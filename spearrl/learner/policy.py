@@ -55,6 +55,7 @@ class Policy(torch.nn.Module):
         allowed: tuple[torch.Tensor, ...] = (),
         *,
         images: ImageInputs | None = None,
+        dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(log-probabilities [n], entropies [n] in nats, hidden states [n, d] without a gradient) of n targets.
 
@@ -68,12 +69,14 @@ class Policy(torch.nn.Module):
             lengths: of the rows, where they lie end to end in one sequence [1, L].
             allowed: as `token_logprobs` takes it.
             images: of a vision model.
+            dtype: that the probe is computed in; None: the weights'.
         """
-        if source is None or target is None:
-            states = self.model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
-            logits = self.model(input_ids=token_ids, use_cache=False).logits
-            return logits, self.model.get_output_embeddings()(states), None
         device = token_ids.device.type
+        if source is None or target is None:
+            with torch.autocast(device, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+                states = self.model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
+                logits = self.model(input_ids=token_ids, use_cache=False).logits
+                return logits, self.model.get_output_embeddings()(states), None
         # A checkpointed layer runs again inside the backward pass, where the context of attention does not reach.
         wide = self.bf16 and device == "cpu" and not self.checkpointing
         autocast = torch.autocast(device, dtype=torch.bfloat16) if self.bf16 else nullcontext()
@@ -87,8 +90,8 @@ class Policy(torch.nn.Module):
         return *self.scorer(hidden, target, allowed), hidden.detach()
 
     @staticmethod
-    def probe(policy: Any, token_ids: Sequence[int], device: torch.device) -> list[float]:
-        """Log-probabilities of token_ids[1:] at temperature 1, in the weights' own precision.
+    def probe(policy: Any, token_ids: Sequence[int], device: torch.device, dtype: torch.dtype | None) -> list[float]:
+        """Log-probabilities of token_ids[1:] at temperature 1, computed in `dtype`; None: in that of the weights.
 
         Args:
             policy: a Policy, or what wraps one.
@@ -96,7 +99,7 @@ class Policy(torch.nn.Module):
         policy.eval()
         ids = torch.tensor([list(token_ids)], device=device)
         with torch.no_grad():
-            logits, _, _ = policy(ids, None, None)
+            logits, _, _ = policy(ids, None, None, dtype=dtype)
         return logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1).tolist()
 
 

@@ -89,10 +89,13 @@ class Learner(Protocol):
         """
         ...
 
-    def probe(self, token_ids: Sequence[int]) -> list[float]:
+    def probe(self, token_ids: Sequence[int], dtype: torch.dtype | None = None) -> list[float]:
         """Log-probabilities in nats of token_ids[1:], each given the tokens before it, at temperature 1.
 
-        An engine with the same weights must find the same: a weight sync compares the two.
+        An engine with the same weights must find the same up to rounding: a weight sync compares the two.
+
+        Args:
+            dtype: to compute in (autocast), as an engine of that type does; None: in that of the weights.
         """
         ...
 

@@ -23,7 +23,7 @@ from spearrl.config.sections import SyncSection
 from spearrl.errors import ConfigError, EngineError
 from spearrl.sync.buckets import PORTIONS, bucket_folder, buckets, digest, read_bucket, write_bucket
 from spearrl.sync.native import Native
-from spearrl.sync.probe import BF16, FP32, Probe
+from spearrl.sync.probe import FP32, LOW, Probe
 from spearrl.sync.receivers import Call, Receiver, ReceiverGroup
 
 MIB = 1 << 20
@@ -38,7 +38,7 @@ class WeightSource(Protocol):
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]: ...
 
-    def probe(self, token_ids: list[int]) -> list[float]: ...
+    def probe(self, token_ids: list[int], dtype: torch.dtype | None = None) -> list[float]: ...
 
 
 class Publisher(Protocol):
@@ -93,7 +93,7 @@ class Bridge:
 
     Args:
         receivers: who is in it at a `publish` takes part.
-        probe_ids: the probe prompt (`probe_prompt`).
+        probe_ids: text whose log-probabilities engines and learner must agree on.
         run_folder: the run's directory; names the bucket files, and holds them where shared memory is too small.
         dtype: the engines' type where it is another than the learner's: half the bytes travel.
         float32: whether engine and learner both compute in float32: how close their log-probabilities must be.
@@ -117,7 +117,7 @@ class Bridge:
         self.learner, self.receivers, self.settings = learner, receivers, settings
         self.dtype, self.adapters = dtype, adapters
         self.version = -1
-        self.probe = Probe(probe_ids, settings.probe_tolerance or (FP32 if float32 else BF16), float32)
+        self.probe = Probe(probe_ids, settings.probe_tolerance or (FP32 if float32 else LOW), float32)
         self._limit = settings.bucket_mib * MIB
         self.folder = bucket_folder(run_folder, self._limit)
         self._report = report or (lambda text: warnings.warn(text, stacklevel=3))
@@ -134,7 +134,8 @@ class Bridge:
         """Bring the learner's weights to every receiver, as `version`.
 
         Returns:
-            sync/seconds, sync/pause_seconds, sync/bytes, sync/buckets, sync/probe_gap (nats), sync/resent, sync/lost.
+            sync/seconds, sync/pause_seconds, sync/bytes, sync/buckets, sync/resent, sync/lost; in nats sync/probe_gap,
+            sync/probe_bound, sync/probe_rounding.
         Raises:
             EngineError: a receiver failed, did not answer, or holds other weights than the learner although they were
                 sent twice.
@@ -163,7 +164,7 @@ class Bridge:
     def _publish(self, receivers: list[Receiver], version: int) -> dict[str, float]:
         started = time.perf_counter()
         group = ReceiverGroup(receivers, self.settings.timeout_s)
-        self._sent, self._pause_s, self.probe.gap, self.laps = {"bytes": 0, "buckets": 0}, 0.0, 0.0, {}
+        self._sent, self._pause_s, self.laps = {"bytes": 0, "buckets": 0}, 0.0, {}
         self._expected: list[float] = []
         resent = 0
         try:
@@ -186,6 +187,8 @@ class Bridge:
             "seconds": time.perf_counter() - started,
             "pause_seconds": self._pause_s,
             "probe_gap": self.probe.gap,
+            "probe_bound": self.probe.bound,
+            "probe_rounding": self.probe.rounding,
             **self._sent,
             "resent": resent,
             "lost": len(group.lost),
@@ -212,7 +215,9 @@ class Bridge:
         answers = group.call("the probe", lambda receiver: receiver.probe(self.probe.token_ids, timeout))
         self._lap("probe")
         logprobs = {receiver.name: answer for receiver, answer in answers}
-        problems = [text for name in logprobs if (text := self.probe.problem(name, logprobs[name], expected))]
+        problems = self._compare(logprobs, expected)
+        if problems and self._calibrate():  # the learner rounds more by now, or it is a fault
+            problems = self._compare(logprobs, expected)
         if not problems:
             self.probe.passed(logprobs, expected)
         return problems
@@ -276,8 +281,23 @@ class Bridge:
 
     def _learner_logprobs(self) -> list[float]:
         """The learner's answer to the probe, once a sync; made while engines load what they took last."""
-        self._expected = self._expected or self.learner.probe(self.probe.token_ids)
+        if not self._expected:
+            self._expected = self.learner.probe(self.probe.token_ids)
+            if self.version < 0:
+                self._calibrate()
         return self._expected
+
+    def _calibrate(self) -> bool:
+        """Measure what the engines' type alone changes, on the learner; False where it changes nothing."""
+        if self.dtype is None or self.settings.probe_tolerance:
+            return False
+        rounded = self.learner.probe(self.probe.token_ids, self.dtype)
+        self.probe.rounding = self.probe.difference(rounded, self._expected)
+        return True
+
+    def _compare(self, answers: dict[str, list[float]], expected: list[float]) -> list[str]:
+        self.probe.gap = 0.0
+        return [text for name in answers if (text := self.probe.problem(name, answers[name], expected))]
 
     def _received(self, group: ReceiverGroup, under_way: tuple[list[Call], dict[str, int], Path] | None) -> list[str]:
         if under_way is None:

@@ -14,7 +14,7 @@ from spearrl.config.sections import LearnerSection  # noqa: E402
 from spearrl.learner import LocalLearner  # noqa: E402
 from spearrl.models import load_model  # noqa: E402
 from spearrl.rollout.workers.fleet import Fleet  # noqa: E402
-from spearrl.sync import Bridge, probe_prompt  # noqa: E402
+from spearrl.sync import Bridge  # noqa: E402
 from tests.rollout.test_fleet import episodes, in_process, play  # noqa: E402
 from tests.support.gates import Gate, killed_in_mid_episode, until, wait_gone  # noqa: E402
 from tests.support.worker_fleet import open_fleet, saved_model  # noqa: E402
@@ -56,7 +56,7 @@ def bridge(fleet: Fleet, model: str, tmp_path_factory: pytest.TempPathFactory):
         learner,
         fleet,
         settings=fleet.config.sync,
-        probe_ids=probe_prompt(300, 0),
+        probe_ids=list(range(24)),
         run_folder=tmp_path_factory.mktemp("sync"),
     )
     bridges.append(made)

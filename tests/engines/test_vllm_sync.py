@@ -24,7 +24,7 @@ from spearrl.rollout.vllm import (  # noqa: E402
     arguments,
     worker_extension,
 )
-from spearrl.sync import Bridge, probe_prompt  # noqa: E402
+from spearrl.sync import Bridge  # noqa: E402
 from spearrl.sync import bridge as bridge_module
 from spearrl.sync.buckets import read_bucket, write_bucket  # noqa: E402
 from tests.support.engine_requests import VOCABULARY, all_begun
@@ -115,7 +115,7 @@ def bridge(learner, engine, tmp_path):
         learner,
         [engine.receiver],
         settings=settings,
-        probe_ids=probe_prompt(VOCABULARY, 0),
+        probe_ids=list(range(24)),
         run_folder=tmp_path,
         report=said.append,
     )
@@ -276,9 +276,7 @@ def test_replicas_report_a_digest_of_what_they_hold(learner, engine, tmp_path):
 
 def test_an_engine_that_hangs_in_the_update_is_named_within_the_bound(engine, learner, tmp_path, fault):
     settings = SyncSection(timeout_s=5)
-    bridge = Bridge(
-        learner, [engine.receiver], settings=settings, probe_ids=probe_prompt(VOCABULARY, 0), run_folder=tmp_path
-    )
+    bridge = Bridge(learner, [engine.receiver], settings=settings, probe_ids=list(range(24)), run_folder=tmp_path)
     fault.write_text("hang")
     start = time.monotonic()
     with pytest.raises(

@@ -15,9 +15,9 @@ from spearrl.errors import EngineError  # noqa: E402
 from spearrl.learner import LocalLearner  # noqa: E402
 from spearrl.models import load_model, save_weights  # noqa: E402
 from spearrl.rollout.vllm import VLLMEngine  # noqa: E402
-from spearrl.sync import Bridge, probe_prompt  # noqa: E402
+from spearrl.sync import Bridge  # noqa: E402
 from tests.engines.test_vllm_sync import CONTEXT, LONG, gaps, request, small_model  # noqa: E402
-from tests.support.engine_requests import VOCABULARY, all_begun  # noqa: E402
+from tests.support.engine_requests import all_begun  # noqa: E402
 from tests.support.engine_requests import serve as sample  # noqa: E402
 
 
@@ -56,7 +56,7 @@ def test_adapters_travel_alone_and_requests_in_flight_keep_theirs(learner, engin
         learner,
         [engine.receiver],
         settings=settings,
-        probe_ids=probe_prompt(VOCABULARY, 0),
+        probe_ids=list(range(24)),
         run_folder=tmp_path,
         adapters=learner.export_adapter,
         report=said.append,
@@ -110,7 +110,7 @@ def test_merged_weights_reach_an_engine_that_also_takes_adapters(learner, engine
         learner,
         [engine.receiver],
         settings=SyncSection(timeout_s=60),
-        probe_ids=probe_prompt(VOCABULARY, 1),
+        probe_ids=list(range(24)),
         run_folder=tmp_path,
     )
     for version in (6, 7):

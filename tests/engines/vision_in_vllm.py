@@ -14,7 +14,7 @@ from spearrl.learner import LocalLearner
 from spearrl.models import save_model
 from spearrl.rollout import ChatEncoder
 from spearrl.rollout.vllm import VLLMEngine
-from spearrl.sync import Bridge, probe_prompt
+from spearrl.sync import Bridge
 from tests.models.test_vision import played
 from tests.support.vision_models import own_logprobs, vision_model
 
@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
             learner,
             [engine.receiver],
             settings=SyncSection(),
-            probe_ids=probe_prompt(len(tokenizer), 0),
+            probe_ids=list(range(24)),
             run_folder=folder,
             float32=True,
         )

@@ -48,6 +48,28 @@ def test_the_type_is_what_was_measured_faster_and_is_said_with_figures(
     assert processors.with_sampling_dtype(fixed, silent) is fixed
 
 
+@pytest.mark.parametrize(
+    ("held", "settings", "expected"),
+    [
+        ("bfloat16", [], "float32"),
+        ("float32", [], "auto"),  # nothing to decide: the directory's
+        ("bfloat16", ["learner.precision=bf16"], "auto"),
+        ("bfloat16", ["vllm.dtype=bfloat16"], "bfloat16"),
+    ],
+)
+def test_vllm_keeps_half_precision_only_where_the_processor_is_fast_in_it(
+    model, tmp_path, large, monkeypatch, held, settings, expected
+):
+    monkeypatch.setattr(processors, "_measured", lambda shapes: SLOW)
+    monkeypatch.setattr(processors, "model_dtype", lambda folder: held)
+    said = []
+    config = from_model(model, tmp_path, "rollout.engine=vllm", "learner.precision=auto", *settings)
+    config = processors.with_sampling_dtype(config, lambda kind, values: said.append(values["text"]))
+    assert config.vllm.dtype == expected and config.rollout.dtype == "auto"
+    figures = "sampling in float32 (one core: 50 GFLOP/s in float32, 9 in bfloat16); vllm.dtype=float32 or bfloat16"
+    assert said == ([f"{figures} fixes it"] if expected == "float32" else [])
+
+
 def test_sizes_follow_speed_and_parameters_and_only_where_nobody_set_them(model, tmp_path, large, monkeypatch):
     config = from_model(model, tmp_path, "learner.precision=bf16", "run.threads=2")
     monkeypatch.setattr(processors, "parameters_of", lambda folder: 135_000_000)

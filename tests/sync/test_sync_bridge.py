@@ -4,6 +4,7 @@ are for, engines never left paused.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 
@@ -12,7 +13,7 @@ import torch
 
 from spearrl.config.sections import SyncSection
 from spearrl.errors import ConfigError, EngineError, StorageError, WorkerLost
-from spearrl.sync import Bridge, InProcess, probe_prompt
+from spearrl.sync import Bridge, InProcess
 from spearrl.sync import buckets as buckets_module
 from spearrl.sync import buckets as weights
 from spearrl.sync.buckets import PORTIONS, bucket_folder, buckets
@@ -52,7 +53,7 @@ class Learner:
         finally:
             self.closed += 1
 
-    def probe(self, token_ids):
+    def probe(self, token_ids, dtype=None):
         return answers_of(self.tensors)
 
     def step(self, size=1e-3):
@@ -435,18 +436,14 @@ def test_in_process_only_the_version_travels():
     assert InProcess(engine).publish(7) == {} and engine.version == 7
 
 
-def test_the_probe_prompt_is_the_runs_own():
-    assert probe_prompt(50, 1) == probe_prompt(50, 1) != probe_prompt(50, 2) and all(
-        0 <= token < 50 for token in probe_prompt(50, 1)
-    )
-
-
-def test_bf16_is_judged_by_the_mean_and_fp32_by_the_worst():
+def test_bf16_is_judged_by_a_mean_and_fp32_by_the_worst():
     wanted, found = [-1.0, -1.0, -1.0, -1.0], [-1.0, -1.0, -1.0, -1.12]
     assert Probe(IDS, 0.05, float32=False).problem("e", found, wanted) is None
     assert "position 4: -1.1200 on e, -1.0000 on the learner" in Probe(IDS, 0.05, float32=True).problem(
         "e", found, wanted
     )
+    unlikely = Probe(IDS, 0.05, float32=False).difference([-1.0, -1.0, -7.0], [-1.0, -1.0, -8.0])
+    assert unlikely == pytest.approx(math.exp(-8) / (2 * math.exp(-1) + math.exp(-8)))
 
 
 def test_digests_see_bytes_and_places():

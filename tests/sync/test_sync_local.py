@@ -14,7 +14,7 @@ from spearrl.config.sections import LearnerSection, SyncSection
 from spearrl.errors import EngineError
 from spearrl.learner import LocalLearner
 from spearrl.rollout.local.receiver import LocalWeights
-from spearrl.sync import Bridge, probe_prompt
+from spearrl.sync import Bridge
 from spearrl.sync import buckets as buckets_module
 from spearrl.sync.buckets import write_bucket
 from tests.rollout.test_local_engine import engine_of, tiny
@@ -33,7 +33,7 @@ def pair(request, tmp_path, monkeypatch):
         learner,
         receivers,
         settings=SyncSection(timeout_s=20, bucket_mib=1),
-        probe_ids=probe_prompt(96, 0),
+        probe_ids=list(range(24)),
         run_folder=tmp_path / "run",
         report=said.append,
     )

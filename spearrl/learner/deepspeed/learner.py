@@ -91,8 +91,9 @@ class DeepSpeedLearner(BaseLearner):
         """This rank's part of the model: its config, and with ZeRO below 3 its weights."""
         return self.shard.model
 
-    def probe(self, token_ids: Sequence[int]) -> list[float]:
-        return self.ranks.call("probe", list(token_ids))[0]
+    def probe(self, token_ids: Sequence[int], dtype: torch.dtype | None = None) -> list[float]:
+        name = None if dtype is None else str(dtype).removeprefix("torch.")
+        return self.ranks.call("probe", {"token_ids": list(token_ids), "dtype": name})[0]
 
     def export(self, folder: str | Path) -> None:
         folder = Path(folder)

@@ -122,9 +122,10 @@ class Shard:
         tensors = [self.moments.read(trained[index][1], common["key"]).cpu() for index in common["indices"]]
         return tensors if dist.get_rank() == 0 else None
 
-    def probe(self, common: list[int], part: None) -> list[float]:
-        """Log-probabilities of the token ids but the first."""
-        return Policy.probe(self.engine, common, self.device)
+    def probe(self, common: dict[str, Any], part: None) -> list[float]:
+        """Log-probabilities of the token ids but the first, computed in `dtype`."""
+        dtype = common["dtype"] and getattr(torch, common["dtype"])
+        return Policy.probe(self.engine, common["token_ids"], self.device, dtype)
 
     def release(self, common: None, part: None) -> None:
         """Give unused device memory back: torch keeps what activations took."""
