@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 
-from spearrl.config import LearnerSection, SyncSection, TinySection
+from spearrl.config.sections import LearnerSection, SyncSection, TinySection
 from spearrl.errors import EngineError
 from spearrl.learner import LocalLearner
 from spearrl.models import build_tiny
