@@ -19,10 +19,12 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="ENV", help=TARGET_HELP)
     parser.add_argument("overrides", nargs="*", metavar="env.options.key=value", help=OVERRIDES_HELP)
-    split_help = "split whose tasks are looked at; may be repeated (default: train and val)"
-    parser.add_argument("--split", action="append", help=split_help)
-    deadline_help = "seconds a single call may take (default: 10)"
-    parser.add_argument("--deadline", type=float, default=10.0, metavar="SECONDS", help=deadline_help)
+    parser.add_argument(
+        "--split", action="append", help="split whose tasks are looked at; may be repeated (default: train and val)"
+    )
+    parser.add_argument(
+        "--deadline", type=float, default=10.0, metavar="SECONDS", help="seconds a single call may take (default: 10)"
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
@@ -31,8 +33,9 @@ def run(args: argparse.Namespace) -> int:
     from spearrl.errors import ConfigError
 
     if not args.deadline > 0:
-        message = f"--deadline {args.deadline:g} is not a time"
-        raise ConfigError(message, where="command line", hint="use a number of seconds above 0")
+        raise ConfigError(
+            f"--deadline {args.deadline:g} is not a time", where="command line", hint="use a number of seconds above 0"
+        )
     env = config_of(args.target, args.overrides).env
     limits: dict[str, Any] = {"max_turns": env.max_turns, "splits": args.split, "deadline_s": args.deadline}
     findings = check_environment(env.name, env.options, **limits)

@@ -69,8 +69,9 @@ def _diff(args: argparse.Namespace) -> str:
 
     if len(args.overrides) != 2 or args.preset or args.env or args.algo or args.model or args.gpus:
         hint = "use spearrl config diff A B, each a config file, a run directory or a preset"
-        message = f"config diff compares two configs; {len(args.overrides)} given"
-        raise ConfigError(message, where="command line", hint=hint)
+        raise ConfigError(
+            f"config diff compares two configs; {len(args.overrides)} given", where="command line", hint=hint
+        )
     differences = diff(*(_named(name) for name in args.overrides))
     if args.json:
         return json.dumps({key: list(pair) for key, pair in differences.items()}, indent=1, default=str)

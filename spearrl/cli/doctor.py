@@ -50,8 +50,9 @@ class Diagnosis:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join([*CHECKS, *EXTRAS])
     parser.add_argument("need", nargs="*", metavar="NEED", help=f"what must be there, else the exit code is 1: {names}")
-    url_help = "check this SandboxFusion server instead of a sandbox on this machine"
-    parser.add_argument("--sandbox-url", metavar="URL", help=url_help)
+    parser.add_argument(
+        "--sandbox-url", metavar="URL", help="check this SandboxFusion server instead of a sandbox on this machine"
+    )
     model_help = (
         "show a model directory's chat format instead: a conversation, its ids, what ends a reply, what is read"
     )
@@ -72,8 +73,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     known = [*CHECKS, *EXTRAS]
     if unknown := [name for name in args.need if name not in known]:
-        message = f"doctor knows no {', '.join(unknown)}"
-        raise ConfigError(message, where="command line", hint=f"use {', '.join(known)}")
+        raise ConfigError(f"doctor knows no {', '.join(unknown)}", where="command line", hint=f"use {', '.join(known)}")
     diagnoses = [diagnosis for check in CHECKS.values() for diagnosis in check(args)]
     diagnoses += [_extra(name, purpose, extra) for name, (purpose, extra) in EXTRAS.items()]
     bad = {d.name for d in diagnoses if d.state in ("fail", "none") and d.name in args.need}
@@ -121,8 +121,9 @@ def _gpu(args: argparse.Namespace) -> Iterator[Diagnosis]:
     if gpus := detect().gpus:
         yield Diagnosis("gpu", "ok", f"{len(gpus)} x {gpus[0].name}, {gpus[0].memory / GIB:.0f} GiB each")
     else:
-        words = "no GPU that torch can use: everything runs on processors, which is for small models"
-        yield Diagnosis("gpu", "none", words)
+        yield Diagnosis(
+            "gpu", "none", "no GPU that torch can use: everything runs on processors, which is for small models"
+        )
 
 
 def _sandbox(args: argparse.Namespace) -> Iterator[Diagnosis]:
@@ -135,8 +136,9 @@ def _sandbox(args: argparse.Namespace) -> Iterator[Diagnosis]:
             times = [sandbox.run("print(1)").seconds for _ in range(9)]
             words = f"{sandbox.describe()}; print(1) takes {1e3 * statistics.median(times):.1f} ms"
     except ConfigError as error:
-        refused = f"code that a model wrote will not be run: {error.message}"
-        yield Diagnosis("sandbox", "fail", refused, error.hint or "")
+        yield Diagnosis(
+            "sandbox", "fail", f"code that a model wrote will not be run: {error.message}", error.hint or ""
+        )
     else:
         yield Diagnosis("sandbox", "ok", words)
 

@@ -51,8 +51,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             write_trajectories(Path(args.trajectories), groups)
         except OSError as error:
-            message = f"cannot write {args.trajectories}: {error.strerror}"
-            raise StorageError(message, where="--trajectories") from error
+            raise StorageError(f"cannot write {args.trajectories}: {error.strerror}", where="--trajectories") from error
     return 0
 
 
@@ -63,8 +62,9 @@ def _config(args: argparse.Namespace) -> RunConfig:
 
     targets = [word for word in args.overrides if not is_override(word)] + ([args.model] if args.model else [])
     if len(targets) != 1:
-        hint = "give one: a run directory, or a model's directory or name"
-        raise RefusedError(f"{len(targets)} runs or models are named", hint=hint)
+        raise RefusedError(
+            f"{len(targets)} runs or models are named", hint="give one: a run directory, or a model's directory or name"
+        )
     args.overrides = [word for word in args.overrides if is_override(word)]
     args.overrides += [f"eval.split={args.split}"] if args.split else []
     target = Path(targets[0])

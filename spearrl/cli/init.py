@@ -20,8 +20,9 @@ CLASS = re.compile(r"[A-Z][A-Za-z0-9]{0,39}", re.ASCII)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    folder_help = "folder to make; its last part becomes the name of a Python package"
-    parser.add_argument("folder", metavar="DIR", help=folder_help)
+    parser.add_argument(
+        "folder", metavar="DIR", help="folder to make; its last part becomes the name of a Python package"
+    )
     parser.add_argument("--name", help="name of the environment's class (default: made from DIR)")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
@@ -77,8 +78,9 @@ def _check_free(folder: Path, package: str) -> None:
     from spearrl.errors import RefusedError
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        message = f"{folder} exists and is not an empty folder"
-        raise RefusedError(message, where="init", hint="give a new folder; nothing was written")
+        raise RefusedError(
+            f"{folder} exists and is not an empty folder", where="init", hint="give a new folder; nothing was written"
+        )
     spec = find_spec(package)
     if spec is not None and spec.origin is not None:
         message = f"there is a Python module {package!r} already ({spec.origin})"

@@ -25,8 +25,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", metavar="NAME", help=f"start from these settings: {', '.join(PRESETS)}")
     env_help = 'environment: webshop, alfworld, math, sokoban, search, or "my_pkg.mod:Class" of your own'
     parser.add_argument("--env", metavar="NAME", help=env_help)
-    algo_help = f"base[+module...]: {', '.join(BASES)} + {', '.join(MODULES)}; e.g. grpo+spear"
-    parser.add_argument("--algo", metavar="NAME", help=algo_help)
+    parser.add_argument(
+        "--algo", metavar="NAME", help=f"base[+module...]: {', '.join(BASES)} + {', '.join(MODULES)}; e.g. grpo+spear"
+    )
     model_help = 'directory, or name (Qwen/Qwen2.5-0.5B-Instruct, org/name@revision, smollm2-135m); "tiny": build one'
     parser.add_argument("--model", metavar="MODEL", help=model_help)
 

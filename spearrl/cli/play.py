@@ -55,8 +55,9 @@ def run(args: argparse.Namespace) -> int:
     from spearrl.errors import ConfigError
 
     if args.expert and args.model:
-        message = "--expert and --model are given; one of them can play"
-        raise ConfigError(message, where="command line", hint="leave one out")
+        raise ConfigError(
+            "--expert and --model are given; one of them can play", where="command line", hint="leave one out"
+        )
     overrides = [*args.overrides, *([f"env.style={args.style}"] if args.style else [])]
     config = config_of(args.target, overrides, model=str(model_of(args.model)) if args.model else None)
     name, seed, style = config.env.name, args.seed, config.env.style

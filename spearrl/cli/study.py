@@ -48,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cost_help = "cost: extra time and FLOPs of --algo over --against, on the same rollouts"
     parser.add_argument("study", choices=STUDIES, metavar="STUDY", help=cost_help)
     add_config_arguments(parser)
-    against_help = "the algorithm to compare with (default: grpo)"
-    parser.add_argument("--against", metavar="NAME", default="grpo", help=against_help)
+    parser.add_argument(
+        "--against", metavar="NAME", default="grpo", help="the algorithm to compare with (default: grpo)"
+    )
     steps_help = f"steps to count, after one that is not (default: {STEPS})"
     parser.add_argument("--steps", metavar="N", type=int, default=STEPS, help=steps_help)
     output_help = "keep the run directories here (default: a temporary folder, removed at the end)"

@@ -84,8 +84,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
-        hint = "free disk space, or choose a folder you may write to"
-        raise StorageError(f"cannot write {folder}: {error}", hint=hint) from error
+        raise StorageError(
+            f"cannot write {folder}: {error}", hint="free disk space, or choose a folder you may write to"
+        ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -53,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"run  {path}  (config.toml, events.jsonl, trajectories/, checkpoints/, tb/)", file=sys.stderr)
         result = trainer.train()
     if signals:
-        stopped = f"stopped after step {trainer.step}, saved. Continue with:  spearrl train --resume {path}"
-        print(stopped, file=sys.stderr)
+        print(
+            f"stopped after step {trainer.step}, saved. Continue with:  spearrl train --resume {path}", file=sys.stderr
+        )
         return 128 + signals[0]
     if args.json:
         print(json.dumps({"run": str(path), "eval": result.as_json() if result else None}))

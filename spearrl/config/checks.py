@@ -116,12 +116,14 @@ def _engines(config: RunConfig) -> Iterator[Problem]:
     rollout, addresses = config.rollout, config.vllm.addresses
     local, servers = rollout.engine == "local", len(addresses)
     if rollout.launcher == "ray" and not rollout.workers:
-        nothing = "rollout.launcher=ray, but rollout.workers=0: there is nothing to launch"
-        yield Problem(nothing, "use rollout.workers=2 or more")
+        yield Problem(
+            "rollout.launcher=ray, but rollout.workers=0: there is nothing to launch", "use rollout.workers=2 or more"
+        )
     for address in addresses:
         if not address.startswith(("http://", "https://")):
-            fix = f'use vllm.servers="http://{address}:8000"'
-            yield Problem(f"vllm.servers names {address!r}, which is no address", fix)
+            yield Problem(
+                f"vllm.servers names {address!r}, which is no address", f'use vllm.servers="http://{address}:8000"'
+            )
     if servers and max(1, rollout.workers) != servers:
         more = rollout.workers > servers
         fault = "some would get the weights more than once" if more else "some would have nothing to do"
@@ -190,8 +192,9 @@ def _covariance(config: RunConfig) -> Iterator[Problem]:
         bounds = [float(str(bound).removeprefix("quantile:")) for bound in (lower, upper)]
         if isinstance(lower, str) == isinstance(upper, str) and bounds[0] >= bounds[1]:
             shown = [f'"{bound}"' if isinstance(bound, str) else f"{bound:g}" for bound in (lower, upper)]
-            message = f"{low}={shown[0]} is not below {high}={shown[1]}: no token lies between"
-            yield Problem(message, f"use {low} < {high}")
+            yield Problem(
+                f"{low}={shown[0]} is not below {high}={shown[1]}: no token lies between", f"use {low} < {high}"
+            )
     if config.algo.loss == "kl_cov" and cov.enabled:
         yield Problem(
             'algo.loss="kl_cov" and algo.clip_cov.enabled=true: two rules for the tokens of highest covariance',

@@ -47,8 +47,9 @@ def read(path: str | Path) -> ConfigFile | Problem:
             return Problem(size, "use a config file, not a data file", where=name)
         text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        encoding = f"is not UTF-8 text (byte {error.start})"
-        return Problem(encoding, "fix the encoding: save the file as UTF-8", where=name)
+        return Problem(
+            f"is not UTF-8 text (byte {error.start})", "fix the encoding: save the file as UTF-8", where=name
+        )
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         return Problem(f"cannot be read: {reason}", "use a readable TOML file", where=name)

@@ -133,8 +133,9 @@ def _wrong_base(name: str, word: str) -> GrammarError:
 
 def _wrong_module(name: str, base: str, word: str) -> GrammarError:
     if word not in BASES:
-        message = f"module {word[:60]!r} in {name[:60]!r} does not exist"
-        return GrammarError(message, _suggestion(word, "module", MODULES))
+        return GrammarError(
+            f"module {word[:60]!r} in {name[:60]!r} does not exist", _suggestion(word, "module", MODULES)
+        )
     fix = f"use one base and then modules ({', '.join(MODULES)})"
     for one, other in ((base, word), (word, base)):  # what both stand for may be had otherwise
         if BASES[other]["algo.loss"] != "clip" and BASES[one]["algo.loss"] == "clip":

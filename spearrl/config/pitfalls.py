@@ -37,8 +37,9 @@ def _cold_start_and_evaluation(config: RunConfig) -> Iterator[Problem]:
         message = f"eval.attempts={panel.attempts} at eval.temperature=0 plays the same greedy replies again"
         yield Problem(message, "use eval.attempts=1, or a temperature above 0")
     if sft.data and not sft.enabled:
-        message = f"sft.data={sft.data} is not read: sft.enabled is false"
-        yield Problem(message, "use sft.enabled=true, or leave sft.data out")
+        yield Problem(
+            f"sft.data={sft.data} is not read: sft.enabled is false", "use sft.enabled=true, or leave sft.data out"
+        )
     updates = sft.epochs * -(-sft.episodes // sft.batch_episodes)
     if sft.enabled and not sft.data and sft.warmup_steps >= updates:
         message = f"sft.warmup_steps={sft.warmup_steps} takes longer than the cold start's {updates} optimiser steps"
@@ -117,8 +118,7 @@ def _unused_replay(config: RunConfig) -> Iterator[Problem]:
         message = f"algo.sil.reward_scale={sil.reward_scale:g} divides rewards that {by} already gives another scale"
         yield Problem(message, "use algo.sil.reward_scale=1")
     if sil.enabled and not decays and sil.decay != 1:
-        message = f'algo.sil.decay={sil.decay:g} belongs to algo.sil.recalibration="decay"'
-        yield Problem(message, "use algo.sil.decay=1")
+        yield Problem(f'algo.sil.decay={sil.decay:g} belongs to algo.sil.recalibration="decay"', "use algo.sil.decay=1")
     for key, without in (("token_weight", "none"), ("min_wins", 1)):
         if not sil.enabled and (value := getattr(sil, key)) != without:
             message = f"algo.sil.{key}={value} is about replay, which algo.sil.enabled=false leaves out"

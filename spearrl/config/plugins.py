@@ -29,8 +29,9 @@ def imported(path: str, where: str) -> Any:
                 f'write "package.module:{name}" as it is spelt; run in the folder that holds the package, or install '
             )
             hint += "it, or put its folder on PYTHONPATH"
-        message = f"{path!r} cannot be imported: {type(error).__name__}: {error}"
-        raise ConfigError(message, where=where, hint=hint) from error
+        raise ConfigError(
+            f"{path!r} cannot be imported: {type(error).__name__}: {error}", where=where, hint=hint
+        ) from error
 
 
 @cache
@@ -59,8 +60,9 @@ def accepted(
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
-        message = f"{path!r} has no signature to check: {error}"
-        raise ConfigError(message, where=where, hint="wrap it in a Python function") from error
+        raise ConfigError(
+            f"{path!r} has no signature to check: {error}", where=where, hint="wrap it in a Python function"
+        ) from error
     positional = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     expected = f"def {function.__name__}({', '.join(leading)}, *, {', '.join(required)}{', ' if required else ''}...)"

@@ -81,8 +81,9 @@ def _described(key: Key) -> str:
 def wrong_value(key: Key, value: Any, where: str) -> Problem:
     """The problem of a value that its setting refuses."""
     info, name = leaves()[key], dotted(key)
-    message = f"{name} = {shorten(value)} does not fit; expected {constraint(info)}"
-    return Problem(message, _fix(name, info, value), where)
+    return Problem(
+        f"{name} = {shorten(value)} does not fit; expected {constraint(info)}", _fix(name, info, value), where
+    )
 
 
 def shorten(value: Any) -> str:

@@ -127,8 +127,9 @@ def _total(config: RunConfig, machine: Machine) -> int:
     machines = max(1, machine.ranks // max(1, machine.local_ranks))
     if config.run.device == "cpu":
         if gpus:
-            hint = 'use run.device="auto", or leave --gpus out'
-            raise ConfigError(f'placement.gpus={gpus}, but run.device="cpu"', hint=hint)
+            raise ConfigError(
+                f'placement.gpus={gpus}, but run.device="cpu"', hint='use run.device="auto", or leave --gpus out'
+            )
         return 0
     if not gpus:  # a model built from scratch is too small to share out unless somebody asks
         return min(here, 1) if config.model.path == "tiny" and not machine.ranks else here * machines

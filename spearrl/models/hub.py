@@ -79,8 +79,9 @@ def _snapshot(name: str) -> Path:
         folder = Path(snapshot_download(repository, **wanted))
     except (OSError, ValueError, RuntimeError, HTTPError, errors.XetDownloadError) as error:
         what, hint = _explained(error, repository, revision)
-        text = f"{name} is no directory on this machine, and {what}"
-        raise ConfigError(text, where="model.path", hint=hint) from error
+        raise ConfigError(
+            f"{name} is no directory on this machine, and {what}", where="model.path", hint=hint
+        ) from error
     if not _is_whole(folder):
         text = f"{name} has no config.json with all of its weights as safetensors, and nothing else is loaded"
         hint = "choose a repository with .safetensors files, or convert it and give the directory"

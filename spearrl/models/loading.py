@@ -66,8 +66,9 @@ def load_tokenizer(path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        hint = "the directory needs tokenizer.json"
-        raise ConfigError(f"no tokenizer can be loaded: {error}", where=path, hint=hint) from error
+        raise ConfigError(
+            f"no tokenizer can be loaded: {error}", where=path, hint="the directory needs tokenizer.json"
+        ) from error
     tokenizer.vision, tokenizer.declared_stops = load_vision(path), declared_stops(path)
     return tokenizer
 

@@ -31,8 +31,9 @@ def prepare_torch(config: RunConfig, *, share: int = 1) -> str:
     torch.manual_seed(derive(config.run.seed, "torch") % 2**31)
     device = config.run.device
     if device == "cuda" and not torch.cuda.is_available():
-        hint = 'use run.device="auto", or install a CUDA build of torch'
-        raise ConfigError('run.device="cuda" but torch sees no GPU', hint=hint)
+        raise ConfigError(
+            'run.device="cuda" but torch sees no GPU', hint='use run.device="auto", or install a CUDA build of torch'
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":

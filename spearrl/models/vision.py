@@ -188,8 +188,9 @@ def load_vision(path: str | Path) -> Vision | None:
     from transformers import AutoConfig
 
     if not (Path(path) / "preprocessor_config.json").is_file():
-        hint = "download it too, beside config.json"
-        raise ConfigError("a vision model needs preprocessor_config.json", where=str(path), hint=hint)
+        raise ConfigError(
+            "a vision model needs preprocessor_config.json", where=str(path), hint="download it too, beside config.json"
+        )
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return Vision(_processor_class().from_pretrained(path, local_files_only=True), config)
 

@@ -180,8 +180,9 @@ def _new_path(config: RunConfig) -> Path:
     if config.run.name:
         path = folder / config.run.name
         if path.exists():
-            hint = f"continue it with `spearrl train --resume {path}`, or choose another run.name"
-            raise RefusedError(f"{path} exists", hint=hint)
+            raise RefusedError(
+                f"{path} exists", hint=f"continue it with `spearrl train --resume {path}`, or choose another run.name"
+            )
         return path
     environment = config.env.name.rpartition(":")[2].lower()
     stem = f"{environment}-{config.algo.name.replace('+', '-')}-s{config.run.seed}"

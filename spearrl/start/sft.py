@@ -98,8 +98,9 @@ def encode(
         if all(len(turn.prompt_ids) + len(turn.token_ids) <= context_tokens for turn in turns):
             groups.append(Group(number, transcript.task, [Trajectory(transcript.task, number, 0, number, turns)]))
     if not groups:
-        text = f"no episode fits rollout.context_tokens={context_tokens}"
-        raise ConfigError(text, where="sft", hint="raise rollout.context_tokens")
+        raise ConfigError(
+            f"no episode fits rollout.context_tokens={context_tokens}", where="sft", hint="raise rollout.context_tokens"
+        )
     rows = rows_from_groups(groups)
     imitated = torch.tensor([turn.action.valid for group in groups for turn in group.trajectories[0].turns])
     weights = torch.full((len(rows.token_ids),), settings.observation_weight)

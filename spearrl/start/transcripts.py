@@ -128,8 +128,7 @@ def _episode(slot: Slot, task: Task, recovery: float, seed: int) -> Transcript:
         action = environment.expert()
         if action is None:
             text = f"{type(environment).__name__} has no scripted expert"
-            hint = "set sft.enabled=false and give --model a trained model"
-            raise ConfigError(text, where="sft", hint=hint)
+            raise ConfigError(text, where="sft", hint="set sft.enabled=false and give --model a trained model")
         if blunder := bool(admissible) and draw.random() < recovery:
             action = draw.choice(admissible or ())
         reply = environment.format(action)
