@@ -31,55 +31,56 @@ MAX_TURNS: Key = ("env", "max_turns")
 
 
 class Setting(NamedTuple):
-    key: Key
     value: Any
     source: str
 
 
-Layer = Sequence[Setting]
+Layer = dict[Key, Setting]
 
 
-def merge(layers: Sequence[Layer], problems: list[Problem]) -> dict[Key, Setting]:
-    """One setting per key. A wrong algorithm name becomes a problem and counts as not given."""
-    layers = [[Setting(NAME, default_of(leaves()[NAME]), "default")], *(_checked(layer, problems) for layer in layers)]
+def merge(layers: Sequence[Layer], problems: list[Problem]) -> Layer:
+    """The settings of all layers. A wrong algorithm name becomes a problem and counts as not given."""
+    defaults = {key: Setting(default_of(leaves()[key]), "default") for key in (NAME, ENVIRONMENT)}
+    layers = [defaults, *(_checked(layer, problems) for layer in layers)]
     implied, taken_back = _implied(layers)
-    settings: dict[Key, Setting] = {}
-    for level, layer in enumerate(layers):
-        environment = _last(layer, ENVIRONMENT)
-        before = settings[ENVIRONMENT].value if ENVIRONMENT in settings else default_of(leaves()[ENVIRONMENT])
-        if environment is not None and environment.value != before:
+    settings: Layer = {}
+    for layer, below, lost in zip(layers, implied, taken_back, strict=True):
+        environment = layer.get(ENVIRONMENT)
+        if environment and settings and environment.value != settings[ENVIRONMENT].value:
             settings = {key: s for key, s in settings.items() if key != MAX_TURNS and key[: len(OPTIONS)] != OPTIONS}
-        for setting in (*implied[level], *(s for s in layer if not _restates(s, taken_back[level]))):
-            if is_option(setting.key):  # an option may be a table: it replaces what lies below it or holds it
-                settings = {key: s for key, s in settings.items() if not _overlap(key, setting.key)}
-            settings[setting.key] = setting
+        own = {key: setting for key, setting in layer.items() if not _restates(key, setting, lost)}
+        for key, setting in (*below.items(), *own.items()):
+            if is_option(key):  # an option may be a table: it replaces what lies below it or holds it
+                settings = {other: s for other, s in settings.items() if not _overlap(other, key)}
+            settings[key] = setting
     return settings
 
 
 def _checked(layer: Layer, problems: list[Problem]) -> Layer:
     """The layer, without an algorithm's name that means nothing."""
-    name = _last(layer, NAME)
-    if name is None or not isinstance(name.value, str):
-        return layer
+    name = layer.get(NAME)
     try:
-        algo_settings(name.value)
+        if name and isinstance(name.value, str):
+            algo_settings(name.value)
     except GrammarError as error:
-        problems.append(Problem(f"algo.name: {error}", error.fix, name.source))
-        return [setting for setting in layer if setting.key != NAME]
+        problems.append(Problem(f"algo.name: {error}", error.fix, layer[NAME].source))
+        return {key: setting for key, setting in layer.items() if key != NAME}
     return layer
 
 
-def _implied(layers: Sequence[Layer]) -> tuple[list[list[Setting]], list[Fields]]:
+def _implied(layers: Sequence[Layer]) -> tuple[list[Layer], list[Fields]]:
     """Per layer: the settings that stand below its own, and the fields whose values it loses."""
-    implied: list[list[Setting]] = [[] for _ in layers]
+    implied: list[Layer] = [{} for _ in layers]
 
     def put(level: int, fields: Fields, source: str) -> None:
-        implied[level] += [Setting(tuple(key.split(".")), value, source) for key, value in fields.items()]
+        implied[level] |= {tuple(key.split(".")): Setting(value, source) for key, value in fields.items()}
 
-    names = _given(layers, NAME, lambda value: isinstance(value, str))
-    fidelities = _given(layers, FIDELITY, lambda value: value in COLUMNS)
-    environments = _given(layers, ENVIRONMENT, lambda value: isinstance(value, str))
-    environment, home = environments[-1] if environments else ("", 0)
+    def given(key: Key, usable: Callable[[Any], bool]) -> list[tuple[Any, int]]:
+        """The usable values that layers give a key, each with the layer's number."""
+        return [(s[key].value, level) for level, s in enumerate(layers) if key in s and usable(s[key].value)]
+
+    names, fidelities = given(NAME, lambda value: isinstance(value, str)), given(FIDELITY, COLUMNS.__contains__)
+    environment, home = given(ENVIRONMENT, lambda value: isinstance(value, str))[-1]
     name, top = names[-1]
     put(top, algo_settings(name), f"algo {name}")
     if fidelities:
@@ -98,20 +99,10 @@ def _implied(layers: Sequence[Layer]) -> tuple[list[list[Setting]], list[Fields]
     return implied, taken_back
 
 
-def _given(layers: Sequence[Layer], key: Key, usable: Callable[[Any], bool]) -> list[tuple[Any, int]]:
-    """The usable values that layers give a key, each with the layer's number."""
-    last = [(_last(layer, key), level) for level, layer in enumerate(layers)]
-    return [(setting.value, level) for setting, level in last if setting is not None and usable(setting.value)]
-
-
-def _last(layer: Layer, key: Key) -> Setting | None:
-    return next((setting for setting in reversed(layer) if setting.key == key), None)
-
-
-def _restates(setting: Setting, fields: Fields) -> bool:
+def _restates(key: Key, setting: Setting, fields: Fields) -> bool:
     """Whether the setting writes out what one of the fields says."""
-    key = dotted(setting.key)
-    return key in fields and setting.value in ((None, NONE) if fields[key] is None else (fields[key],))
+    name = dotted(key)
+    return name in fields and setting.value in ((None, NONE) if fields[name] is None else (fields[name],))
 
 
 def _overlap(a: Key, b: Key) -> bool:

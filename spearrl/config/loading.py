@@ -31,7 +31,7 @@ from spearrl.config.fields import (
     sections,
 )
 from spearrl.config.file import ConfigFile, read
-from spearrl.config.layers import ENVIRONMENT, NAME, Setting, merge
+from spearrl.config.layers import ENVIRONMENT, NAME, Layer, Setting, merge
 from spearrl.config.presets import DEFAULTS, PRESETS
 from spearrl.config.problems import Problem, raise_all, written
 from spearrl.config.sections import MAX_OPTION_DEPTH, RunConfig, option_problem
@@ -106,56 +106,57 @@ def resolve(
     file = None if path is None else read(path)
     flags = {PRESET: preset, ENVIRONMENT: env, NAME: algo, MODEL: model}
     command = _of_command_line((overrides,) if isinstance(overrides, str) else overrides, flags, problems)
-    of_file = _of_file(file, problems) if file is not None else []
+    of_file = _of_file(file, problems) if file is not None else {}
 
-    named = next((s for layer in (command, of_file) for s in reversed(layer) if s.key == PRESET), None)
-    by_default = named is None and path is None and not any(s.key == MODEL for s in command)
+    named = command.get(PRESET) or of_file.get(PRESET)
+    by_default = named is None and path is None and MODEL not in command
     start = _of_preset(_embedded(command) if by_default else named, problems)
-    layers = [[s for s in layer if s.key != PRESET] for layer in (start, of_file, command)]
+    layers = [{key: s for key, s in layer.items() if key != PRESET} for layer in (start, of_file, command)]
     config, settings, refused = _build(_with_correction(merge(layers, problems)), problems)
     if derive is not None and not problems:
         unset = {dotted(key) for key in leaves() if key not in settings}
         derived = {tuple(key.split(".")): value for key, value in derive(config, unset).items()}
-        settings |= {key: Setting(key, value, "placement") for key, value in derived.items()}
+        settings |= {key: Setting(value, "placement") for key, value in derived.items()}
         config, settings, refused = _build(settings, problems)
     if not isinstance(file, Problem):
         contradictions = [p for p in checks.problems(config) if not refused.intersection(p.keys)]
         problems += [replace(p, where=_source_of(p, settings)) for p in contradictions]
     raise_all(problems)
-    return Resolved(config, _sources(settings), start[-1].value if start else "", by_default)
+    return Resolved(config, _sources(settings), start[_STARTED_FROM].value if start else "", by_default)
 
 
-def _of_file(file: ConfigFile | Problem, problems: list[Problem]) -> list[Setting]:
+def _of_file(file: ConfigFile | Problem, problems: list[Problem]) -> Layer:
     """The settings of a file."""
     if isinstance(file, Problem):
         problems.append(file)
-        return []
-    settings = [Setting(key, value, file.at(key)) for key, value in _flatten((), file.tree)]
+        return {}
+    settings = {key: Setting(value, file.at(key)) for key, value in _flatten((), file.tree)}
     if len(settings) > MAX_SETTINGS:
         what, fix = f"holds {len(settings)} settings, which no config does", f"use at most {MAX_SETTINGS}"
         problems.append(Problem(what, fix, where=file.name))
-        return []
+        return {}
     return _existing(settings, problems)
 
 
-def _of_command_line(overrides: Sequence[str], flags: Mapping[Key, Any], problems: list[Problem]) -> list[Setting]:
+def _of_command_line(overrides: Sequence[str], flags: Mapping[Key, Any], problems: list[Problem]) -> Layer:
     """The settings of "section.key=value" texts, then those of the flags that are given."""
-    settings: list[Setting] = []
+    settings: Layer = {}
     for text in overrides:
         name, separator, raw = str(text).partition("=")
         key = tuple(part.strip() for part in name.split("."))
         if separator and all(key):
-            settings += [Setting(below, value, COMMAND_LINE) for below, value in _flatten(key, _value(key, raw))]
+            for below, value in _flatten(key, _value(key, raw)):
+                settings.pop(below, None)  # what is said again comes last
+                settings[below] = Setting(value, COMMAND_LINE)
         else:
             hint = "; a config file stands alone, once" if name.endswith(".toml") else ""
             fix = f"use section.key=value, e.g. run.seed=3{hint}"
             problems.append(Problem(f"{shorten(text)} is not a setting", fix, where=COMMAND_LINE))
-    values = {setting.key: setting.value for setting in settings}
     for key, value in flags.items():
-        if value is not None and values.get(key, value) != value:
-            twice = f"{dotted(key)} is given twice, as {shorten(values[key])} and as {shorten(value)}"
+        if value is not None and key in settings and settings[key].value != value:
+            twice = f"{dotted(key)} is given twice, as {shorten(settings[key].value)} and as {shorten(value)}"
             problems.append(Problem(twice, f"use either the flag or {dotted(key)}=…", where=COMMAND_LINE))
-    settings += [Setting(key, value, COMMAND_LINE) for key, value in flags.items() if value is not None]
+    settings |= {key: Setting(value, COMMAND_LINE) for key, value in flags.items() if value is not None}
     return _existing(settings, problems)
 
 
@@ -181,16 +182,15 @@ def _flatten(key: Key, value: Any) -> Iterator[tuple[Key, Any]]:
         yield from _flatten((*key, name), item)
 
 
-def _existing(settings: Sequence[Setting], problems: list[Problem]) -> list[Setting]:
+def _existing(settings: Layer, problems: list[Problem]) -> Layer:
     """Those that exist; a problem for each of the others."""
-    complaints = [(setting, _complaint(setting)) for setting in settings]
-    problems += [complaint for _, complaint in complaints if complaint]
-    return [setting for setting, complaint in complaints if complaint is None]
+    complaints = {key: _complaint(key, *setting) for key, setting in settings.items()}
+    problems += [complaint for complaint in complaints.values() if complaint]
+    return {key: setting for key, setting in settings.items() if complaints[key] is None}
 
 
-def _complaint(setting: Setting) -> Problem | None:
+def _complaint(key: Key, value: Any, where: str) -> Problem | None:
     """What is wrong with a setting's key, or with the form of an option."""
-    key, value, where = setting
     name = dotted(key)[:120]
     if key == PRESET or (key in leaves() and key != OPTIONS):
         return None
@@ -212,29 +212,27 @@ def _complaint(setting: Setting) -> Problem | None:
     return Problem(message, fix, where)
 
 
-def _embedded(command: Sequence[Setting]) -> Setting:
+def _embedded(command: Layer) -> Setting:
     """The preset of a run that names none, by its environment; another one where there is real data."""
-    environment = next((s.value for s in reversed(command) if s.key == ENVIRONMENT), default_of(leaves()[ENVIRONMENT]))
-    presets = DEFAULTS.get(str(environment), DEFAULTS["other"])
-    return Setting(PRESET, presets[any(s.key == _DATA for s in command)], "default")
+    environment = command[ENVIRONMENT].value if ENVIRONMENT in command else default_of(leaves()[ENVIRONMENT])
+    return Setting(DEFAULTS.get(str(environment), DEFAULTS["other"])[_DATA in command], "default")
 
 
-def _of_preset(named: Setting | None, problems: list[Problem]) -> list[Setting]:
+def _of_preset(named: Setting | None, problems: list[Problem]) -> Layer:
     """The preset's settings, the record of its name last."""
     if named is None or named.value == "":
-        return []
+        return {}
     name = named.value
     if not isinstance(name, str) or name not in PRESETS:
         near = difflib.get_close_matches(str(name)[:80], PRESETS, n=1, cutoff=0.5)
         fix = f"did you mean preset {near[0]!r}? " if near else "use one: "
-        message, listed = f"preset {shorten(name)} does not exist", ", ".join(PRESETS)
-        problems.append(Problem(message, f"{fix}({listed})", named.source))
-        return []
+        problems.append(Problem(f"preset {shorten(name)} does not exist", f"{fix}({', '.join(PRESETS)})", named.source))
+        return {}
     values = {**PRESETS[name], dotted(_STARTED_FROM): name}
-    return [Setting(tuple(key.split(".")), value, f"preset {name}") for key, value in values.items()]
+    return {tuple(key.split(".")): Setting(value, f"preset {name}") for key, value in values.items()}
 
 
-def _with_correction(settings: dict[Key, Setting]) -> dict[Key, Setting]:
+def _with_correction(settings: Layer) -> Layer:
     """With the importance weights (TIS) that generation ahead of the learner needs, unless a correction was set."""
     ahead, correction = settings.get(_STALENESS), settings.get(_CORRECTION)
     if ahead is None or not isinstance(ahead.value, int) or ahead.value < 1:
@@ -242,10 +240,10 @@ def _with_correction(settings: dict[Key, Setting]) -> dict[Key, Setting]:
     if correction and not correction.source.startswith(f"algo {settings[NAME].value}"):
         return settings
     mode = correction.value if correction and correction.value != "none" else "tis"
-    return settings | {_CORRECTION: Setting(_CORRECTION, mode, f"rollout.max_staleness={ahead.value}")}
+    return settings | {_CORRECTION: Setting(mode, f"rollout.max_staleness={ahead.value}")}
 
 
-def _build(settings: dict[Key, Setting], problems: list[Problem]) -> tuple[RunConfig, dict[Key, Setting], set[str]]:
+def _build(settings: Layer, problems: list[Problem]) -> tuple[RunConfig, Layer, set[str]]:
     """The config and its settings, without the values it refuses (their keys come last); those become problems."""
     refused: set[str] = set()
     while True:
@@ -253,10 +251,9 @@ def _build(settings: dict[Key, Setting], problems: list[Problem]) -> tuple[RunCo
             return RunConfig.model_validate(_tree(settings), strict=True), settings, refused
         except ValidationError as error:
             for key in {_key_of(item["loc"]): None for item in error.errors(include_url=False, include_input=False)}:
-                for setting in [s for k, s in settings.items() if k[: len(key)] == key]:
-                    problems.append(wrong_value(key, setting.value, setting.source))
+                for part in [part for part in settings if part[: len(key)] == key]:
+                    problems.append(wrong_value(key, *settings.pop(part)))
                     refused.add(dotted(key))
-                    del settings[setting.key]
 
 
 def _key_of(location: tuple[int | str, ...]) -> Key:
@@ -268,7 +265,7 @@ def _key_of(location: tuple[int | str, ...]) -> Key:
     return path[: ends[0]]
 
 
-def _tree(settings: Mapping[Key, Setting]) -> dict[str, Any]:
+def _tree(settings: Layer) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for key, setting in settings.items():
         branch = tree
@@ -279,14 +276,14 @@ def _tree(settings: Mapping[Key, Setting]) -> dict[str, Any]:
     return tree
 
 
-def _source_of(problem: Problem, settings: Mapping[Key, Setting]) -> str:
+def _source_of(problem: Problem, settings: Layer) -> str:
     """Where the settings of a contradiction were given: the first that somebody wrote, else the first of them."""
     keys = [tuple(name.split(".")) for name in problem.keys]
     sources = [settings[key].source for key in keys if key in settings]
     return next((source for source in sources if written(source)), next(iter(sources), "default"))
 
 
-def _sources(settings: Mapping[Key, Setting]) -> dict[str, str]:
+def _sources(settings: Layer) -> dict[str, str]:
     sources = {
         dotted(key): settings[key].source if key in settings else "default" for key in leaves() if key != OPTIONS
     }
