@@ -25,12 +25,12 @@ class Unavailable(Exception):
 class CorpusIndex(NamedTuple):
     """An inverted index and its documents. Shared by all slots."""
 
-    index: LuceneIndex
+    scorer: LuceneIndex
     documents: Sequence[Document]
 
     def search(self, query: str, k: int) -> list[Document]:
         """The best k documents that share a term with the query; of equal ones those that come first in the corpus."""
-        return [self.documents[number] for number, _ in self.index.search(query, k)]
+        return [self.documents[number] for number, _ in self.scorer.search(query, k)]
 
 
 def build_index(documents: Iterable[Document]) -> CorpusIndex:
