@@ -154,9 +154,9 @@ class ProcessWorker:
             raise CallTimeout(str(error)) from error
         except ConnectionError as error:
             raise self._died() from error
-        value, error = unpickled(data)
-        if error is not None:
-            raise error
+        value, problem = unpickled(data)
+        if problem is not None:
+            raise problem
         return value
 
     def alive(self) -> bool:
