@@ -1,4 +1,10 @@
-"""spearrl check-env: does an environment keep its contract? Exit code 0 or 1."""
+"""spearrl check-env: does an environment keep its contract? Exit code 0 or 1.
+
+examples:
+  spearrl check-env my_pkg.my_env:MyEnvironment
+  spearrl check-env webshop env.options.observation=compact
+  spearrl check-env my_agent/config.toml --split train --json
+"""
 
 from __future__ import annotations
 
@@ -7,13 +13,6 @@ import json
 from typing import Any
 
 from spearrl.cli.target import OVERRIDES_HELP, TARGET_HELP, config_of
-
-EXAMPLES = """
-examples:
-  spearrl check-env my_pkg.my_env:MyEnvironment
-  spearrl check-env webshop env.options.observation=compact
-  spearrl check-env my_agent/config.toml --split train --json
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

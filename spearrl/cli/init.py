@@ -1,4 +1,9 @@
-"""spearrl init: a working example of an environment of your own, with a config, a test and a README."""
+"""spearrl init: a working example of an environment of your own, with a config, a test and a README.
+
+examples:
+  spearrl init my_agent
+  spearrl init my_agent --name Guess
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,6 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-EXAMPLES = """
-examples:
-  spearrl init my_agent
-  spearrl init my_agent --name Guess
-"""
 FILES = ("env.py", "config.toml", "test_env.py", "README.md")
 IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,39}", re.ASCII)
 CLASS = re.compile(r"[A-Z][A-Za-z0-9]{0,39}", re.ASCII)

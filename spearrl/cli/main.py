@@ -1,6 +1,6 @@
 """The `spearrl` command: finds the verb, loads its module only, and turns errors into messages and exit codes.
 
-A verb's module has EXAMPLES, add_arguments(parser) and run(args) -> exit code.
+A verb's module has a docstring whose second part --help ends with, add_arguments(parser) and run(args) -> exit code.
 Standard output carries results, standard error everything else.
 """
 
@@ -105,7 +105,8 @@ def _dispatch(words: list[str]) -> int:
         print(f"error: spearrl has no verb {verb[:60]!r}\n  {fix}", file=sys.stderr)
         return 2
     module = module_of(verb)
-    parser = Parser(f"spearrl {verb}", description=VERBS[verb], examples=module.EXAMPLES.strip())
+    examples = (module.__doc__ or "").partition("\n\n")[2].strip()
+    parser = Parser(f"spearrl {verb}", description=VERBS[verb], examples=examples)
     module.add_arguments(parser)
     try:
         args = parser.parse_intermixed_args(rest)

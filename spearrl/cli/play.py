@@ -1,4 +1,13 @@
-"""spearrl play: one episode by hand, by the scripted expert or by a model, with everything the model sees."""
+"""spearrl play: one episode by hand, by the scripted expert or by a model, with everything the model sees.
+
+examples:
+  spearrl play webshop env.options.observation=compact
+  spearrl play my_agent/config.toml --expert
+  spearrl play runs/my-agent --model runs/my-agent --split val eval.temperature=0
+  printf '8\\n12\\n' | spearrl play my_pkg.my_env:MyEnvironment --task train-3 --seed 5
+
+By hand you type actions, one a line; an empty line is an empty action, end of input stops.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +27,6 @@ if TYPE_CHECKING:
     from spearrl.rollout import Request
     from spearrl.types import Action, Observation, Task, Turn
 
-EXAMPLES = """
-examples:
-  spearrl play webshop env.options.observation=compact
-  spearrl play my_agent/config.toml --expert
-  spearrl play runs/my-agent --model runs/my-agent --split val eval.temperature=0
-  printf '8\\n12\\n' | spearrl play my_pkg.my_env:MyEnvironment --task train-3 --seed 5
-
-By hand you type actions, one a line; an empty line is an empty action, end of input stops.
-"""
 STOPPED = "stopped"
 Write = Callable[[str], None]  # shows text; says nothing where JSON is printed
 LISTED = 12  # admissible actions that are listed

@@ -1,4 +1,11 @@
-"""spearrl sft: the cold start alone; writes a model directory that `train --model` takes."""
+"""spearrl sft: the cold start alone; writes a model directory that `train --model` takes.
+
+examples:
+  spearrl sft --env webshop --output models/shop
+  spearrl sft --preset tiny sft.episodes=1000 --output models/small
+  spearrl sft --model DIR --data conversations.jsonl --output models/started
+  spearrl train --preset tiny --model models/shop sft.enabled=false
+"""
 
 from __future__ import annotations
 
@@ -7,14 +14,6 @@ import sys
 
 from spearrl.cli.parsing import add_config_arguments, config_from
 from spearrl.cli.target import empty_folder
-
-EXAMPLES = """
-examples:
-  spearrl sft --env webshop --output models/shop
-  spearrl sft --preset tiny sft.episodes=1000 --output models/small
-  spearrl sft --model DIR --data conversations.jsonl --output models/started
-  spearrl train --preset tiny --model models/shop sft.enabled=false
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

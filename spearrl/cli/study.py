@@ -1,4 +1,10 @@
-"""spearrl study: measurements that need more than one run. `cost`: what an algorithm costs beside another one."""
+"""spearrl study: measurements that need more than one run. `cost`: what an algorithm costs beside another one.
+
+examples:
+  spearrl study cost --preset tiny --algo grpo+spear --against grpo
+  spearrl study cost run.toml --steps 40 run.threads=1 --json
+  spearrl study cost --algo grpo --against grpo     how much of a difference is noise
+"""
 
 from __future__ import annotations
 
@@ -17,12 +23,6 @@ from spearrl.cli.target import empty_folder
 if TYPE_CHECKING:
     from spearrl.study import Cost
 
-EXAMPLES = """
-examples:
-  spearrl study cost --preset tiny --algo grpo+spear --against grpo
-  spearrl study cost run.toml --steps 40 run.threads=1 --json
-  spearrl study cost --algo grpo --against grpo     how much of a difference is noise
-"""
 _ROWS = {  # label -> template: of every kind of step, from its summary; shares are in per cent
     "steps": "{steps}",
     "seconds of the rollout": "{rollout_seconds:.3f}",

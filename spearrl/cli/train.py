@@ -1,4 +1,12 @@
-"""spearrl train: start a run, or continue one."""
+"""spearrl train: start a run, or continue one.
+
+examples:
+  spearrl train --env webshop --algo grpo+spear
+  spearrl train --preset tiny run.steps=20 run.seed=3
+  spearrl train --env webshop env.options.data=PATH --algo grpo+spear
+  spearrl train --preset webshop-1.5b --model DIR --gpus 8
+  spearrl train --resume runs/webshop-grpo-spear-s0
+"""
 
 from __future__ import annotations
 
@@ -14,15 +22,6 @@ from spearrl.cli.parsing import add_config_arguments, add_gpus, announce, check_
 if TYPE_CHECKING:
     from spearrl.start.origin import Report
     from spearrl.trainer import Trainer
-
-EXAMPLES = """
-examples:
-  spearrl train --env webshop --algo grpo+spear
-  spearrl train --preset tiny run.steps=20 run.seed=3
-  spearrl train --env webshop env.options.data=PATH --algo grpo+spear
-  spearrl train --preset webshop-1.5b --model DIR --gpus 8
-  spearrl train --resume runs/webshop-grpo-spear-s0
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,9 @@ QUANTILE = r"^quantile:(0(\.[0-9]+)?|1(\.0+)?|\.[0-9]+)$"
 Threshold = float | Annotated[str, Field(pattern=QUANTILE)]
 
 
+BatchScope = Literal["mini_batch", "micro_batch"]  # the second depends on the micro-batch size, as the releases do
+
+
 class Section(BaseModel):
     """What every section of a config is: frozen; unknown keys and non-finite numbers are refused."""
 
@@ -33,9 +36,9 @@ class PolicySection(Section):
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus, on-policy and replay.")
     mask: Literal["action", "attention"] = Field(
         "action",
-        description='Tokens in the loss: "action" drops filtered turns; "attention" (as released) keeps them at 0.',
+        description='Tokens in the loss: "action" drops filtered turns; "attention" (released) keeps them at 0.',
     )
-    denominator: Literal["mini_batch", "micro_batch"] = Field(
+    denominator: BatchScope = Field(
         "mini_batch",
         description="What losses are averaged over; micro_batch depends on the micro-batch size (as released).",
     )
@@ -47,7 +50,7 @@ class GroupSection(Section):
     singleton: Literal["zero", "raw"] = Field("zero", description="Advantage in a group of one: 0, or the raw reward.")
     blocks: Literal["group", "consecutive"] = Field(
         "group",
-        description="What filter and baselines take for a group: it, or group_size episodes in a row (released).",
+        description="What filter and baselines take for a group: it, or group_size episodes running (released).",
     )
 
 
@@ -79,7 +82,7 @@ class KlCovSection(Section):
 class CorrectionSection(Section):
     mode: Literal["none", "tis", "mis"] = Field(
         "none",
-        description='Importance weights learner/engine: truncated at cap ("tis"), or 0 outside floor..cap ("mis").',
+        description='Importance weights learner/engine: cut at cap ("tis"), or 0 outside floor..cap ("mis").',
     )
     level: Literal["token", "sequence"] = Field("token", description="A weight per token, or their product per row.")
     cap: float = Field(2.0, gt=1, description="Largest weight.")
@@ -113,7 +116,7 @@ class SilSection(Section):
     )
     recalibration: Literal["median", "decay"] = Field(
         "median",
-        description='"median": advantage = reward − P50 of recent group means; "decay": old advantage x decay.',
+        description='"median": reward − P50 of recent group means; "decay": old advantage x decay.',
     )
     decay: float = Field(1.0, gt=0, le=1, description='Factor of recalibration="decay".')
     normalize_std: bool = Field(False, description="Divide recalibrated advantages by the P50 of group deviations.")
@@ -125,7 +128,7 @@ class SilSection(Section):
     min_rows: int = Field(1, ge=1, description="Fewer replay rows than this: no replay this step.")
     unit: Literal["trajectory", "row"] = Field("trajectory", description="What is stored and drawn at a time.")
     update: Literal["alternating", "joint"] = Field(
-        "alternating", description="Replay in optimiser steps of its own, or in one objective with the on-policy batch."
+        "alternating", description="Replay in optimiser steps of its own, or in one objective with on-policy rows."
     )
     reward_scale: float = Field(
         1.0,
@@ -162,7 +165,7 @@ class ClipCovSection(Section):
     replay_ratio: float = Field(0.02, gt=0, le=1, description="ratio for replayed tokens.")
     replay_lower: Threshold = Field(2.0, description="lower for replayed tokens.")
     replay_upper: Threshold = Field(60.0, description="upper for replayed tokens.")
-    scope: Literal["mini_batch", "micro_batch"] = Field(
+    scope: BatchScope = Field(
         "mini_batch",
         description="Tokens a selection is made over; micro_batch depends on the micro-batch size (as released).",
     )

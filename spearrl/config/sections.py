@@ -66,10 +66,10 @@ class ModelSection(Section):
     path: str = Field(
         "tiny",
         pattern=PLAIN_TEXT,
-        description='Model directory, name (org/name, org/name@revision, smollm2-135m), or "tiny": built from scratch.',
+        description='Model directory, name (org/name, org/name@revision, smollm2-135m), or "tiny": built here.',
     )
     thinking: Literal["auto", "on", "off"] = Field(
-        "auto", description="Whether the model thinks, where its template has a switch; auto: as the template has it."
+        "auto", description="Whether the model thinks, where its template has a switch; auto: as that has it."
     )
     tiny: TinySection = Field(TinySection(), description="Shape of the tiny model.")
 
@@ -93,7 +93,7 @@ class RolloutSection(Section):
     engine: Literal["local", "vllm"] = Field("local", description="What samples replies; vllm needs the vllm extra.")
     workers: int = Field(0, ge=0, description="Processes with engine and environments; 0: the trainer's only.")
     launcher: Literal["processes", "ray"] = Field(
-        "processes", description="What starts rollout workers: processes of this machine, or Ray actors on a cluster."
+        "processes", description="What starts rollout workers: processes here, or Ray actors on a cluster."
     )
     worker_restarts: int = Field(8, ge=0, description="Rollout workers that may be replaced in a run before it stops.")
     max_staleness: int = Field(0, ge=0, description="Weight versions generation may be ahead of the learner; 0: none.")
@@ -105,7 +105,7 @@ class RolloutSection(Section):
     max_response_tokens: int = Field(0, ge=0, description="Reply tokens of an episode, then overlong; 0: no limit.")
     context_tokens: int = Field(4096, ge=16, description="Prompt and reply tokens; more ends as context_limit.")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Type the local engine samples in; auto: bf16 where a large model's run measures it faster."
+        "auto", description="Type the local engine samples in; auto: bf16 where measured faster for a large model."
     )
     slots: int = Field(64, ge=1, description="Sequences decoded at a time by an engine.")
     cache_mib: int = Field(1024, ge=1, description="MiB the local engine's key-value cache may take.")
@@ -169,7 +169,7 @@ class PlacementSection(Section):
 
 class LearnerSection(Section):
     backend: Literal["local", "deepspeed"] = Field(
-        "local", description='Learner that updates the policy: this process alone, or DeepSpeed (extra) on "processes".'
+        "local", description='What updates the policy: this process alone, or DeepSpeed (extra) on "processes".'
     )
     processes: int = Field(1, ge=1, description="DeepSpeed processes, a GPU each; under torchrun its world size.")
     zero_stage: Literal[0, 1, 2, 3] = Field(3, description="Shards optimiser state (1), gradients (2), parameters (3).")

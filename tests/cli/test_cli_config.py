@@ -45,7 +45,9 @@ def test_every_verb_is_documented(capsys):
         assert callable(module_of(verb).run) and f"  {verb}" in table and summary in table
         assert main([verb, "--help"]) == 0
         shown = capsys.readouterr().out
-        assert "\nexamples:\n" in shown and shown.rstrip().endswith(module_of(verb).EXAMPLES.rstrip().splitlines()[-1])
+        assert "\nexamples:\n" in shown and shown.rstrip().endswith(
+            str(module_of(verb).__doc__).rstrip().splitlines()[-1]
+        )
         assert main(["help", verb]) == 0 and capsys.readouterr().out == shown
     main(["train", "--help"])
     words = capsys.readouterr().out
@@ -56,7 +58,7 @@ def test_the_examples_in_help_resolve(tmp_path, monkeypatch):
     """Every `spearrl train` and `spearrl config show` line of the examples is a valid config."""
     (tmp_path / "shop.toml").write_text('preset = "tiny"\n')
     monkeypatch.chdir(tmp_path)
-    lines = [line.strip() for verb in VERBS for line in module_of(verb).EXAMPLES.splitlines()]
+    lines = [line.strip() for verb in VERBS for line in str(module_of(verb).__doc__).splitlines()]
     lines = [
         line for line in lines if line.startswith(("spearrl train", "spearrl config show")) and "--resume" not in line
     ]
