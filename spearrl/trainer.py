@@ -26,7 +26,7 @@ from spearrl.run.checkpoint import clean, load_state, newest_checkpoint, save_ch
 from spearrl.run.health import Health
 from spearrl.run.metrics import Clock, bonus_of, first_fault, rollout_metrics, sampler_gap, staleness, states_met
 from spearrl.seeds import derive
-from spearrl.start.origin import Report, check_format, models_of_run, silent, with_pinned_model
+from spearrl.start.origin import Report, check_model, models_of_run, silent, with_pinned_model
 from spearrl.types import Group
 
 STATEFUL = ("memory", "curriculum", "health")  # attributes of a trainer that a checkpoint holds, beside its counters
@@ -59,7 +59,7 @@ class Trainer:
         self.panel = tasks_of_panel(environment, config.eval)
         self.config = config if _run else with_sampling_dtype(with_pinned_model(config), report)
         if _run is None:
-            check_format(self.config, environment)
+            check_model(self.config, environment)
         with ExitStack() as stack:
             self.run = _run or Run.create(self.config)
             stack.push(lambda kind, *_: self.run.close(discard=kind is not None and _run is None))

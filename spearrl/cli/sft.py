@@ -31,11 +31,13 @@ def run(args: argparse.Namespace) -> int:
     from spearrl.evaluation import evaluate
     from spearrl.launch.factories import make_environment
     from spearrl.models import prepare_torch
-    from spearrl.start.origin import starting_model
+    from spearrl.start.origin import check_model, starting_model
 
+    environment = make_environment(config)
+    check_model(config, environment)
     output = empty_folder(args.output)
     device = prepare_torch(config)
-    starting_model(config, make_environment(config), device, None, Progress().report).keep(output)
+    starting_model(config, environment, device, None, Progress().report).keep(output)
     (output / "config.toml").write_text(to_toml(config))
     print("evaluating", file=sys.stderr)
     result = evaluate(config.with_settings({"model.path": str(output)}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from spearrl.batching import Rows
 from spearrl.config.sections import LearnerSection
 from spearrl.learner.critic import ValueHead
-from spearrl.learner.lora import adapter_weights, add_adapters, load_adapters, model_weights
+from spearrl.learner.lora import Export, adapter_weights, add_adapters, load_adapters, model_weights
 from spearrl.learner.loss_inputs import LossInputs, Share, Tally
 from spearrl.learner.optimizer import load_optimizer, make_optimizer, save_optimizer, set_rate
 from spearrl.learner.passes import Outputs, Passes
@@ -69,6 +70,10 @@ class LocalLearner(BaseLearner):
     def probe(self, token_ids: Sequence[int], dtype: torch.dtype | None = None) -> list[float]:
         return self.policy.probe(self.policy, token_ids, self.device, dtype)
 
+    @cached_property
+    def _model_weights(self) -> list[Export]:
+        return model_weights(self.model)
+
     def export(self, folder: str | Path) -> None:
         save_weights(self.model, folder, dict(self.full_parameters()) if self.settings.lora.rank else None)
 
@@ -94,8 +99,8 @@ class LocalLearner(BaseLearner):
         return self.passes.predict(rows, self.passes.pieces(rows.lengths), reference=reference, values=values)
 
     def _weights(self, *, adapters: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        for weight in (adapter_weights if adapters else model_weights)(self.model):
-            yield weight.name, weight.tensor()
+        for export in adapter_weights(self.model) if adapters else self._model_weights:
+            yield from zip(export.portion.stored, export.tensors(), strict=True)
 
     def _step(self, shares: list[Share], tally: Tally) -> bool:
         self.optimizer.zero_grad(set_to_none=True)

@@ -19,7 +19,7 @@ import torch
 from spearrl.config.sections import LoraSection
 from spearrl.errors import CheckpointError, ConfigError
 from spearrl.models.vision import vision_of
-from spearrl.models.weights import TensorFiles, write_file
+from spearrl.models.weights import Portion, TensorFiles, own_tensors, portions, write_file
 
 FOLDER = "adapter"  # of a checkpoint, in peft's format
 NAME = "default"  # of the adapter inside peft
@@ -27,32 +27,38 @@ TOWER = r"(.*\.)?visual\..*"  # the vision tower gets no adapters: vLLM would no
 
 
 @dataclass(frozen=True)
-class ExportedWeight:
-    """One weight of a model directory (or of an adapter directory), and the parameters that it is computed from.
+class Export:
+    """What a directory stores together, and what it is computed from.
 
     Args:
-        name: in the directory.
-        adapter: the layer whose adapters are added to the parameter; None: none are.
+        sources: parameters (or stored buffers) as in `portion.own`, each with the layer whose adapters are added to it;
+            None: none are.
     """
 
-    name: str
-    parameter: torch.nn.Parameter
-    adapter: Any = None
+    portion: Portion
+    sources: tuple[tuple[torch.Tensor, Any], ...]
 
     @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """What has to be whole in this process before `tensor` is called."""
-        if self.adapter is None:
-            return [self.parameter]
-        return [self.parameter, self.adapter.lora_A[NAME].weight, self.adapter.lora_B[NAME].weight]
+    def parameters(self) -> list[torch.Tensor]:
+        """What has to be whole in this process before `tensors` is called."""
+        return [tensor for parameter, layer in self.sources for tensor in (parameter, *_factors(layer))]
 
-    def tensor(self) -> torch.Tensor:
-        """The weight, with the adapters added in float32 or wider; nothing in the model changes."""
-        weight = self.parameter.detach()
-        if self.adapter is None:
-            return weight
-        _, a, b = (p.detach().to(torch.promote_types(weight.dtype, torch.float32)) for p in self.parameters)
-        return torch.addmm(weight.to(a.dtype), b, a, alpha=self.adapter.scaling[NAME]).to(weight.dtype)
+    def tensors(self, *, merged: bool = True) -> list[torch.Tensor]:
+        """As in `portion.stored`, with the adapters added in float32 or wider; nothing in the model changes."""
+        parts = [_merged(parameter.detach(), layer if merged else None) for parameter, layer in self.sources]
+        return self.portion.to_stored(parts)
+
+
+def _factors(layer: Any) -> list[torch.Tensor]:
+    """A and B of a layer's adapters."""
+    return [] if layer is None else [layer.lora_A[NAME].weight, layer.lora_B[NAME].weight]
+
+
+def _merged(weight: torch.Tensor, layer: Any) -> torch.Tensor:
+    if layer is None:
+        return weight
+    a, b = (p.detach().to(torch.promote_types(weight.dtype, torch.float32)) for p in _factors(layer))
+    return torch.addmm(weight.to(a.dtype), b, a, alpha=layer.scaling[NAME]).to(weight.dtype)
 
 
 def add_adapters(model: Any, settings: LoraSection, seed: int) -> None:
@@ -96,25 +102,27 @@ def without_adapters(model: Any) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def model_weights(model: torch.nn.Module) -> list[ExportedWeight]:
+def model_weights(model: torch.nn.Module) -> list[Export]:
     """Every weight of the model directory once, tied ones under their first name, with the adapters merged."""
-    layers, weights = _adapted_layers(model), []
-    for name, parameter in model.named_parameters():
+    layers, sources = _adapted_layers(model), dict[str, tuple[torch.Tensor, Any]]()
+    for name, tensor in own_tensors(model).items():
         owner, _, part = name.partition(".base_layer.")
         if part and owner in layers:
-            weights.append(ExportedWeight(f"{owner}.{part}", parameter, layers[owner] if part == "weight" else None))
+            sources[f"{owner}.{part}"] = (tensor, layers[owner] if part == "weight" else None)
         elif name.partition(".lora_")[0] not in layers:
-            weights.append(ExportedWeight(name, parameter))
-    return weights
+            sources[name] = (tensor, None)
+    made = portions(model, {name: tensor for name, (tensor, _) in sources.items()})
+    return [Export(portion, tuple(sources[name] for name in portion.own)) for portion in made]
 
 
-def adapter_weights(model: torch.nn.Module) -> list[ExportedWeight]:
+def adapter_weights(model: torch.nn.Module) -> list[Export]:
     """Every weight of the adapters, under its name in peft's files; none in a model without adapters."""
-    return [
-        ExportedWeight(f"base_model.model.{path}.{part}.weight", getattr(layer, part)[NAME].weight)
+    named = {
+        f"base_model.model.{path}.{part}.weight": weight
         for path, layer in _adapted_layers(model).items()
-        for part in ("lora_A", "lora_B")
-    ]
+        for part, weight in zip(("lora_A", "lora_B"), _factors(layer), strict=True)
+    }
+    return [Export(Portion((name,), {name: tuple(one.shape)}), ((one, None),)) for name, one in named.items()]
 
 
 def save_adapters(folder: Path, model: Any, tensors: dict[str, torch.Tensor]) -> None:
@@ -139,31 +147,32 @@ def load_adapters(model: torch.nn.Module, folder: Path) -> None:
         CheckpointError: there are none, they belong to other settings, or the model is not their base.
     """
     stored = TensorFiles(folder / FOLDER, "adapter_model", "the adapters' weights")
-    stored.copy_to({weight.name: weight.parameter for weight in adapter_weights(model)})
+    stored.copy_to({export.portion.own[0]: export.parameters[0] for export in adapter_weights(model)})
     check_base(merged_ends(model), folder)
 
 
-def merged_ends(model: torch.nn.Module) -> list[ExportedWeight]:
-    """The first and the last weight that has adapters: those that `check_base` compares."""
-    merged = [weight for weight in model_weights(model) if weight.adapter is not None]
+def merged_ends(model: torch.nn.Module) -> list[Export]:
+    """The first and the last with adapters: those that `check_base` compares."""
+    merged = [export for export in model_weights(model) if any(layer is not None for _, layer in export.sources)]
     return [merged[0], merged[-1]]
 
 
-def check_base(weights: Sequence[ExportedWeight], folder: Path) -> None:
+def check_base(exports: Sequence[Export], folder: Path) -> None:
     """Compare merged weights with those of a checkpoint: on another base the adapters would train another model unseen.
 
     Raises:
         CheckpointError: they differ by more than rounding.
     """
     stored = TensorFiles(folder, "model", "the merged weights")
-    for weight in weights:
-        tensors = (weight.tensor(), stored.read(weight.name), weight.parameter)
-        merged, expected, base = (tensor.detach().float().cpu() for tensor in tensors)
-        beyond_rounding = (merged - expected).abs() - 2 * torch.finfo(weight.parameter.dtype).eps * expected.abs()
-        if not float(beyond_rounding.max()) <= float((merged - base).abs().max()) / 4:
-            text = f"the adapters were trained on another model ({weight.name} differs)"
-            hint = "begin with the model directory that the run began with"
-            raise CheckpointError(text, where=str(folder), hint=hint)
+    for export in exports:
+        tensors = zip(export.portion.stored, export.tensors(), export.tensors(merged=False), strict=True)
+        for name, *pair in tensors:
+            merged, base, expected = (tensor.detach().float().cpu() for tensor in (*pair, stored.read(name)))
+            beyond_rounding = (merged - expected).abs() - 2 * torch.finfo(pair[0].dtype).eps * expected.abs()
+            if not float(beyond_rounding.max()) <= float((merged - base).abs().max()) / 4:
+                text = f"the adapters were trained on another model ({name} differs)"
+                hint = "begin with the model directory that the run began with"
+                raise CheckpointError(text, where=str(folder), hint=hint)
 
 
 def _adapted_layers(model: torch.nn.Module) -> dict[str, Any]:

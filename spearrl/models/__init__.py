@@ -1,7 +1,15 @@
 """Models: names, loading and saving any causal language model, building tiny ones, images, and the chat format."""
 
 from spearrl.models.hub import directory_of, is_hub_name, pinned
-from spearrl.models.loading import copy_of, load_model, load_tokenizer, save_model, save_weights, text_ids
+from spearrl.models.loading import (
+    copy_of,
+    load_model,
+    load_tokenizer,
+    model_config,
+    save_model,
+    save_weights,
+    text_ids,
+)
 from spearrl.models.tiny import build_tiny, train_tokenizer
 from spearrl.models.torch_setup import ask_for_determinism, prepare_torch, threads_of
 
@@ -13,6 +21,7 @@ __all__ = [
     "is_hub_name",
     "load_model",
     "load_tokenizer",
+    "model_config",
     "pinned",
     "prepare_torch",
     "save_model",

@@ -58,6 +58,18 @@ def copy_of(model: Any, dtype: torch.dtype) -> Any:
     return copy.deepcopy(model, converted).eval()
 
 
+def model_config(path: str) -> Any:
+    """transformers' configuration of a model, given by directory or name. Raises ConfigError where there is none."""
+    from transformers import AutoConfig
+
+    path = str(directory_of(path))
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        hint = "give a transformers model directory"
+        raise ConfigError(f"no configuration can be read: {error}", where=path, hint=hint) from error
+
+
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a model, given by directory or name. Raises ConfigError where there is none."""
     from transformers import AutoTokenizer
@@ -88,13 +100,13 @@ def save_weights(model: Any, folder: str | Path, weights: dict[str, torch.Tensor
     """Write config.json and model.safetensors, of a vision model also preprocessor_config.json.
 
     Args:
-        weights: written instead of the model's own.
+        weights: written instead of the model's own, under the directory's names.
     """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if (vision := vision_of(model)) is None:
-        model.save_pretrained(folder, state_dict=weights)
-    else:  # under the names that its parameters have, whatever those of the first release were
-        model.save_pretrained(folder, state_dict=weights, save_original_format=False)
+    # A vision model's have the names of its parameters, whatever those of the first release were.
+    vision = vision_of(model)
+    model.save_pretrained(folder, state_dict=weights, save_original_format=weights is None and vision is None)
+    if vision is not None:
         vision.save(folder)

@@ -14,8 +14,18 @@ from spearrl.algorithm import needs_reference
 from spearrl.config import RunConfig
 from spearrl.envs import Environment, tasks_of
 from spearrl.errors import ConfigError
-from spearrl.models import build_tiny, directory_of, is_hub_name, load_model, load_tokenizer, pinned, save_model
+from spearrl.models import (
+    build_tiny,
+    directory_of,
+    is_hub_name,
+    load_model,
+    load_tokenizer,
+    model_config,
+    pinned,
+    save_model,
+)
 from spearrl.models.formats import open_format
+from spearrl.rollout.local.forward import windows_of
 from spearrl.seeds import derive
 from spearrl.start.sft import cold_start
 from spearrl.start.transcripts import Transcript, play_expert, read_conversations, texts
@@ -112,9 +122,13 @@ class Origin:
             folder.symlink_to(self.folder.resolve(), target_is_directory=True)
 
 
-def check_format(config: RunConfig, environment: Environment) -> None:
-    """Refuse a model whose chats cannot be written or read, before anything of it is loaded. Raises ConfigError."""
+def check_model(config: RunConfig, environment: Environment) -> None:
+    """Refuse a model whose chats cannot be written or read, or whose layers the engine does not run, before anything of
+    it is loaded. Raises ConfigError.
+    """
     if config.model.path != "tiny":
+        if config.rollout.engine == "local":
+            windows_of(model_config(config.model.path))
         open_format(load_tokenizer(config.model.path), config.model, environment.tools())
 
 

@@ -401,8 +401,6 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_models_the_cache_does_not_suit_are_refused():
-    with pytest.raises(ConfigError, match="attention layers"):
-        engine_of(tiny("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1))
     import transformers
 
     torch.manual_seed(0)

@@ -146,13 +146,15 @@ class DeepSpeedLearner(BaseLearner):
         yield from self._gather("state", names, [4 * numel(p) for p in parameters], {"key": key})
 
     def _weights(self, *, adapters: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        weights = self.shard.exported(adapters)
-        sizes = [sum(numel(p) * p.element_size() for p in weight.parameters) for weight in weights]
-        yield from self._gather("weights", [weight.name for weight in weights], sizes, {"adapters": adapters})
+        exports = self.shard.exported[adapters]
+        sizes = [sum(numel(p) * p.element_size() for p in export.parameters) for export in exports]
+        names = [list(export.portion.stored) for export in exports]
+        for stored, tensors in self._gather("weights", names, sizes, {"adapters": adapters}):
+            yield from zip(stored, tensors, strict=True)
 
     def _gather(
-        self, command: str, names: Sequence[str], sizes: Sequence[int], arguments: dict[str, Any]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+        self, command: str, names: Sequence[Any], sizes: Sequence[int], arguments: dict[str, Any]
+    ) -> Iterator[tuple[Any, Any]]:
         """(name, tensor) of everything that a command gives by index, in buckets of at most BUCKET_BYTES.
 
         Args:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from spearrl.config.sections import LearnerSection
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.deepspeed.zero import Moments, engine_settings, gathered, load_sharded, prepare
 from spearrl.learner.lora import (
-    ExportedWeight,
+    Export,
     adapter_weights,
     add_adapters,
     check_base,
@@ -23,7 +24,7 @@ from spearrl.learner.lora import (
     model_weights,
 )
 from spearrl.learner.loss_inputs import Share, Tally
-from spearrl.learner.optimizer import STATE, load_counters, load_optimizer, make_optimizer, set_rate
+from spearrl.learner.optimizer import MASTER, STATE, load_counters, load_optimizer, make_optimizer, set_rate
 from spearrl.learner.passes import Passes
 from spearrl.learner.policy import Policy, use_bf16
 from spearrl.losses import Objective
@@ -108,12 +109,13 @@ class Shard:
         self.engine.eval()
         return {"losses": losses, "tally": tally.state(), "norm": self._apply(common["lr"])}
 
-    def weights(self, common: dict[str, Any], part: None) -> list[torch.Tensor] | None:
-        """Weights of the model directory (or of the adapters) by index, whole, on rank 0."""
-        weights = self.exported(common["adapters"])
-        weights = [weights[index] for index in common["indices"]]
-        with gathered([parameter for weight in weights for parameter in weight.parameters]):
-            return [weight.tensor().cpu().clone() for weight in weights] if dist.get_rank() == 0 else None
+    def weights(self, common: dict[str, Any], part: None) -> list[list[torch.Tensor]] | None:
+        """Tensors of the model directory (or of the adapters) by index of their `Export`, whole, on rank 0."""
+        exports = [self.exported[common["adapters"]][index] for index in common["indices"]]
+        with gathered([parameter for export in exports for parameter in export.parameters]):
+            if dist.get_rank():
+                return None
+            return [[tensor.cpu().clone() for tensor in export.tensors()] for export in exports]
 
     def state(self, common: dict[str, Any], part: None) -> list[torch.Tensor] | None:
         """Optimiser state `key` of trained parameters by index, whole, on rank 0."""
@@ -138,13 +140,14 @@ class Shard:
         moments = TensorFiles(folder, STATE, "optimiser state")
         steps, begun = load_counters(folder), f"{self.trained()[0][0]}/exp_avg" in moments.files
         self.moments.begin(steps) if begun else self.moments.inner.state.clear()
-        for name, parameter in self.trained():
-            self.moments.write(parameter, "master", weights.read(name))
-            for key in ("exp_avg", "exp_avg_sq") if begun else ():
+        for parameter, value in self._saved_weights(weights, master=common["weights"] == MASTER):
+            self.moments.write(parameter, "master", value)
+        for name, parameter in self.trained() if begun else ():
+            for key in ("exp_avg", "exp_avg_sq"):
                 self.moments.write(parameter, key, moments.read(f"{name}/{key}"))
         if self.settings.lora.rank:
             ends = merged_ends(self.model)
-            with gathered([parameter for weight in ends for parameter in weight.parameters]):
+            with gathered([parameter for export in ends for parameter in export.parameters]):
                 check_base(ends, folder)
         if self.critic is not None and self.critic_optimizer is not None:
             self.critic.load(folder)
@@ -152,9 +155,19 @@ class Shard:
             load_optimizer(folder, self.critic_optimizer, self.critic.names(), known=known)
         return steps
 
-    def exported(self, adapters: bool) -> list[ExportedWeight]:
-        """Every weight of the model directory, or of the adapters."""
-        return adapter_weights(self.model) if adapters else model_weights(self.model)
+    @cached_property
+    def exported(self) -> dict[bool, list[Export]]:
+        """What the model directory (False) and that of the adapters (True) hold."""
+        return {False: model_weights(self.model), True: adapter_weights(self.model)}
+
+    def _saved_weights(self, files: TensorFiles, *, master: bool) -> Iterator[tuple[Any, torch.Tensor]]:
+        """(parameter, value) of those that are trained, from a file of their own or from the model directory's."""
+        if master:
+            yield from ((parameter, files.read(name)) for name, parameter in self.trained())
+            return
+        for export in self.exported[False]:
+            values = export.portion.to_own([files.read(name) for name in export.portion.stored])
+            yield from (pair for pair in zip(export.parameters, values, strict=True) if pair[0].requires_grad)
 
     def trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         """(name, parameter) of those that are trained."""

@@ -81,7 +81,7 @@ def load_sharded(path: str, config: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def gathered(parameters: Sequence[torch.nn.Parameter], *, write: bool = False) -> Iterator[None]:
+def gathered(parameters: Sequence[torch.Tensor], *, write: bool = False) -> Iterator[None]:
     """Inside, these parameters are whole on every rank; `write`: what rank 0 makes of them is kept on all."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
     if not sharded:
@@ -93,7 +93,7 @@ def gathered(parameters: Sequence[torch.nn.Parameter], *, write: bool = False) -
         yield
 
 
-def numel(parameter: torch.nn.Parameter) -> int:
+def numel(parameter: torch.Tensor) -> int:
     """Numbers in the whole parameter."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 

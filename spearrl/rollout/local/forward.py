@@ -16,7 +16,23 @@ from spearrl.rollout.local.scheduler import CacheSlot
 DECODED = 4  # tokens of the probe that are fed one by one
 LIKELIEST = 20  # tokens of a position that are compared: in the tail of a distribution rounding is larger
 FLOOR = 1e-3  # nats that are never a fault
+OTHER_ENGINE = "set rollout.engine=vllm for this model, or take another model"
 ROUNDINGS = 4  # of the largest compared logit in the model's type: nats that are none either
+
+
+def windows_of(config: Any) -> dict[str, int]:
+    """Kinds of attention layers of a model, each with how many tokens it looks back over; 0: all.
+
+    Raises:
+        ConfigError: there are others, whose state is not keys and values of every token.
+    """
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    if others := kinds - {"full_attention", "sliding_attention"}:
+        text = f"{config.model_type} has {', '.join(sorted(others))}, which the local engine does not run"
+        raise ConfigError(text, where="model.path", hint=OTHER_ENGINE)
+    return {kind: window or 0 if kind == "sliding_attention" else 0 for kind in sorted(kinds)}
 
 
 class Forward:
@@ -34,6 +50,7 @@ class Forward:
         self.model, self.cache, self.slots, self.device = model, cache, slots, device
         self.vision = vision_of(model)
         self._dtype = next(model.parameters()).dtype
+        self._windows = windows_of(model.config)
         config = model.config.get_text_config()
         self._additive = getattr(config, "_attn_implementation", None) == "eager"
         # Such rotary embeddings replace their buffers in the forward pass; under inference_mode the trainer could not
@@ -73,10 +90,7 @@ class Forward:
         starts = torch.tensor([min(len(s.held), self.cache.length - 1) for s in rows], device=self.device)
         counts = torch.tensor([len(tokens) for tokens in new], device=self.device)
         ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in new], device=self.device)
-        mask = self.cache.aim([s.index for s in rows], starts, counts, width)
-        if self._additive:
-            zeros = torch.zeros(mask.shape, dtype=self._dtype, device=self.device)
-            mask = zeros.masked_fill_(~mask, torch.finfo(self._dtype).min)
+        mask = self._masks(self.cache.aim([s.index for s in rows], starts, counts, width), starts)
         positions = (starts[:, None] + torch.arange(width, device=self.device)).clamp(max=limit)
         inputs = {"input_ids": ids, "position_ids": positions}
         if self.vision is not None and any(slot.job and slot.job.images for slot in rows):
@@ -85,6 +99,19 @@ class Forward:
         hidden = output.last_hidden_state
         last = hidden[:, 0] if width == 1 else hidden[torch.arange(len(rows), device=self.device), counts - 1]
         return self.model.get_output_embeddings()(last if len(indices) == len(rows) else last[indices])
+
+    def _masks(self, causal: torch.Tensor, starts: torch.Tensor) -> Any:
+        """The model's attention mask: of its one kind of layers, or of each by name."""
+        masks, (width, span) = {}, causal.shape[2:]
+        steps = torch.arange(max(width, span), device=self.device)
+        for kind, window in self._windows.items():
+            first = starts[:, None, None] + steps[:width, None] - window  # the last token that is too far away
+            mask = causal & (steps[:span] > first)[:, None] if 0 < window < span else causal
+            if self._additive:
+                zeros = torch.zeros(mask.shape, dtype=self._dtype, device=self.device)
+                mask = zeros.masked_fill_(~mask, torch.finfo(self._dtype).min)
+            masks[kind] = mask
+        return masks if len(masks) > 1 else mask
 
     def _image_inputs(
         self, rows: list[CacheSlot], ids: torch.Tensor, positions: torch.Tensor
@@ -110,14 +137,7 @@ class Forward:
 
     def _verify(self, ids: list[int]) -> None:
         """Compare cached passes with the model's own forward: other layers or scaled logits must not go unnoticed."""
-        config = self.model.config.get_text_config()
-        kind, window = type(self.model).__name__, getattr(config, "sliding_window", None)
-        where: dict[str, str] = {"where": "model.path", "hint": "use rollout.engine=vllm for this model"}
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        windowed = window and getattr(config, "use_sliding_window", True) and window < self.cache.tokens
-        if kinds != {"full_attention"} or windowed:
-            text = f"{kind} has attention layers that the local engine does not run ({sorted(kinds)})"
-            raise ConfigError(text, **where)
+        kind, where = type(self.model).__name__, {"where": "model.path", "hint": OTHER_ENGINE}
         start = max(1, len(ids) - DECODED)
         try:
             with self.evaluating():

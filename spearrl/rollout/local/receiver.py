@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from spearrl.errors import EngineError
+from spearrl.models.weights import WeightLoader
 from spearrl.rollout.local import LocalEngine
 from spearrl.sync.buckets import digest, model_digest, read_bucket
 
@@ -19,8 +20,7 @@ class LocalWeights:
 
     def __init__(self, engine: LocalEngine, name: str = "engine"):
         self.engine, self.name = engine, name
-        self._own: dict[str, torch.Tensor] = dict(engine.model.named_parameters(remove_duplicate=False))
-        self._loaded: set[int] = set()
+        self._loader = WeightLoader(engine.model)
         self._digest = False
 
     def pause(self, timeout_s: float) -> None:
@@ -30,23 +30,21 @@ class LocalWeights:
         self.engine.passing.release()
 
     def begin(self, plan: dict[str, Any], timeout_s: float) -> None:
-        self._loaded, self._digest = set(), bool(plan.get("digest"))
+        self._digest = bool(plan.get("digest"))
+        self._loader.begin()
 
     def take(self, bucket: dict[str, Any], timeout_s: float) -> dict[str, int]:
         tensors = read_bucket(bucket["path"])
         for name, tensor in tensors.items():
-            if name not in self._own or self._own[name].shape != tensor.shape:
+            if not self._loader.fits(name, tensor.shape):
                 text = f"weight {name} {tuple(tensor.shape)} does not belong to its model"
                 raise EngineError(text, where=self.name, hint="sync the same architecture")
         with self.engine.passing:
-            for name, tensor in tensors.items():
-                self._own[name].data.copy_(tensor)
-                self._loaded.add(id(self._own[name]))
+            self._loader.take(tensors)
         return {name: digest(tensor) for name, tensor in tensors.items()}
 
     def finish(self, version: int, timeout_s: float) -> list[int]:
-        missing = [name for name, parameter in self._own.items() if id(parameter) not in self._loaded]
-        if missing:
+        if missing := list(self._loader.missing):
             text = f"{len(missing)} weights did not come, {missing[0]} among them"
             raise EngineError(text, where=self.name, hint="send every parameter of the model")
         self.engine.publish(version)
