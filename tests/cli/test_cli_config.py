@@ -13,7 +13,7 @@ import pytest
 
 from spearrl.cli import main as shell
 from spearrl.cli.main import VERBS, Parser, main, module_of
-from spearrl.cli.parsing import add_config_arguments, add_gpus, config_from
+from spearrl.cli.parsing import add_config_arguments, add_gpus, check_environment, config_from, resolved_from
 from spearrl.config import RunConfig, load_config, to_toml
 from spearrl.config.grammar import BASES, MODULES
 from spearrl.config.presets import PRESETS
@@ -60,16 +60,15 @@ def test_the_examples_in_help_resolve(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [line.strip() for verb in VERBS for line in str(module_of(verb).__doc__).splitlines()]
     lines = [
-        line for line in lines if line.startswith(("spearrl train", "spearrl config show")) and "--resume" not in line
+        line for line in lines if line.startswith(("spearrl train ", "spearrl config show")) and "--resume" not in line
     ]
     assert len(lines) > 4
     for line in lines:
         parser = Parser("spearrl", description="", examples="")
         add_config_arguments(parser)
         add_gpus(parser)
-        config_from(
-            parser.parse_intermixed_args([w for w in line.split()[1:] if w not in ("train", "config", "show", "--why")])
-        )
+        words = [w for w in line.split()[1:] if w not in ("train", "config", "show", "--why")]
+        check_environment(resolved_from(parser.parse_intermixed_args(words)))
 
 
 def test_unknown_verbs_and_options_suggest(capsys):
