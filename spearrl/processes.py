@@ -96,12 +96,12 @@ def log_tail(log: Path) -> str:
     return "".join([f"; the end of {log}:", *(f"\n  | {line}" for line in lines)])
 
 
-def pickled(value: Any) -> bytes:
-    """A value for another process. Raises ContractError for one that cannot travel."""
+def pickled(value: Any, what: str = "a value") -> bytes:
+    """A value for another process. Raises ContractError for one that cannot travel; `what` names it there."""
     try:
         return pickle.dumps(value)
     except Exception as error:  # whatever the type of a user's value raises
-        raise _cannot_travel(error) from error
+        raise _cannot_travel(what, error) from error
 
 
 def unpickled(data: bytes) -> Any:
@@ -109,11 +109,11 @@ def unpickled(data: bytes) -> Any:
     try:
         return pickle.loads(data)
     except Exception as error:
-        raise _cannot_travel(error) from error
+        raise _cannot_travel("a value", error) from error
 
 
-def _cannot_travel(error: Exception) -> ContractError:
-    text = f"a value cannot travel between processes: {error}"
+def _cannot_travel(what: str, error: Exception) -> ContractError:
+    text = f"{what} cannot travel between processes: {error}"
     hint = "use plain values in Task.data, Observation.anchor and Outcome.info: numbers, text, tuples, dicts"
     return ContractError(text, where="env", hint=hint)
 

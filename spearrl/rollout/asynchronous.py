@@ -7,11 +7,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any
 
+from spearrl.rollout.player import Player
 from spearrl.types import Group, Task, Trajectory
 
 TICK_S = 0.1  # between two looks at who plays
-# (task, group id, sibling, (step, position of the task in its step)) → the episode, played by some worker
-Submit = Callable[[Task, int, int, tuple[int, int]], "Future[Trajectory]"]
 
 
 @dataclass
@@ -35,26 +34,25 @@ class Ahead:
     begun with weights at most `max_staleness` versions old, and its tokens are no older.
 
     Args:
-        submit: begins an episode.
+        player: plays the episodes. It is polled while they are waited for, which brings workers that were replaced to
+            the current weights.
         tasks_of: tasks of a (1-based) step, `count` of them; group number n belongs to step n // count + 1, whose seeds
             it has.
         last_step: no group is begun for a later step.
-        poll: called while episodes are waited for; brings workers that were replaced to the current weights, raises
-            where they cannot be.
     """
 
     def __init__(
         self,
-        submit: Submit,
+        player: Player,
         tasks_of: Callable[[int], Sequence[Task]],
         *,
+        run_seed: int,
         count: int,
         group_size: int,
         max_staleness: int,
         last_step: int,
-        poll: Callable[[], None] = lambda: None,
     ):
-        self._submit, self._tasks_of, self._poll = submit, tasks_of, poll
+        self._player, self._tasks_of, self._run_seed = player, tasks_of, run_seed
         self._count, self._size, self._staleness, self._last_step = count, group_size, max_staleness, last_step
         self._begun: dict[int, _Begun] = {}
         self._waiting: list[int] = []  # of a resumed run: begun before, not taken
@@ -85,7 +83,7 @@ class Ahead:
         while (numbers := self._finished(version)) is None:
             playing = [f for begun in self._begun.values() for f in begun.episodes if not f.done()]
             wait(playing, timeout=TICK_S, return_when=FIRST_COMPLETED)
-            self._poll()
+            self._player.poll()
         taken = {number: self._begun.pop(number) for number in numbers}
         for begun in taken.values():
             begun.group.trajectories = [future.result() for future in begun.episodes]
@@ -127,5 +125,6 @@ class Ahead:
         step, position = number // self._count + 1, number % self._count
         task = self._tasks_of(step)[position]
         group = Group(self._first_id + number, task)
-        episodes = [self._submit(task, group.id, sibling, (step, position)) for sibling in range(self._size)]
+        seed = ("rollout", self._run_seed, step, position)
+        episodes = [self._player.submit(task, group.id, sibling, seed=seed) for sibling in range(self._size)]
         self._begun[number] = _Begun(group, version, episodes)

@@ -6,57 +6,26 @@ import asyncio
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from spearrl.envs import Environment
 from spearrl.envs.pool import Pool, PooledSlot, SlotLost, open_pool
 from spearrl.errors import ConfigError, ContractError, EngineError, EnvironmentFault, WorkerError
 from spearrl.models.chat import ChatEncoder
+from spearrl.rollout.player import Episode, Player, Seed
 from spearrl.rollout.protocol import Engine, Request, Sampling
 from spearrl.seeds import derive
-from spearrl.types import Group, Image, Message, Observation, Reply, Status, Task, Trajectory, Turn
+from spearrl.types import Image, Message, Observation, Reply, Status, Task, Trajectory, Turn
 
 MAX_SIBLINGS = 4096  # trajectory id = group id * this + sibling
+FATAL = (ContractError, ConfigError, WorkerError)  # end the run
 CUT_SHORT = (Status.CONTEXT_LIMIT, Status.OVERLONG)
 ATTEMPTS = 2  # a faulty episode is played once more with the same seeds
 ALL_FAILED = 8  # episodes that all end in engine errors, twice in a row: nothing better is to be expected of it
 MEASURES = ("env_seconds", "sampled_tokens", "prefilled_tokens", "cached_tokens")
-Seed = tuple[int | str, ...]  # what the random draws of an episode derive from
 T = TypeVar("T")
-
-
-class Player(Protocol):
-    """Plays episodes: a Collector in this process, or a fleet of workers.
-
-    measures: of the last `collect`: seconds, engine_seconds, MEASURES, env/…; of a fleet also rollout/….
-    """
-
-    measures: dict[str, float]
-
-    def collect(
-        self,
-        tasks: Sequence[Task],
-        group_size: int,
-        *,
-        run_seed: int,
-        step: int,
-        first_group_id: int,
-        purpose: str = "rollout",
-    ) -> list[Group]: ...
-
-    def submit(self, task: Task, group: int, sibling: int, *, seed: Seed) -> Future[Trajectory]: ...
-
-    def poll(self) -> None:
-        """To be called now and then by whoever waits for submitted episodes, from the thread that owns the learner."""
-        ...
-
-    def measure(self) -> None:
-        """Set `measures` to those of what was submitted: since the last `measure` or `collect`."""
-        ...
-
-    def close(self) -> None: ...
 
 
 @dataclass
@@ -73,7 +42,7 @@ class _Episode:
     reply_tokens: int = 0
 
 
-class Collector:
+class Collector(Player):
     """Plays tasks with an engine.
 
     How an episode goes. A slot of the pool resets its environment with a seed that all siblings share. Then, turn by
@@ -132,50 +101,25 @@ class Collector:
         self._failures = 0  # calls of `collect` in a row in which all failed
         self._tools_checked = False  # whether the template was seen to show function schemas
 
-    def collect(
-        self,
-        tasks: Sequence[Task],
-        group_size: int,
-        *,
-        run_seed: int,
-        step: int,
-        first_group_id: int,
-        purpose: str = "rollout",
-    ) -> list[Group]:
-        """Play each task `group_size` times. Every random draw derives from (run_seed, step, group, sibling, turn).
+    def _play(self, episodes: Sequence[Episode]) -> list[Trajectory]:
+        async def played() -> list[Trajectory]:
+            calls = (self.play(task, group, sibling, seed=seed) for task, group, sibling, seed in episodes)
+            return await asyncio.gather(*calls)
 
-        Siblings share the environment's seed and differ in the sampling seed.
-
-        Raises:
-            ContractError: the environment paid a reward that is not a finite number.
-            WorkerError: environment workers had to be replaced more often than allowed.
-            EngineError: the engine is gone, or answers nothing but errors.
-        """
         budget = self.pool.budget
         budget.refill()
         restarts, deadlines = budget.restarts, budget.deadlines
         start, busy = time.monotonic(), self.engine.counters.get("seconds", 0.0)
         self.measures = dict.fromkeys(MEASURES, 0.0)
-        groups = _run(self._collect(tasks, group_size, (purpose, run_seed, step), first_group_id))
-        self._check_engine([trajectory for group in groups for trajectory in group.trajectories])
+        trajectories = _run(played())
+        self._check_engine(trajectories)
         self.measures |= {
             "seconds": time.monotonic() - start,
             "engine_seconds": self.engine.counters.get("seconds", 0.0) - busy,
             "env/restarts": float(budget.restarts - restarts),
             "env/deadline": float(budget.deadlines - deadlines),
         }
-        return groups
-
-    def submit(self, task: Task, group: int, sibling: int, *, seed: Seed) -> Future[Trajectory]:
-        """Not offered: generation ahead of the learner needs workers."""
-        text, hint = "episodes cannot be played ahead in the trainer's own process", "set rollout.workers=1 or more"
-        raise ConfigError(text, where="rollout.max_staleness", hint=hint)
-
-    def poll(self) -> None:
-        """Nothing runs beside this process."""
-
-    def measure(self) -> None:
-        """Nothing is submitted in one process."""
+        return trajectories
 
     def close(self) -> None:
         """Close every environment slot, and end what steps them."""
@@ -193,18 +137,6 @@ class Collector:
             )
             raise EngineError(text, where="engine", hint=hint)
 
-    async def _collect(self, tasks: Sequence[Task], group_size: int, seed: Seed, first_group_id: int) -> list[Group]:
-        groups = [Group(first_group_id + position, task) for position, task in enumerate(tasks)]
-        episodes = [
-            self.play(group.task, group.id, sibling, seed=(*seed, position))
-            for position, group in enumerate(groups)
-            for sibling in range(group_size)
-        ]
-        trajectories = await asyncio.gather(*episodes)
-        for index, group in enumerate(groups):
-            group.trajectories = trajectories[index * group_size : (index + 1) * group_size]
-        return groups
-
     async def play(self, task: Task, group: int, sibling: int, *, seed: Seed) -> Trajectory:
         """Play one episode, twice where it is faulty.
 
@@ -218,14 +150,11 @@ class Collector:
                     await self._attempt(trajectory, seed)
                 except SlotLost:  # its worker fell to another episode; the pool's budget bounds how often
                     continue
-                except EngineError:
-                    trajectory.status, trajectory.error = Status.ENGINE_ERROR, traceback.format_exc()
-                except EnvironmentFault:
-                    trajectory.status, trajectory.error = Status.ENV_ERROR, traceback.format_exc()
-                except (ContractError, ConfigError, WorkerError):
-                    raise
-                except Exception:  # whatever an environment raises costs its own episode only
-                    trajectory.status, trajectory.error = Status.ENV_ERROR, traceback.format_exc()
+                except Exception as error:  # whatever an environment raises costs its own episode only
+                    if isinstance(error, FATAL) and not isinstance(error, (EngineError, EnvironmentFault)):
+                        raise
+                    trajectory.status = Status.ENGINE_ERROR if isinstance(error, EngineError) else Status.ENV_ERROR
+                    trajectory.error = traceback.format_exc()
                 faults += trajectory.status.is_error
                 if not trajectory.status.is_error or faults == ATTEMPTS:
                     return trajectory
@@ -237,18 +166,15 @@ class Collector:
         call.
         """
         slot = self.pool.acquire()
-        sound = False
         try:
             await self._episode(trajectory, slot, seed)
-            sound = True
         except EngineError:
-            sound = True
+            self.pool.release(slot)
             raise
-        finally:
-            if sound:
-                self.pool.release(slot)
-            else:
-                self._discard(slot)
+        except BaseException:
+            self._discard(slot)
+            raise
+        self.pool.release(slot)
 
     async def _episode(self, trajectory: Trajectory, slot: PooledSlot, seed: Seed) -> None:
         start = await self._timed(self.pool.start(slot, trajectory.task, derive("env", *seed)))

@@ -10,7 +10,7 @@ from typing import Any
 
 from spearrl.config import RunConfig
 from spearrl.rollout.asynchronous import Ahead
-from spearrl.rollout.collector import Player
+from spearrl.rollout.player import Player
 from spearrl.rollout.workers.fleet import LOST
 from spearrl.seeds import derive
 from spearrl.types import Group, Task
@@ -112,15 +112,13 @@ class Episodes:
     def _ahead(self) -> Ahead:
         rollout, seed = self.config.rollout, self.config.run.seed
         return Ahead(
-            lambda task, group, sibling, origin: self.player.submit(
-                task, group, sibling, seed=("rollout", seed, *origin)
-            ),
+            self.player,
             lambda step: tasks_of_step(self.tasks, step, rollout.groups_per_step, seed),
+            run_seed=seed,
             count=rollout.groups_per_step,
             group_size=rollout.group_size,
             max_staleness=rollout.max_staleness,
             last_step=self.config.run.steps,
-            poll=self.player.poll,
         )
 
 

@@ -14,21 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spearrl.rollout.asynchronous import Ahead
+from spearrl.rollout.player import Player, Seed
 from spearrl.types import Task, Trajectory
 
 
-class Players:
+class Players(Player):
     """Episodes that finish when told to; knows the version at which each was begun."""
 
     def __init__(self):
         self.version = 0
         self.running: list[tuple[Future, Trajectory]] = []
-        self.begun: dict[tuple[int, int], tuple[int, tuple[int, int]]] = {}  # (group, sibling) → (version, place)
+        self.begun: dict[tuple[int, int], tuple[int, Seed]] = {}  # (group, sibling) → (version, seed)
 
-    def submit(self, task, group, sibling, place):
+    def submit(self, task, group, sibling, *, seed):
         future: Future = Future()
         assert (group, sibling) not in self.begun, "an episode was begun twice"
-        self.begun[group, sibling] = (self.version, place)
+        self.begun[group, sibling] = (self.version, seed)
         self.running.append((future, Trajectory(task, group, sibling, group * 4096 + sibling)))
         return future
 
@@ -38,23 +39,24 @@ class Players:
 
 
 def tasks_of(step: int) -> list[Task]:
-    return [Task(f"{step}.{place}", "train") for place in range(3)]
+    return [Task(f"{step}.{number}", "train") for number in range(3)]
 
 
 def make(players: Players, staleness: int, last_step: int = 8) -> Ahead:
-    return Ahead(players.submit, tasks_of, count=3, group_size=2, max_staleness=staleness, last_step=last_step)
+    settings = {"count": 3, "group_size": 2, "max_staleness": staleness, "last_step": last_step}
+    return Ahead(players, tasks_of, run_seed=7, **settings)
 
 
 def take(ahead: Ahead, players: Players, step: int, draw: random.Random):
     """Take a step's groups while episodes finish in any order."""
-    found: list = []
-    thread = threading.Thread(target=lambda: found.append(ahead.take(step, players.version)))
+    groups: list = []
+    thread = threading.Thread(target=lambda: groups.append(ahead.take(step, players.version)))
     thread.start()
     while thread.is_alive():
         if players.running:
             players.finish(draw.randrange(len(players.running)))
         thread.join(0.0005)
-    return found[0]
+    return groups[0]
 
 
 @settings(max_examples=25, deadline=None)
@@ -68,9 +70,10 @@ def test_no_group_is_older_than_allowed_and_each_is_taken_once(staleness, seed, 
         groups = take(ahead, players, step, draw)
         assert len(groups) == 3
         for group in groups:
-            version, (own_step, place) = players.begun[group.id, 0]
+            version, (purpose, run_seed, own_step, position) = players.begun[group.id, 0]
+            assert (purpose, run_seed) == ("rollout", 7)
             assert players.version - version <= staleness
-            assert group.task.id == f"{own_step}.{place}" and [t.sibling for t in group.trajectories] == [0, 1]
+            assert group.task.id == f"{own_step}.{position}" and [t.sibling for t in group.trajectories] == [0, 1]
         taken += [group.id for group in groups]
         players.version += 1
         for _ in range(min(idle, len(players.running))):
@@ -155,11 +158,11 @@ def test_a_failed_episode_ends_the_step():
     ahead.start(1, 0)
     original = players.submit
 
-    def failing(*args):
-        future = original(*args)
+    def failing(*args, **seed):
+        future = original(*args, **seed)
         future.set_exception(RuntimeError("no worker left"))
         return future
 
-    ahead._submit = failing
+    players.submit = failing
     with pytest.raises(RuntimeError, match="no worker left"):
         ahead.take(1, 0)

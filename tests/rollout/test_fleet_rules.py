@@ -533,7 +533,7 @@ def test_an_error_of_the_environment_ends_the_rollout_and_the_fleet_goes_on(open
 
 def test_a_task_that_cannot_travel_is_refused(open_fleet):
     fleet = open_fleet(Crew())
-    with pytest.raises(ContractError, match="task odd cannot travel"):
+    with pytest.raises(ContractError, match="task odd cannot travel between processes"):
         fleet.collector(1.0, 1.0).collect(
             [Task("odd", "train", {"f": lambda: 0})], 1, run_seed=0, step=1, first_group_id=0
         )

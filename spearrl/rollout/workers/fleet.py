@@ -6,24 +6,26 @@ same seeds.
 
 from __future__ import annotations
 
-import pickle
 import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, InvalidStateError, wait
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any
 
 from spearrl.config import RunConfig
-from spearrl.errors import ContractError, SpearError, WorkerError, WorkerLost
+from spearrl.errors import SpearError, WorkerError, WorkerLost
+from spearrl.processes import pickled
+from spearrl.rollout.player import Episode, Player, Seed
 from spearrl.rollout.workers.link import Launcher
 from spearrl.rollout.workers.messages import Assignment
 from spearrl.rollout.workers.worker_proxy import PendingEpisode, WorkerProxy
-from spearrl.types import Group, Status, Task, Trajectory
+from spearrl.types import Status, Task, Trajectory
 
 TICK_S = 0.2  # between two looks at the workers
 BACK_OFF_S, BACK_OFF_MOST_S = 0.1, 10.0  # before a replacement; doubles while nothing is played in between
@@ -160,12 +162,8 @@ class Fleet:
 
     def _pending(self, assignment: Assignment, index: int) -> PendingEpisode:
         numbered = replace(assignment, number=next(self._numbers))
-        try:
-            return PendingEpisode(numbered, pickle.dumps(numbered), self.version, index % len(self._workers))
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            hint = "use plain values in Task.data: numbers, text, tuples, dicts"
-            text = f"task {assignment.task.id} cannot travel to a worker: {error}"
-            raise ContractError(text, where="env", hint=hint) from error
+        data = pickled(numbered, f"task {assignment.task.id}")
+        return PendingEpisode(numbered, data, self.version, index % len(self._workers))
 
     def _check(self) -> None:
         if self._error is not None:
@@ -210,7 +208,8 @@ class Fleet:
         elif kind == "played":
             self._played(worker, *values[:2])
         elif kind == "failed":
-            _resolve(worker.episodes.pop(values[0], None), error=values[1])
+            if pending := worker.episodes.pop(values[0], None):
+                _resolve(pending.future, values[1])
         elif kind == "lost":
             self._lost(worker, values[0])
         self._assign()
@@ -237,9 +236,9 @@ class Fleet:
         if stale:
             text = f"it plays with weights older than version {pending.version}, although it took them"
             hint = "this is a fault of the engine or of the sync"
-            _resolve(pending, error=WorkerError(text, where=worker.name, hint=hint))
+            _resolve(pending.future, WorkerError(text, where=worker.name, hint=hint))
         else:
-            _resolve(pending, trajectory)
+            _resolve(pending.future, trajectory)
 
     def _requeue(self, episodes: list[PendingEpisode]) -> None:
         """Play episodes again, before all others."""
@@ -277,7 +276,7 @@ class Fleet:
             waiting = [*self._queue, *(pending for worker in self._workers for pending in worker.episodes.values())]
             self._queue.clear()
         for pending in waiting:
-            _resolve(pending, error=error)
+            _resolve(pending.future, error)
 
     def _stop_cancelled(self, number: int, future: Future[Trajectory]) -> None:
         """Where a future was cancelled its worker need not go on with the episode."""
@@ -298,52 +297,43 @@ class Fleet:
                     worker.give_up(reason)
 
 
-def _resolve(
-    pending: PendingEpisode | None, trajectory: Trajectory | None = None, error: BaseException | None = None
-) -> None:
-    try:
-        if pending is not None and error is not None:
-            pending.future.set_exception(error)
-        elif pending is not None and trajectory is not None:
-            pending.future.set_result(trajectory)
-    except InvalidStateError:
-        return  # it was cancelled
+def _resolve(future: Future[Trajectory], outcome: Trajectory | BaseException) -> None:
+    with suppress(InvalidStateError):  # it was cancelled
+        future.set_exception(outcome) if isinstance(outcome, BaseException) else future.set_result(outcome)
 
 
-class FleetCollector:
-    """What a Collector is to one process, on a fleet: rollout.collector.Player."""
+class FleetCollector(Player):
+    """What a Collector is to one process, on a fleet, with the same seeds."""
 
     def __init__(self, fleet: Fleet, sampling: tuple[float, float]):
         self.fleet, self.sampling = fleet, sampling
         self.measures: dict[str, float] = {}
         self._before, self._since = fleet.totals(), time.monotonic()
 
-    def collect(
-        self,
-        tasks: Sequence[Task],
-        group_size: int,
-        *,
-        run_seed: int,
-        step: int,
-        first_group_id: int,
-        purpose: str = "rollout",
-    ) -> list[Group]:
-        """Play each task `group_size` times, with the seeds Collector.collect would use.
+    def submit(self, task: Task, group: int, sibling: int, *, seed: Seed) -> Future[Trajectory]:
+        """See Fleet.submit; whoever waits for it calls `poll` now and then."""
+        return self.fleet.submit([Assignment(0, task, group, sibling, seed, self.sampling)])[0]
 
-        Raises:
-            ContractError, ConfigError: the environment is at fault.
-            WorkerError: workers had to be replaced more often than allowed.
-        """
+    def poll(self) -> None:
+        """See Fleet.poll."""
+        self.fleet.poll()
+
+    def measure(self) -> None:
+        """Set `measures` to what the fleet did since it was last called."""
+        totals, now = self.fleet.totals(), time.monotonic()
+        done = {name: value - self._before.get(name, 0.0) for name, value in totals.items()}
+        self.measures = {**done, "seconds": now - self._since}
+        self._before, self._since = totals, now
+
+    def close(self) -> None:
+        """End the fleet, which other collectors may share."""
+        self.fleet.close()
+
+    def _play(self, episodes: Sequence[Episode]) -> list[Trajectory]:
         lost = {name: self._before[name] for name in LOST}  # what was lost while nobody played is measured too
         self.measure()
         self._before |= lost
-        groups = [Group(first_group_id + position, task) for position, task in enumerate(tasks)]
-        batch = [
-            Assignment(0, group.task, group.id, sibling, (purpose, run_seed, step, position), self.sampling)
-            for position, group in enumerate(groups)
-            for sibling in range(group_size)
-        ]
-        futures = self.fleet.submit(batch)
+        futures = self.fleet.submit([Assignment(0, *episode, self.sampling) for episode in episodes])
         try:
             waiting: set[Future[Trajectory]] = set(futures)
             while waiting:
@@ -355,29 +345,5 @@ class FleetCollector:
             self.fleet.report_notes()
             for future in futures:
                 future.cancel()
-        for index, group in enumerate(groups):
-            group.trajectories = [future.result() for future in futures[index * group_size : (index + 1) * group_size]]
         self.measure()
-        return groups
-
-    def submit(self, task: Task, group: int, sibling: int, *, seed: tuple[int | str, ...]) -> Future[Trajectory]:
-        """Have one episode played while other things are done; see Fleet.submit.
-
-        Whoever waits for it calls `poll` now and then.
-        """
-        return self.fleet.submit([Assignment(0, task, group, sibling, seed, self.sampling)])[0]
-
-    def measure(self) -> None:
-        """Set `measures` to what the fleet did since it was last called."""
-        totals, now = self.fleet.totals(), time.monotonic()
-        done = {name: value - self._before.get(name, 0.0) for name, value in totals.items()}
-        self.measures = {**done, "seconds": now - self._since}
-        self._before, self._since = totals, now
-
-    def poll(self) -> None:
-        """See Fleet.poll."""
-        self.fleet.poll()
-
-    def close(self) -> None:
-        """End the fleet, which other collectors may share."""
-        self.fleet.close()
+        return [future.result() for future in futures]
