@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spearrl.cli.parsing import add_config_arguments, add_gpus, announce, check_environment, placed_from, resolved_from
+from spearrl.cli.parsing import add_config_arguments, add_gpus, check_environment, placed_from, resolved_from
 
 if TYPE_CHECKING:
     from spearrl.config import RunConfig
@@ -54,7 +54,6 @@ def _show(args: argparse.Namespace) -> str:
     else:
         resolved = resolved_from(args)
     check_environment(resolved)
-    announce(resolved)
     if args.json:
         settings = resolved.config.model_dump(mode="json")
         return json.dumps({"config": settings, "sources": dict(resolved.sources)}, indent=1)

@@ -14,6 +14,8 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from spearrl.cli.target import refuse_full
+
 FILES = ("env.py", "config.toml", "test_env.py", "README.md")
 IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,39}", re.ASCII)
 CLASS = re.compile(r"[A-Z][A-Za-z0-9]{0,39}", re.ASCII)
@@ -77,10 +79,7 @@ def _check_free(folder: Path, package: str) -> None:
     """Nothing is overwritten, and the new package hides no installed one (nor is hidden by it)."""
     from spearrl.errors import RefusedError
 
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RefusedError(
-            f"{folder} exists and is not an empty folder", where="init", hint="give a new folder; nothing was written"
-        )
+    refuse_full(folder)
     spec = find_spec(package)
     if spec is not None and spec.origin is not None:
         message = f"there is a Python module {package!r} already ({spec.origin})"

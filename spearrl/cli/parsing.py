@@ -35,7 +35,13 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def add_gpus(parser: argparse.ArgumentParser) -> None:
     """The flag for the number of GPUs."""
     gpus_help = "GPUs of the run over all machines; who gets what is worked out and printed (default: this machine's)"
-    parser.add_argument("--gpus", type=int, metavar="N", help=gpus_help)
+    parser.add_argument("--gpus", type=_count, metavar="N", help=gpus_help)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GPUs: use 1 or more; run.device=cpu uses none")
+    return int(text)
 
 
 def config_from(args: argparse.Namespace) -> RunConfig:
@@ -55,38 +61,30 @@ def config_from(args: argparse.Namespace) -> RunConfig:
 
     resolved = resolved_from(args, derive)
     check_environment(resolved)
-    announce(resolved)
     if fitting:
         values = " ".join(f"{key}={value}" for key, value in fitting.items())
         print(f"worked out for this model on processors: {values}", file=sys.stderr)
     return resolved.config
 
 
-def gpu_override(args: argparse.Namespace) -> list[str]:
-    """What --gpus sets. Raises ConfigError."""
-    from spearrl.errors import ConfigError
-
-    count, where = getattr(args, "gpus", None), "command line"
-    if count is None:
-        return []
-    if count < 1:
-        hint = "use --gpus 1 or more; run.device=cpu uses none"
-        raise ConfigError(f"--gpus {count} is not a number of GPUs", where=where, hint=hint)
-    if any(word.startswith("placement.gpus=") for word in args.overrides):
-        raise ConfigError("--gpus and placement.gpus= are both given", where=where, hint="use one of them")
-    return [f"placement.gpus={count}"]
-
-
 def check_environment(resolved: Resolved) -> None:
-    """Check the environment's own settings, which the config's sections do not know. Raises ConfigError."""
+    """Check the environment's own settings, which the config's sections do not know. Raises ConfigError.
+
+    Told on standard error: the preset that nobody named, and what will probably disappoint.
+    """
     from spearrl import envs
+    from spearrl.config import advice
     from spearrl.config.problems import Problem, raise_all
 
-    env, problems = resolved.config.env, []
-    for key, message, fix in envs.option_errors(envs.load(env.name), env.options):
-        source = resolved.sources.get(f"env.options.{key.partition('.')[0]}", "")
-        problems.append(Problem(message, fix, source))
-    raise_all(problems)
+    env, sources = resolved.config.env, resolved.sources
+    errors = envs.option_errors(envs.load(env.name), env.options)
+    where = [sources.get(f"env.options.{key.partition('.')[0]}", "") for key, _, _ in errors]
+    raise_all([Problem(message, fix, source) for (_, message, fix), source in zip(errors, where, strict=True)])
+    if resolved.by_default:
+        using = f"using preset {resolved.preset} (spearrl config show --why lists it)"
+        print(f"no config file, preset or model was given: {using}", file=sys.stderr)
+    for problem in advice(resolved.config, sources):
+        print(f"warning: {problem}", file=sys.stderr)
 
 
 def placed_from(args: argparse.Namespace, machine: Callable[[], Machine]) -> tuple[Resolved, Placement]:
@@ -119,25 +117,14 @@ def resolved_from(args: argparse.Namespace, derive: Derive | None = None) -> Res
     from spearrl.config import resolve
     from spearrl.errors import ConfigError
 
-    overrides = [word for word in args.overrides if is_override(word)] + gpu_override(args)
+    overrides = [word for word in args.overrides if is_override(word)]
     files = [word for word in args.overrides if not is_override(word)]
     if len(files) > 1:
         names = ", ".join(repr(name[:60]) for name in files)
         hint = "use one file; settings are section.key=value"
         raise ConfigError(f"{len(files)} config files were given ({names})", where="command line", hint=hint)
-    flags = {"env": args.env, "algo": args.algo, "model": args.model, "preset": args.preset}
+    flags: dict[str, Any] = {name: getattr(args, name, None) for name in ("env", "algo", "model", "preset", "gpus")}
     return resolve(files[0] if files else None, overrides, **flags, derive=derive)
-
-
-def announce(resolved: Resolved) -> None:
-    """On standard error: the preset that nobody named, and what will probably disappoint."""
-    from spearrl.config import advice
-
-    if resolved.by_default:
-        using = f"using preset {resolved.preset} (spearrl config show --why lists it)"
-        print(f"no config file, preset or model was given: {using}", file=sys.stderr)
-    for problem in advice(resolved.config, resolved.sources):
-        print(f"warning: {problem}", file=sys.stderr)
 
 
 def is_override(word: str) -> bool:

@@ -49,13 +49,19 @@ def model_of(directory: str | Path, step: int | None = None) -> Path:
     return path
 
 
+def refuse_full(folder: Path) -> None:
+    """Raise RefusedError where `folder` is there and not an empty folder."""
+    from spearrl.errors import RefusedError
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RefusedError(f"{folder} exists and is not an empty folder", hint="give a new one; nothing was written")
+
+
 def empty_folder(output: str) -> Path:
     """The folder that --output names, made if it is not there. Raises RefusedError if it is not empty, StorageError."""
-    from spearrl.errors import RefusedError, StorageError
+    from spearrl.errors import StorageError
 
-    folder = Path(output)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise RefusedError(f"{folder} is not empty", hint="choose another --output")
+    refuse_full(folder := Path(output))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,10 +78,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
-    from spearrl.errors import RefusedError, StorageError
+    from spearrl.errors import StorageError
 
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RefusedError(f"{folder} exists and is not an empty folder", hint="give a new one; nothing was written")
+    refuse_full(folder)
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from spearrl.cli.parsing import add_config_arguments, add_gpus, announce, check_environment, gpu_override, placed_from
+from spearrl.cli.parsing import add_config_arguments, add_gpus, check_environment, placed_from
 
 if TYPE_CHECKING:
     from spearrl.start.origin import Report
@@ -71,7 +71,6 @@ def _new(args: argparse.Namespace, report: Report) -> Trainer:
 
     resolved, placement = placed_from(args, detect)
     check_environment(resolved)
-    announce(resolved)
     print(describe(placement), file=sys.stderr)
     from spearrl.trainer import Trainer
 
@@ -85,7 +84,7 @@ def _resumed(args: argparse.Namespace, report: Report) -> Trainer:
     from spearrl.launch.placement import place
     from spearrl.trainer import Trainer
 
-    overrides = [*args.overrides, *gpu_override(args)]
+    overrides = [*args.overrides, *([f"placement.gpus={args.gpus}"] if args.gpus else [])]
     print(describe(place(load_config(args.resume, overrides), detect())), file=sys.stderr)
     return Trainer.resume(args.resume, report=report, overrides=overrides)
 

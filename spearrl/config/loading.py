@@ -43,6 +43,7 @@ MAX_SETTINGS = 2000
 COMMAND_LINE = "command line"
 PRESET: Key = ("preset",)
 MODEL: Key = ("model", "path")
+_GPUS: Key = ("placement", "gpus")
 _DATA: Key = ("env", "options", "data")
 _STALENESS: Key = ("rollout", "max_staleness")
 _CORRECTION: Key = ("algo", "correction", "mode")
@@ -99,12 +100,13 @@ def resolve(
     algo: str | None = None,
     model: str | None = None,
     preset: str | None = None,
+    gpus: int | None = None,
     derive: Derive | None = None,
 ) -> Resolved:
     """`load_config`, with the source of every value. `derive` gives values for settings that nobody set."""
     problems: list[Problem] = []
     file = None if path is None else read(path)
-    flags = {PRESET: preset, ENVIRONMENT: env, NAME: algo, MODEL: model}
+    flags = {PRESET: preset, ENVIRONMENT: env, NAME: algo, MODEL: model, _GPUS: gpus}
     command = _of_command_line((overrides,) if isinstance(overrides, str) else overrides, flags, problems)
     of_file = _of_file(file, problems) if file is not None else {}
 

@@ -219,7 +219,7 @@ def test_the_command_prints_json_and_leaves_nothing_behind(tmp_path, monkeypatch
 
     assert main([*settings, "--steps", "1", "--output", "kept"]) == 0
     assert "extra FLOPs of a step" in capsys.readouterr().out and (tmp_path / "kept/studied/events.jsonl").exists()
-    assert main([*settings, "--output", "kept"]) == 3 and "not empty" in capsys.readouterr().err
+    assert main([*settings, "--output", "kept"]) == 3 and "not an empty folder" in capsys.readouterr().err
 
 
 def test_wrong_use_is_refused(capsys):

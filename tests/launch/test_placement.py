@@ -323,10 +323,8 @@ def test_show_prints_who_gets_what(capsys):
         and "use --gpus 2" in capsys.readouterr().err
     )
     assert main(["config", "show", "--gpus", "0"]) == 2 and "run.device=cpu" in capsys.readouterr().err
-    assert (
-        main(["config", "show", "--gpus", "2", "placement.gpus=2"]) == 2
-        and "use one of them" in capsys.readouterr().err
-    )
+    assert main(["config", "show", "--gpus", "2", "placement.gpus=4"]) == 2
+    assert "placement.gpus is given twice, as 4 and as 2" in capsys.readouterr().err
 
 
 def test_devices(tmp_path):
