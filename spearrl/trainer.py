@@ -39,8 +39,7 @@ class Trainer:
 
     Args:
         config: everything that defines the run.
-        report: called with (kind, values) for every event: "format", "engine", "expert", "sft", "sync" (the first one),
-            "eval", "step", "checkpoint", "warning".
+        report: called with (kind, values) for every event: "format", "engine", "sft", "sync", "eval", "step", …
     Raises:
         SpearError: the run cannot begin. Whatever was started by then is closed, and a new run leaves no directory.
     """
@@ -50,7 +49,7 @@ class Trainer:
         check_extras(config)
         algorithm.check_advantage(config.algo)
         self._report = report
-        self.stop_requested = False
+        self.stop_requested = self.evaluating = False
         self.step = self.policy_version = 0
         self.states_met: list[int] = []
         self.objectives = algorithm.objectives(config.algo)
@@ -114,15 +113,15 @@ class Trainer:
     def train(self) -> EvalResult | None:
         """Train to the last step; returns the last evaluation. A requested stop ends after the running step, saved."""
         run, every = self.config.run, self.config.eval.every
-        due = self._due(every) and self.step not in self.run.steps_of("eval")
-        result = self.evaluate_policy() if due else None
+        due = self._due(every) and not self.stop_requested and self.step not in self.run.steps_of("eval")
+        result = self._evaluate() if due else None
         while self.step < run.steps and not self.stop_requested:
             self.step += 1
             self._log("step", self.train_step(self.step))
             if self.stop_requested or self._due(run.checkpoint_every):
                 self.save()
             if self._due(every) and not self.stop_requested:
-                result = self.evaluate_policy()
+                result = self._evaluate()
         return result
 
     def _due(self, every: int) -> bool:
@@ -160,13 +159,11 @@ class Trainer:
             text = f"step {step}: no group has two sound siblings; nothing was trained{first_fault(groups)}"
             self._log("warning", {"text": text})
             return metrics
-
         self.parts.sleep_engines()
         rows, seed = rows_from_groups(sound), derive(config.run.seed, "shape", step)
         shaped = algorithm.shape(rows, sound, algo, mu=mu, max_reply_tokens=limit, group_size=size, seed=seed)
         on_policy, credit = self._on_policy(shaped)
         clock.lap("prepare")
-
         replay, seed = self.memory.due(step) if gamma > 0 else None, derive(config.run.seed, "update", step)
         result = self.parts.learner.update(on_policy, replay, gamma=gamma, objectives=self.objectives, seed=seed)
         clock.lap("update")
@@ -194,6 +191,19 @@ class Trainer:
         credit = algorithm.assign_credit(shaped, algo, old_logprobs=old, ref_logprobs=reference, values=values)
         batch = Batch(rows, credit.tokens, old, reference, values, credit.returns, rows.pad(rows.rollout_logprobs))
         return batch, credit
+
+    def _evaluate(self) -> EvalResult | None:
+        """The evaluation that is due; None where a stop interrupts it: a resumed run makes it up."""
+        self.evaluating = True
+        try:
+            return self.evaluate_policy()
+        except KeyboardInterrupt:
+            if not self.stop_requested:
+                raise
+        finally:
+            self.evaluating = False
+        self.save()
+        return None
 
     def evaluate_policy(self) -> EvalResult:
         """Play the run's panel with the current weights; the result goes into the event log too."""

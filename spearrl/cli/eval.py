@@ -36,14 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from spearrl.cli.progress import Progress
+    from spearrl.cli.progress import Progress, watched
     from spearrl.errors import StorageError
 
-    config = _config(args)
-    from spearrl.evaluation import evaluate_with_groups
-    from spearrl.run import write_trajectories
+    with watched("starting"):
+        config = _config(args)
+        from spearrl.evaluation import evaluate_with_groups
+        from spearrl.run import write_trajectories
 
-    result, groups = evaluate_with_groups(config, report=Progress().report)
+        result, groups = evaluate_with_groups(config, report=Progress().report)
     model = config.model.path
     print(json.dumps({"model": model, **result.as_json()}) if args.json else _table(result, model))
     if args.trajectories:

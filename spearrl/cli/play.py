@@ -99,6 +99,9 @@ def _blaming(where: str) -> Iterator[None]:
 
 def _write(text: str) -> None:
     """Print what standard output can show."""
+    from spearrl.cli.progress import printed
+
+    printed()
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
 
@@ -183,17 +186,18 @@ def _reply(environment: Environment, observation: Observation, args: argparse.Na
 
 def _by_model(config: RunConfig, environment: Environment, task: Task, seed: int, write: Write) -> dict[str, Any]:
     """The episode of a model through the trainer's own collector, shown as it is played, control tokens too."""
-    from spearrl.cli.progress import Progress
+    from spearrl.cli.progress import Progress, watched
     from spearrl.launch.assembly import players_of
     from spearrl.launch.factories import make_collector, make_pool
     from spearrl.launch.processors import with_sampling_dtype
     from spearrl.models import load_tokenizer, prepare_torch
     from spearrl.start.origin import with_pinned_model
 
-    config = with_sampling_dtype(with_pinned_model(config), Progress().report)
-    config = config.with_settings({"rollout.workers": 0, "rollout.slots": 1})
-    tokenizer = load_tokenizer(config.model.path)
     with ExitStack() as stack:
+        stack.enter_context(watched("loading the model"))
+        config = with_sampling_dtype(with_pinned_model(config), Progress().report)
+        config = config.with_settings({"rollout.workers": 0, "rollout.slots": 1})
+        tokenizer = load_tokenizer(config.model.path)
         players = players_of(config, environment, prepare_torch(config), stack)
         engine, encoder = cast(Any, players.engine), cast(Any, players.evaluator).encoder
         # The collector derives a seed of its own; here the episode is the one that --seed names, as by hand.

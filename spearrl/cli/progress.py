@@ -1,10 +1,14 @@
-"""What a run prints while it goes: one line a step, fixed columns, on stderr."""
+"""What a run prints on stderr: one line a step, in fixed columns, and in a long silence what is being done."""
 
 from __future__ import annotations
 
+import logging
 import sys
+import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 
@@ -36,6 +40,53 @@ COLUMNS = (
     Column("eta", 7, "{eta}", "time left"),
 )
 HEADER_EVERY = 20
+SILENCE_S, TICK_S = 8.0, 0.5  # a silence longer than the first is broken
+
+
+class Doing(logging.Handler):
+    """Breaks silences: prints what is being done, which the package's modules say as log records of level INFO.
+
+    A record's text is made when it is printed, so that its arguments may be objects that change.
+    """
+
+    printed = 0.0  # when anything was last printed
+
+    def __init__(self, text: str):
+        super().__init__(logging.INFO)
+        self._ended = threading.Event()
+        self.emit(logging.LogRecord(__name__, logging.INFO, __file__, 0, text, (), None))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._record, self._since = record, time.monotonic()
+
+    def watch(self) -> None:
+        """Print until `end`."""
+        while not self._ended.wait(TICK_S):
+            if time.monotonic() - Doing.printed >= SILENCE_S:
+                _say(f"{self._record.getMessage()} ({time.monotonic() - self._since:.0f} s)")
+
+    def end(self) -> None:
+        """Have `watch` return."""
+        self._ended.set()
+
+
+@contextmanager
+def watched(text: str) -> Iterator[None]:
+    """Inside, no silence is long. `text`: what is done first; printed at once."""
+    doing, logger = Doing(text), logging.getLogger("spearrl")
+    thread = threading.Thread(target=doing.watch, daemon=True)
+    level = logger.level
+    _say(text)
+    logger.addHandler(doing)
+    logger.setLevel(logging.INFO)
+    thread.start()
+    try:
+        yield
+    finally:
+        doing.end()
+        thread.join()
+        logger.removeHandler(doing)
+        logger.setLevel(level)
 
 
 class Progress:
@@ -119,4 +170,10 @@ def _duration(seconds: float) -> str:
 
 
 def _say(text: str) -> None:
+    printed()
     print(text, file=sys.stderr, flush=True)
+
+
+def printed() -> None:
+    """Something was printed: the silence begins anew."""
+    Doing.printed = time.monotonic()

@@ -24,9 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from spearrl.cli.progress import watched
+
+    with watched("starting"):
+        return _start(args)
+
+
+def _start(args: argparse.Namespace) -> int:
+    from spearrl.cli.progress import Progress
+
     args.overrides += ["sft.enabled=true", *([f"sft.data={args.data}"] if args.data else [])]
     config = config_from(args)
-    from spearrl.cli.progress import Progress
     from spearrl.config import to_toml
     from spearrl.evaluation import evaluate
     from spearrl.launch.factories import make_environment

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from spearrl.cli.progress import Progress, explain_columns
+    from spearrl.cli.progress import explain_columns, watched
     from spearrl.errors import ConfigError
 
     if args.help_columns:
@@ -46,6 +46,13 @@ def run(args: argparse.Namespace) -> int:
 
     if (code := serve_rank()) is not None:
         return code
+    with watched("starting"):
+        return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from spearrl.cli.progress import Progress
+
     with _resumed(args, Progress().report) if args.resume else _new(args, Progress().report) as trainer:
         signals = _stop_gently(trainer)
         path = trainer.run.path
@@ -90,7 +97,10 @@ def _resumed(args: argparse.Namespace, report: Report) -> Trainer:
 
 
 def _stop_gently(trainer: Trainer) -> list[int]:
-    """First SIGINT or SIGTERM: finish the step and save; the second stops at once. The list is where signals land."""
+    """First SIGINT or SIGTERM: finish the step and save, or leave an evaluation; the second stops at once.
+
+    The list is where signals land.
+    """
     from spearrl.processes import under_launcher
 
     signals: list[int] = []
@@ -102,7 +112,10 @@ def _stop_gently(trainer: Trainer) -> list[int]:
             raise KeyboardInterrupt
         signals.append(number)
         trainer.stop_requested = True
-        print("finishing this step and saving; press Ctrl-C again to stop now", file=sys.stderr)
+        doing = "leaving this evaluation out" if trainer.evaluating else "finishing this step"
+        print(f"{doing} and saving; press Ctrl-C again to stop now", file=sys.stderr)
+        if trainer.evaluating:
+            raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)

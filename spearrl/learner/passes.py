@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from spearrl.learner.packing import check_packing
 from spearrl.learner.policy import check_head
 from spearrl.models.vision import vision_of
 
+LOG = logging.getLogger(__name__)
 EPISODE_PREFIXES = ("policy", "sil", "sft")  # of metrics, under which the policy's entropy is reported
 
 
@@ -101,7 +103,8 @@ class Passes:
         policy.eval()
         predictions = torch.zeros(len(rows), rows.width, dtype=policy.dtype)
         with torch.no_grad(), without_adapters(self.model) if adapters else nullcontext():
-            for index in pieces:
+            for number, index in enumerate(pieces, 1):
+                LOG.info("log-probabilities: pass %d of %d", number, len(pieces))
                 part = rows.select(index)
                 outputs = self.forward(part, policy)
                 predicted = outputs.values if values else outputs.logprobs
@@ -127,6 +130,7 @@ class Passes:
         """
         losses = [0.0] * len(share.objectives)
         for number, index in enumerate(pieces):
+            LOG.info("update: pass %d of %d of an optimiser step", number + 1, len(pieces))
             batch = share.batch.select(index)
             inputs = LossInputs.of(batch, self.device)
             outputs = computed[number] if computed else self.forward(batch.rows)

@@ -7,6 +7,7 @@ loaded here has `declared_stops`: what the directory's files call eos.
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from spearrl.models.hub import directory_of
 from spearrl.models.stops import declared_stops
 from spearrl.models.vision import KINDS, load_vision, model_kind, vision_of
 
+LOG = logging.getLogger(__name__)
 ORDINARY_TEXT = "The shop sells tea, bread and a blue chair; what did she buy for ten dollars, and why?"
 
 
@@ -30,10 +32,11 @@ def load_model(path: str, *, dtype: torch.dtype = torch.float32) -> Any:
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     path = str(directory_of(path))
-    logging.disable_progress_bar()
+    LOG.info("loading the weights of %s", path)
+    transformers_logging.disable_progress_bar()
     kind: Any = AutoModelForImageTextToText if model_kind(path) in KINDS else AutoModelForCausalLM
     options = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
     try:
@@ -102,9 +105,9 @@ def save_weights(model: Any, folder: str | Path, weights: dict[str, torch.Tensor
     Args:
         weights: written instead of the model's own, under the directory's names.
     """
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     # A vision model's have the names of its parameters, whatever those of the first release were.
     vision = vision_of(model)
     model.save_pretrained(folder, state_dict=weights, save_original_format=weights is None and vision is None)

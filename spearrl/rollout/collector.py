@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -16,9 +17,11 @@ from spearrl.errors import ConfigError, ContractError, EngineError, EnvironmentF
 from spearrl.models.chat import ChatEncoder
 from spearrl.rollout.player import Episode, Player, Seed
 from spearrl.rollout.protocol import Engine, Request, Sampling
+from spearrl.rollout.standing import Standing
 from spearrl.seeds import derive
 from spearrl.types import Image, Message, Observation, Reply, Status, Task, Trajectory, Turn
 
+LOG = logging.getLogger(__name__)
 MAX_SIBLINGS = 4096  # trajectory id = group id * this + sibling
 FATAL = (ContractError, ConfigError, WorkerError)  # end the run
 CUT_SHORT = (Status.CONTEXT_LIMIT, Status.OVERLONG)
@@ -98,6 +101,7 @@ class Collector(Player):
         # too.
         self.tokens_held: dict[Seed, int] = {}
         self.on_turn: Callable[[Turn], None] | None = None  # called with every turn as it ends
+        self.ended = 0  # episodes, ever
         self._failures = 0  # calls of `collect` in a row in which all failed
         self._tools_checked = False  # whether the template was seen to show function schemas
 
@@ -111,6 +115,7 @@ class Collector(Player):
         restarts, deadlines = budget.restarts, budget.deadlines
         start, busy = time.monotonic(), self.engine.counters.get("seconds", 0.0)
         self.measures = dict.fromkeys(MEASURES, 0.0)
+        LOG.info("%s", Standing(self, episodes))
         trajectories = _run(played())
         self._check_engine(trajectories)
         self.measures |= {
@@ -159,6 +164,7 @@ class Collector(Player):
                 if not trajectory.status.is_error or faults == ATTEMPTS:
                     return trajectory
         finally:
+            self.ended += 1
             self.tokens_held.pop((*seed, sibling), None)
 
     async def _attempt(self, trajectory: Trajectory, seed: Seed) -> None:

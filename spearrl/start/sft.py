@@ -5,6 +5,7 @@ SPEAR (arXiv 2509.22601) starts from such a policy.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -25,6 +26,7 @@ from spearrl.seeds import derive
 from spearrl.start.transcripts import Transcript
 from spearrl.types import Action, Group, Message, Trajectory, Turn
 
+LOG = logging.getLogger(__name__)
 REPORT_UPDATES = 50  # optimiser steps between two reports
 
 
@@ -136,15 +138,17 @@ def fit(
         total_steps=len(batches),
         decay=settings.decay,
     )
-    objectives, start, tokens = [Objective("sft")], time.monotonic(), 0
+    objectives, start, tokens, loss = [Objective("sft")], time.monotonic(), 0, math.nan
     for number, indices in enumerate(batches, 1):
         batch = _batch(examples, indices)
         if not bool(batch.action_mask.any()):  # nothing here to imitate
             continue
         tokens += len(batch.rows.token_ids)
+        LOG.info("cold start: update %d of %d, loss %.3f", number, len(batches), loss)
         result = learner.update(batch, None, gamma=0.0, objectives=objectives, seed=derive(seed, "sft", number))
+        loss = result.metrics.get("sft/loss", math.nan)
         if number % REPORT_UPDATES == 0 or number == len(batches):
-            seconds, loss = time.monotonic() - start, result.metrics.get("sft/loss", math.nan)
+            seconds = time.monotonic() - start
             progress = {"update": number, "updates": len(batches), "loss": loss}
             report(progress | {"tokens_per_s": tokens / seconds, "seconds": seconds})
 

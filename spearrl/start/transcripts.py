@@ -6,6 +6,7 @@ They are episodes of an environment's scripted expert, or conversations of a fil
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 from collections import Counter
@@ -22,6 +23,7 @@ from spearrl.errors import ConfigError
 from spearrl.seeds import derive
 from spearrl.types import Message, Reply, Task
 
+LOG = logging.getLogger(__name__)
 LISTED = 5  # bad lines of a file that are named
 # What a tool said, in the middle of an assistant's message: ReTool's <interpreter>, Search-R1's <information>, ToRA's.
 OUTPUT = re.compile(
@@ -77,10 +79,14 @@ def play_expert(
     order = list(range(len(tasks)))
     random.Random(derive(seed, "expert-tasks")).shuffle(order)
     slot = Slot(player, style)
+    transcripts = []
     try:
-        return [_episode(slot, tasks[order[i % len(order)]], recovery, derive(seed, "expert", i)) for i in range(count)]
+        for i in range(count):
+            LOG.info("expert: episode %d of %d", i + 1, count)
+            transcripts.append(_episode(slot, tasks[order[i % len(order)]], recovery, derive(seed, "expert", i)))
     finally:
         slot.close()
+    return transcripts
 
 
 def read_conversations(path: str) -> list[Transcript]:

@@ -24,6 +24,7 @@ from tests.support.short_runs import (
     stopped_and_resumed,
     whole_fingerprint,
 )
+from tests.support.small_run import fingerprint
 from tests.support.trajectories import episode, grouped, shaped, turn
 
 NONSENSE = (math.nan, -math.inf, math.inf)
@@ -420,6 +421,30 @@ def test_a_stopped_run_makes_up_its_evaluation(model, tmp_path):
     again = Trainer.resume(first.run.path)
     assert again.train() is None and [line["step"] for line in events(again, "eval")] == [0, 1, 2]
     again.close()
+
+
+def test_ctrl_c_interrupts_an_evaluation_and_a_resumed_run_makes_it_up(model, tmp_path):
+    """As the command line does: in the middle of a panel the signal's handler raises."""
+
+    def config(name: str):
+        return from_model(model, tmp_path, "eval.every=1", "run.checkpoint_every=0", name=name)
+
+    whole = run(config("whole"))
+
+    def interrupt(*_) -> None:
+        if trainer.evaluating and trainer.step == 1:
+            trainer.stop_requested = True
+            raise KeyboardInterrupt
+
+    with Trainer(config("interrupted")) as trainer:
+        trainer.parts.players.engine.on_token = interrupt
+        assert trainer.train() is None and trainer.step == 1
+    assert [event["step"] for event in events(trainer, "eval")] == [0]
+    again = Trainer.resume(trainer.run.path)
+    with again:
+        again.train()
+    assert [event["step"] for event in events(again, "eval")] == [0, 1, 2, 3]
+    assert fingerprint(again.parts.model) == fingerprint(whole.parts.model)
 
 
 def test_an_override_the_run_cannot_go_on_with_leaves_it_as_it_was(model, tmp_path):

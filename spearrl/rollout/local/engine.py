@@ -89,6 +89,8 @@ class LocalEngine:
         self._waiting.append(job)
         if self._task is None or self._task.done():
             self._task = loop.create_task(self._serve())
+            # Ctrl-C in a pass ends the loop with it; asyncio need not tell it again.
+            self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             return await job.future
         except asyncio.CancelledError:

@@ -6,6 +6,7 @@ same seeds.
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ from spearrl.rollout.workers.messages import Assignment
 from spearrl.rollout.workers.worker_proxy import PendingEpisode, WorkerProxy
 from spearrl.types import Status, Task, Trajectory
 
+LOG = logging.getLogger(__name__)
 TICK_S = 0.2  # between two looks at the workers
 BACK_OFF_S, BACK_OFF_MOST_S = 0.1, 10.0  # before a replacement; doubles while nothing is played in between
 MAX_ENGINE_ERRORS = 8  # episodes in a row that end in engine errors: the engine is at fault, not they
@@ -339,6 +341,7 @@ class FleetCollector(Player):
             while waiting:
                 self.fleet.poll()
                 done, waiting = wait(waiting, timeout=TICK_S, return_when=FIRST_EXCEPTION)
+                LOG.info("%s: %d of %d episodes", episodes[0][3][0], len(futures) - len(waiting), len(futures))
                 for future in done:
                     future.result()
         finally:
