@@ -7,16 +7,5 @@ from spearrl.algorithm.memory import Memory
 from spearrl.algorithm.objectives import objectives
 from spearrl.algorithm.rewards import Shaped, episode_bonuses, shape, trainable
 
-__all__ = [
-    "Credit",
-    "Memory",
-    "Shaped",
-    "assign_credit",
-    "check_advantage",
-    "episode_bonuses",
-    "needs_critic",
-    "needs_reference",
-    "objectives",
-    "shape",
-    "trainable",
-]
+__all__ = ["Credit", "Memory", "Shaped", "assign_credit", "check_advantage", "episode_bonuses", "needs_critic"]
+__all__ += ["needs_reference", "objectives", "shape", "trainable"]

@@ -18,23 +18,6 @@ from spearrl.losses.objective import ClipCov, Correction, KlCov, Objective
 from spearrl.losses.surrogates import cispo_loss, clipped_policy_loss, clipped_tokens, gspo_loss
 from spearrl.losses.value import value_loss
 
-__all__ = [
-    "AGGREGATIONS",
-    "ClipCov",
-    "Correction",
-    "KlCov",
-    "Objective",
-    "aggregate",
-    "cispo_loss",
-    "clip_cov_loss",
-    "clipped_policy_loss",
-    "clipped_tokens",
-    "covariance_selection",
-    "denominator",
-    "gspo_loss",
-    "importance_weights",
-    "kl_cov_loss",
-    "kl_cov_selection",
-    "kl_divergence",
-    "value_loss",
-]
+__all__ = ["AGGREGATIONS", "ClipCov", "Correction", "KlCov", "Objective", "aggregate", "cispo_loss", "clip_cov_loss"]
+__all__ += ["clipped_policy_loss", "clipped_tokens", "covariance_selection", "denominator", "gspo_loss"]
+__all__ += ["importance_weights", "kl_cov_loss", "kl_cov_selection", "kl_divergence", "value_loss"]

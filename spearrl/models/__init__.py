@@ -13,20 +13,6 @@ from spearrl.models.loading import (
 from spearrl.models.tiny import build_tiny, train_tokenizer
 from spearrl.models.torch_setup import ask_for_determinism, prepare_torch, threads_of
 
-__all__ = [
-    "ask_for_determinism",
-    "build_tiny",
-    "copy_of",
-    "directory_of",
-    "is_hub_name",
-    "load_model",
-    "load_tokenizer",
-    "model_config",
-    "pinned",
-    "prepare_torch",
-    "save_model",
-    "save_weights",
-    "text_ids",
-    "threads_of",
-    "train_tokenizer",
-]
+__all__ = ["ask_for_determinism", "build_tiny", "copy_of", "directory_of", "is_hub_name", "load_model"]
+__all__ += ["load_tokenizer", "model_config", "pinned", "prepare_torch", "save_model", "save_weights", "text_ids"]
+__all__ += ["threads_of", "train_tokenizer"]
