@@ -12,12 +12,9 @@ does with its replay steps.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+
+from benchmarks.arms import mean, of_every_seed, parser_of, trained
 
 ARMS = {
     "grpo": ("grpo", []),
@@ -37,64 +34,26 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262} 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="model directory every run starts from (made by `spearrl sft`)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--output", default="runs/compare")
+    parser = parser_of(__doc__, steps=60, output="runs/compare")
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *ENGINES], default=list(ARMS))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
-    work = [(arm, seed) for seed in args.seeds for arm in args.arms]
     start = time.monotonic()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        results = dict(zip(work, pool.map(lambda pair: _run(args, *pair), work), strict=True))
+    results = of_every_seed(args, args.arms, _run)
     _print(args, results, time.monotonic() - start)
 
 
 def _run(args: argparse.Namespace, arm: str, seed: int) -> dict:
     algo, changes = (ARMS | ENGINES)[arm]
     name = f"{arm.replace(',', '').replace(' ', '-').replace('+', '-')}-s{seed}"
-    command = [sys.executable, "-m", "spearrl", "train", "--preset", "tiny", "--algo", algo, "--model", args.model]
-    command += [
-        "sft.enabled=false",
-        f"run.seed={seed}",
-        f"run.steps={args.steps}",
-        f"run.name={name}",
-        f"run.output_dir={args.output}",
-        "run.threads=1",
-    ]
-    command += [
-        "run.checkpoint_every=0",
-        "run.tensorboard=false",
-        "run.trajectories_every=0",
-        *changes,
-        *args.overrides,
-    ]
-    folder = Path(args.output) / name
-    if not _finished(folder, args.steps):
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    events = _events(folder)
+    events = trained(args, name, seed, "--preset", "tiny", "--algo", algo, *changes)
     steps = [e for e in events if e["event"] == "step"]
     return {
         "curve": {e["step"]: e["success"] for e in events if e["event"] == "eval"},
         "score": {e["step"]: e.get("task_score", 0.0) for e in events if e["event"] == "eval"},
         "optimiser_steps": sum(e.get("policy/updates", 0) for e in steps),
-        "train_success": sum(e["rollout/success"] for e in steps[-10:]) / max(1, len(steps[-10:])),
+        "train_success": mean([e["rollout/success"] for e in steps[-10:]]),
         "seconds": sum(e["time/step"] for e in steps),
     }
-
-
-def _events(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-
-
-def _finished(folder: Path, steps: int) -> bool:
-    """A run that is there already is not run again: call this twice to see the table again, or to add seeds."""
-    return (folder / "events.jsonl").exists() and any(
-        e["event"] == "eval" and e["step"] == steps for e in _events(folder)
-    )
 
 
 def _print(args: argparse.Namespace, results: dict, seconds: float) -> None:
@@ -113,12 +72,12 @@ def _print(args: argparse.Namespace, results: dict, seconds: float) -> None:
         )
     for arm in args.arms:
         rows = [r for (name, _), r in results.items() if name == arm]
-        cells = " | ".join(f"{100 * _mean([r['curve'][p] for r in rows]):.1f}" for p in points)
-        steps, train = _mean([r["optimiser_steps"] for r in rows]), 100 * _mean([r["train_success"] for r in rows])
-        print(f"| **{arm}** | mean | {cells} | {steps:.0f} | {train:.1f} | {_mean([r['seconds'] for r in rows]):.0f} |")
-        curves = [_mean([r["curve"][p] for p in points]) for r in rows]
+        cells = " | ".join(f"{100 * mean([r['curve'][p] for r in rows]):.1f}" for p in points)
+        steps, train = mean([r["optimiser_steps"] for r in rows]), 100 * mean([r["train_success"] for r in rows])
+        print(f"| **{arm}** | mean | {cells} | {steps:.0f} | {train:.1f} | {mean([r['seconds'] for r in rows]):.0f} |")
+        curves = [mean([r["curve"][p] for p in points]) for r in rows]
         print(
-            f"| {arm} | mean of curve | {100 * _mean(curves):.1f} {_interval(curves)} (per seed "
+            f"| {arm} | mean of curve | {100 * mean(curves):.1f} {_interval(curves)} (per seed "
             f"{', '.join(f'{100 * c:.1f}' for c in curves)}) |"
         )
     print(f"\n{len(results)} runs, {args.jobs} at a time, {seconds:.0f} s in all")
@@ -128,12 +87,8 @@ def _interval(values: list[float]) -> str:
     """± half the 95 % interval of the mean over seeds, in per cent; "" where there are too few or unusually many."""
     if len(values) not in T_95:
         return ""
-    deviation = (sum((v - _mean(values)) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+    deviation = (sum((v - mean(values)) ** 2 for v in values) / (len(values) - 1)) ** 0.5
     return f"± {100 * T_95[len(values)] * deviation / len(values) ** 0.5:.1f}"
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 if __name__ == "__main__":

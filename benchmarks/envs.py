@@ -43,28 +43,28 @@ def slots_line(name: str, environment: Environment, count: int, steps: int) -> N
     slots = [environment.spawn() for _ in range(count)]
     resets, times, turns, episodes = [], [], [0] * count, 0
 
-    def start(place: int) -> None:
+    def start(index: int) -> None:
         nonlocal episodes
         task = tasks[episodes % min(len(tasks), 512)]
         begun = time.perf_counter()
-        slots[place].reset(task, episodes)
+        slots[index].reset(task, episodes)
         resets.append(time.perf_counter() - begun)
-        episodes, turns[place] = episodes + 1, 0
+        episodes, turns[index] = episodes + 1, 0
 
-    for place in range(count):
-        slots[place].expert_noise = 0.3
-        start(place)
+    for index in range(count):
+        slots[index].expert_noise = 0.3
+        start(index)
     resets.clear()  # the first ones compile games and fill caches
     for number in range(max(steps, 4 * count)):
-        place = number % count
-        slot = slots[place]
+        index = number % count
+        slot = slots[index]
         action = slot.parse(Reply(slot.format(slot.expert() or ""), (), "stop"))
         begun = time.perf_counter()
         outcome = slot.step(action)
         times.append(time.perf_counter() - begun)
-        turns[place] += 1
-        if outcome.terminated or turns[place] >= environment.max_turns:
-            start(place)
+        turns[index] += 1
+        if outcome.terminated or turns[index] >= environment.max_turns:
+            start(index)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{name:26} {count:6d} {summary(times)} {summary(resets)} {1 / statistics.fmean(times):10.0f} {memory:8.0f}")
 

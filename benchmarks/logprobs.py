@@ -58,13 +58,13 @@ def error(positions: int, chunk: int) -> float:
     """Largest distance from the same number in float64."""
     hidden, weight, targets = inputs(positions)
     with torch.no_grad():
-        found = chunked(hidden, weight, targets, chunk).double()
+        logprobs = chunked(hidden, weight, targets, chunk).double()
         worst = 0.0
         for row in range(positions):
             logits = torch.zeros(VOCABULARY, dtype=torch.float64)
             for begin in range(0, VOCABULARY, 8192):
                 logits[begin : begin + 8192] = weight[begin : begin + 8192].double() @ hidden[row].double()
-            worst = max(worst, abs(float(found[row] - logits.log_softmax(-1)[targets[row]])))
+            worst = max(worst, abs(float(logprobs[row] - logits.log_softmax(-1)[targets[row]])))
     return worst
 
 

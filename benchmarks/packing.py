@@ -49,10 +49,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--tokens", type=int, default=4096, help="learner.micro_batch_tokens")
     parser.add_argument("--only", choices=["packed", "padded"], help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.only:
-        return print(json.dumps(measure(given.only == "packed", given.rows, given.tokens)))
-    found = {}
+    args = parser.parse_args()
+    if args.only:
+        return print(json.dumps(measure(args.only == "packed", args.rows, args.tokens)))
+    measured = {}
     for kind in ("padded", "packed"):
         command = [
             sys.executable,
@@ -60,16 +60,16 @@ def main() -> None:
             "benchmarks.packing",
             "--only",
             kind,
-            f"--rows={given.rows}",
-            f"--tokens={given.tokens}",
+            f"--rows={args.rows}",
+            f"--tokens={args.tokens}",
         ]
-        found[kind] = json.loads(
+        measured[kind] = json.loads(
             subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
         )
-        print(kind, {name: round(value, 3) for name, value in found[kind].items()})
+        print(kind, {name: round(value, 3) for name, value in measured[kind].items()})
     print(
         "packed / padded:",
-        {name: round(found["packed"][name] / found["padded"][name], 3) for name in ("seconds", "peak_mib")},
+        {name: round(measured["packed"][name] / measured["padded"][name], 3) for name in ("seconds", "peak_mib")},
     )
 
 

@@ -54,28 +54,28 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--syncs", type=int, default=12)
     parser.add_argument("--bucket-mib", type=int, default=256)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    exact = given.dtype == "float32"
-    model = random_model(given.million, torch.float32 if exact else torch.bfloat16)
+    exact = args.dtype == "float32"
+    model = random_model(args.million, torch.float32 if exact else torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
         save_weights(model, folder)
         settings = RolloutSection(context_tokens=256, slots=8, cache_mib=64)
         engine = VLLMEngine(folder, VllmSection(), settings, precision="fp32" if exact else "bf16", threads=1)
         learner = LocalLearner(model, LearnerSection(precision="fp32"))
-        sync = SyncSection(bucket_mib=given.bucket_mib)
+        sync = SyncSection(bucket_mib=args.bucket_mib)
         ids = list(range(24))
         bridge = Bridge(
             learner, [engine.receiver], settings=sync, probe_ids=ids, run_folder=Path(folder), float32=exact
         )
         try:
-            measured = [measure(bridge, model, version) for version in range(1, given.syncs + 1)][1:]
+            measured = [measure(bridge, model, version) for version in range(1, args.syncs + 1)][1:]
         finally:
             bridge.close()
             engine.close()
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(
-        f"{size:.1f} M parameters, {given.dtype}, {measured[0]['sync/bytes'] / 2**20:.0f} MiB in "
+        f"{size:.1f} M parameters, {args.dtype}, {measured[0]['sync/bytes'] / 2**20:.0f} MiB in "
         f"{measured[0]['sync/buckets']:.0f} bucket(s)"
     )
     for name in measured[0]:

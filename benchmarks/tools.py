@@ -11,12 +11,10 @@ again.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from benchmarks.arms import mean, of_every_seed, parser_of, trained
 
 ARMS = {"with the bonus": [], "without (μ = 0)": ["algo.intrinsic.mu.kind=constant", "algo.intrinsic.mu.peak=0"]}
 COLORS = ("#b3541e", "#2b5f8a")
@@ -25,20 +23,10 @@ SHOWN = ("rollout/tool_calls", "rollout/success")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", required=True, help="model directory made by `spearrl sft --env math sft.noise=0.65`"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--output", default="runs/tools")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser = parser_of(__doc__, steps=40, output="runs/tools")
     parser.add_argument("--picture", default="docs/tool-calls.svg")
-    parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
-    work = [(arm, seed) for seed in args.seeds for arm in ARMS]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        curves = dict(zip(work, pool.map(lambda pair: run(args, *pair), work), strict=True))
+    curves = of_every_seed(args, ARMS, run)
     print(table(curves, args.seeds, args.steps))
     calls = {arm: [curves[arm, seed]["rollout/tool_calls"] for seed in args.seeds] for arm in ARMS}
     Path(args.picture).write_text(picture(calls, "tool calls per episode"))
@@ -46,39 +34,10 @@ def main() -> None:
 
 def run(args: argparse.Namespace, arm: str, seed: int) -> dict[str, list[float]]:
     """Each shown metric by step, and the evaluations' success rates under "eval"."""
-    name = f"{'bonus' if not ARMS[arm] else 'none'}-s{seed}"
-    folder = Path(args.output) / name
-    if not (folder / "events.jsonl").exists() or len(_steps(folder)) < args.steps:
-        command = [
-            sys.executable,
-            "-m",
-            "spearrl",
-            "train",
-            "--preset",
-            "tiny-math",
-            "--algo",
-            "grpo+spear",
-            "--model",
-            args.model,
-        ]
-        command += [
-            "sft.enabled=false",
-            f"run.seed={seed}",
-            f"run.steps={args.steps}",
-            f"run.name={name}",
-            f"run.output_dir={args.output}",
-            "run.threads=1",
-        ]
-        command += [
-            "run.checkpoint_every=0",
-            "run.tensorboard=false",
-            "run.trajectories_every=0",
-            *ARMS[arm],
-            *args.overrides,
-        ]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    found = {key: [event[key] for event in _steps(folder)] for key in SHOWN}
-    return {**found, "eval": [event["success"] for event in _events(folder) if event["event"] == "eval"]}
+    name = f"{'none' if ARMS[arm] else 'bonus'}-s{seed}"
+    events = trained(args, name, seed, "--preset", "tiny-math", "--algo", "grpo+spear", *ARMS[arm])
+    curves = {key: [event[key] for event in events if event["event"] == "step"] for key in SHOWN}
+    return {**curves, "eval": [event["success"] for event in events if event["event"] == "eval"]}
 
 
 def table(curves: dict[tuple[str, int], dict[str, list[float]]], seeds: Sequence[int], steps: int) -> str:
@@ -96,13 +55,13 @@ def table(curves: dict[tuple[str, int], dict[str, list[float]]], seeds: Sequence
             curve = curves[arm, seed]
             rows.append(
                 [
-                    *(_mean(curve["rollout/tool_calls"][a:b]) for a, b in quarters),
+                    *(mean(curve["rollout/tool_calls"][a:b]) for a, b in quarters),
                     100 * curve["eval"][0],
                     100 * curve["eval"][-1],
                 ]
             )
             lines.append(f"| {arm} | {seed} | {_cells(rows[-1])} |")
-        lines.append(f"| **{arm}** | mean | {_cells([_mean(column) for column in zip(*rows, strict=True)])} |")
+        lines.append(f"| **{arm}** | mean | {_cells([mean(column) for column in zip(*rows, strict=True)])} |")
     return "\n".join(lines)
 
 
@@ -133,8 +92,8 @@ def picture(curves: dict[str, list[list[float]]], label: str) -> str:
         parts += [
             f'<polyline points="{points(line)}" fill="none" stroke="{color}" stroke-opacity="0.3"/>' for line in lines
         ]
-        mean = [_mean(values) for values in zip(*lines, strict=False)]
-        parts.append(f'<polyline points="{points(mean)}" fill="none" stroke="{color}" stroke-width="2.5"/>')
+        means = [mean(values) for values in zip(*lines, strict=False)]
+        parts.append(f'<polyline points="{points(means)}" fill="none" stroke="{color}" stroke-width="2.5"/>')
         parts.append(
             f'<text x="{LEFT + 12 + 150 * COLORS.index(color)}" y="{HEIGHT + 4}" style="fill:{color}">{arm}</text>'
         )
@@ -144,20 +103,8 @@ def picture(curves: dict[str, list[list[float]]], label: str) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _events(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-
-
-def _steps(folder: Path) -> list[dict]:
-    return [event for event in _events(folder) if event["event"] == "step"]
-
-
 def _cells(values: Sequence[float]) -> str:
     return " | ".join(f"{value:.2f}" for value in values)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / max(1, len(values))
 
 
 if __name__ == "__main__":

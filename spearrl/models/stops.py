@@ -46,7 +46,7 @@ class TurnEnds:
 
 def declared_stops(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """The ids that generation_config.json and config.json of a model directory call eos_token_id, by file."""
-    found = {}
+    stops = {}
     for name in ("generation_config.json", "config.json"):
         try:
             content = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
@@ -56,8 +56,8 @@ def declared_stops(folder: str | Path) -> dict[str, tuple[int, ...]]:
         parts = [part.get("eos_token_id") for part in (content, text) if isinstance(part, dict)]
         ids = [i for part in parts for i in (part if isinstance(part, list) else [part])]
         if whole := tuple(dict.fromkeys(i for i in ids if type(i) is int)):
-            found[name] = whole
-    return found
+            stops[name] = whole
+    return stops
 
 
 def find_stops(tokenizer: Any, ends: TurnEnds) -> Stops:

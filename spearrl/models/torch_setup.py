@@ -49,8 +49,8 @@ def threads_of(config: RunConfig) -> int:
 
 
 def _own_threads() -> int:
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    return int(asked) if asked.isdecimal() else 0
+    variable = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(variable) if variable.isdecimal() else 0
 
 
 def ask_for_determinism(deterministic: bool) -> None:

@@ -72,9 +72,9 @@ class TensorFiles:
             if name in self.files and self.files[name].get_slice(name).get_shape() != list(shape)
         ]
         if missing or unknown or wrong:
-            found = f"missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}, other shape {wrong[:3]}"
+            differences = f"missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}, other shape {wrong[:3]}"
             hint = "load the checkpoint with the model it was saved with"
-            raise CheckpointError(f"weights of another model: {found}", where=str(self.folder), hint=hint)
+            raise CheckpointError(f"weights of another model: {differences}", where=str(self.folder), hint=hint)
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,9 @@ def test_what_holds_what_cannot_run_and_what_fails(tmp_path):
         str(tmp_path / "g.json"),
     )
     assert done.returncode == (0 if engines else 1), done.stderr
-    found = json.loads((tmp_path / "g.json").read_text())
-    rows = {row["check"]: row for row in found["checks"]}
-    assert rows["learner local 0.5b"]["figures"]["tokens/s"] > 0 and found["machine"]["torch"] == torch.__version__
+    report = json.loads((tmp_path / "g.json").read_text())
+    rows = {row["check"]: row for row in report["checks"]}
+    assert rows["learner local 0.5b"]["figures"]["tokens/s"] > 0 and report["machine"]["torch"] == torch.__version__
     assert rows["sleep"]["result"] == "not run" and rows["transfer nccl"]["error"] == "needs 2 GPUs, there are 0"
     assert engines or "| throughput 0.5b | FAILED | ConfigError" in done.stdout
     assert len(done.stdout.splitlines()) == 2 + 2 + 4

@@ -15,9 +15,9 @@ from spearrl.sandbox import SandboxOptions, open_sandbox
 
 def findings(capsys, *words: str) -> tuple[int, dict[str, dict]]:
     code = main(["doctor", "--json", *words])
-    found = json.loads(capsys.readouterr().out)
-    assert found["ok"] == (code == 0)
-    return code, {finding["name"]: finding for finding in found["findings"]}
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] == (code == 0)
+    return code, {finding["name"]: finding for finding in report["findings"]}
 
 
 @pytest.fixture
@@ -38,26 +38,28 @@ def no_extras(monkeypatch):
 
 
 def test_this_machine(capsys):
-    code, found = findings(capsys)
+    code, by_name = findings(capsys)
     assert code == 0
-    assert "Python 3." in found["versions"]["words"] and "torch" in found["versions"]["words"]
-    assert "processors" in found["machine"]["words"]
+    assert "Python 3." in by_name["versions"]["words"] and "torch" in by_name["versions"]["words"]
+    assert "processors" in by_name["machine"]["words"]
     try:
         with open_sandbox(SandboxOptions()) as sandbox:
             description = sandbox.describe()
     except ConfigError as error:
-        assert found["sandbox"]["state"] == "fail" and error.message in found["sandbox"]["words"]
+        assert by_name["sandbox"]["state"] == "fail" and error.message in by_name["sandbox"]["words"]
     else:
-        assert found["sandbox"]["state"] == "ok" and found["sandbox"]["words"].startswith(description)
+        assert by_name["sandbox"]["state"] == "ok" and by_name["sandbox"]["words"].startswith(description)
         for part in ("bubblewrap", "namespaces", "filter", "24 processes", "no network"):
             assert part in description
 
 
 def test_what_is_missing_matters_where_it_is_asked_for(capsys, no_bubblewrap, no_extras):
-    code, found = findings(capsys)
-    assert code == 0 and found["sandbox"]["state"] == "fail"
-    assert "apt-get install bubblewrap" in found["sandbox"]["fix"] and "sandbox.kind=fusion" in found["sandbox"]["fix"]
-    assert found["vllm"] == {
+    code, by_name = findings(capsys)
+    assert code == 0 and by_name["sandbox"]["state"] == "fail"
+    assert (
+        "apt-get install bubblewrap" in by_name["sandbox"]["fix"] and "sandbox.kind=fusion" in by_name["sandbox"]["fix"]
+    )
+    assert by_name["vllm"] == {
         "name": "vllm",
         "state": "none",
         "words": "not installed: rollouts on GPUs",
@@ -74,8 +76,8 @@ def test_what_is_missing_matters_where_it_is_asked_for(capsys, no_bubblewrap, no
 
 def test_a_server_can_stand_in(capsys, no_bubblewrap, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    code, found = findings(capsys, "sandbox", "--sandbox-url", "http://127.0.0.1:9")
-    assert code == 1 and "does not run code" in found["sandbox"]["words"]
+    code, by_name = findings(capsys, "sandbox", "--sandbox-url", "http://127.0.0.1:9")
+    assert code == 1 and "does not run code" in by_name["sandbox"]["words"]
 
 
 def test_an_unknown_need_is_told(capsys):

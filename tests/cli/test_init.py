@@ -61,8 +61,8 @@ def test_the_example_plays_by_its_rules(here: Path):
     env = make("agent_two.env:Guess")
     env.reset(env.tasks("val")[3], 5)
     env.secret = 4
-    seen = [env.step(Action(text)).observation.text for text in ("9", "2", "x", "16", "4")]
-    assert seen == ["lower", "higher", "a number, please", "a number, please", "found"]
+    observations = [env.step(Action(text)).observation.text for text in ("9", "2", "x", "16", "4")]
+    assert observations == ["lower", "higher", "a number, please", "a number, please", "found"]
     again = env.step(Action("4"))
     assert (again.reward, again.terminated, again.info["success"]) == (0.0, True, True)
     wins = 0

@@ -137,13 +137,13 @@ def test_all_problems_come_at_once_with_their_places(tmp_path):
         "[rollout]\ngroup_size = 1\n\n[optim]\nx = 1\n",
     )
     message = message_of(path, ["run.stepz=3", "eval.tasks=no", "word"], algo="grpo+spaer")
-    for place in (
+    for complaint in (
         f"{path}:5: learner.lr",
         f"{path}:6: learner.learning_rte",
         f"{path}:9: rollout.group_size=1",
         f"{path}:11: optim",
     ):
-        assert place in message, message
+        assert complaint in message, message
     for words in (
         "command line: run.stepz",
         "did you mean run.steps (integer >= 0, default 100)?",
@@ -215,9 +215,14 @@ def test_names_import_paths_and_thresholds(tmp_path):
     for wrong in ("loss", "advantage"):
         with pytest.raises(ValueError, match="import path"):
             AlgoSection.model_validate({wrong: "grop"})
-    for text, found in (("quantile:0.8", "quantile:0.8"), ("quantile:.5", "quantile:.5"), ("2", 2.0), ("-1.5", -1.5)):
+    for text, threshold in (
+        ("quantile:0.8", "quantile:0.8"),
+        ("quantile:.5", "quantile:.5"),
+        ("2", 2.0),
+        ("-1.5", -1.5),
+    ):
         config = load_config(None, [f"algo.clip_cov.lower={text}", "algo.clip_cov.upper=9"])
-        assert config.algo.clip_cov.lower == found and type(config.algo.clip_cov.lower) is type(found)
+        assert config.algo.clip_cov.lower == threshold and type(config.algo.clip_cov.lower) is type(threshold)
         assert load_config(write(tmp_path, to_toml(config))) == config
     assert 'did you mean algo.clip_cov.lower="quantile:0.8"?' in message_of(None, ["algo.clip_cov.lower=q0.8"])
     assert "use algo.clip_cov.lower=2.0, without quotes" in message_of(None, ['algo.clip_cov.lower="2"'])
@@ -279,16 +284,16 @@ def test_unreadable_files(tmp_path):
 
 def test_precedence_and_sources(tmp_path):
     path = write(tmp_path, 'preset = "tiny"\n[learner]\nlr = 1e-4\n[algo]\nname = "grpo+spear"\nsil.enabled = false\n')
-    found = resolve(path, ["run.seed=3", "eval.split=test"])
-    assert (found.config.learner.lr, found.config.run.seed, found.config.eval.split) == (1e-4, 3, "test")
-    assert not found.config.algo.sil.enabled and found.config.algo.intrinsic.enabled
-    assert found.sources["learner.lr"] == f"{path}:3"
-    assert found.sources["algo.sil.enabled"] == f"{path}:6"
-    assert found.sources["algo.intrinsic.enabled"] == "algo grpo+spear"
-    assert found.sources["run.seed"] == "command line"
-    assert found.sources["rollout.max_reply_tokens"] == found.sources["env.options.reply"] == "preset tiny"
-    assert found.sources["learner.weight_decay"] == "default"
-    assert set(found.sources) >= {dotted(key) for key in leaves() if key != ("env", "options")}
+    resolved = resolve(path, ["run.seed=3", "eval.split=test"])
+    assert (resolved.config.learner.lr, resolved.config.run.seed, resolved.config.eval.split) == (1e-4, 3, "test")
+    assert not resolved.config.algo.sil.enabled and resolved.config.algo.intrinsic.enabled
+    assert resolved.sources["learner.lr"] == f"{path}:3"
+    assert resolved.sources["algo.sil.enabled"] == f"{path}:6"
+    assert resolved.sources["algo.intrinsic.enabled"] == "algo grpo+spear"
+    assert resolved.sources["run.seed"] == "command line"
+    assert resolved.sources["rollout.max_reply_tokens"] == resolved.sources["env.options.reply"] == "preset tiny"
+    assert resolved.sources["learner.weight_decay"] == "default"
+    assert set(resolved.sources) >= {dotted(key) for key in leaves() if key != ("env", "options")}
     # A flag stands above the file, in what its modules set too; an override stands above the flag.
     assert (
         load_config(path, algo="grpo+sil").algo.sil.enabled
@@ -300,36 +305,36 @@ def test_precedence_and_sources(tmp_path):
 
 
 def test_the_embedded_default_is_tiny(tmp_path):
-    for found in (resolve(), resolve(env="webshop", algo="grpo+spear"), resolve(None, ["run.seed=1"])):
-        assert found.preset == "tiny" and found.by_default and found.config.run.started_from == "tiny"
+    for resolved in (resolve(), resolve(env="webshop", algo="grpo+spear"), resolve(None, ["run.seed=1"])):
+        assert resolved.preset == "tiny" and resolved.by_default and resolved.config.run.started_from == "tiny"
         assert (
-            found.config.sft.enabled
-            and found.config.algo.sil.enabled
-            and found.config.env.options == {"observation": "compact", "reply": "plain"}
+            resolved.config.sft.enabled
+            and resolved.config.algo.sil.enabled
+            and resolved.config.env.options == {"observation": "compact", "reply": "plain"}
         )
-    for found in (
+    for resolved in (
         resolve(model="models/shop"),
         resolve(None, ["model.path=models/shop"]),
         resolve(write(tmp_path, "")),
     ):
-        assert not found.preset and not found.by_default and found.config.run.steps == RunConfig().run.steps
+        assert not resolved.preset and not resolved.by_default and resolved.config.run.steps == RunConfig().run.steps
     assert resolve(None, ["preset=webshop-1.5b"]).preset == "webshop-1.5b"
 
 
 def test_real_data_starts_from_a_larger_default():
-    found = resolve(None, ["env.options.data=some/folder"], env="webshop", algo="grpo+spear")
-    assert found.preset == "tiny-real" and found.by_default and found.config.sft.episodes == 6000
-    assert found.config.env.options == {"observation": "compact", "reply": "plain", "data": "some/folder"}
+    resolved = resolve(None, ["env.options.data=some/folder"], env="webshop", algo="grpo+spear")
+    assert resolved.preset == "tiny-real" and resolved.by_default and resolved.config.sft.episodes == 6000
+    assert resolved.config.env.options == {"observation": "compact", "reply": "plain", "data": "some/folder"}
     assert resolve(None, ["env.options.data=some/folder"], preset="tiny").config.sft.episodes == 2000
 
 
 def test_another_environment_starts_without_the_options_of_the_first(tmp_path):
     config = load_config(preset="tiny", env="my_pkg.mod:Mine")
     assert config.env.options == {} and config.env.max_turns == 0 and config.env.name == "my_pkg.mod:Mine"
-    kept = load_config(None, ["env.options.data=goals.json"], preset="tiny", env="webshop")
+    same = load_config(None, ["env.options.data=goals.json"], preset="tiny", env="webshop")
     assert (
-        kept.env.options == {"observation": "compact", "reply": "plain", "data": "goals.json"}
-        and kept.env.max_turns == 8
+        same.env.options == {"observation": "compact", "reply": "plain", "data": "goals.json"}
+        and same.env.max_turns == 8
     )
     path = write(tmp_path, 'preset = "tiny"\n[env]\nname = "my_pkg.mod:Mine"\nmax_turns = 3\noptions.size = 4\n')
     assert load_config(path).env.options == {"size": 4} and load_config(path).env.max_turns == 3
@@ -358,10 +363,10 @@ def test_another_environment_starts_without_the_options_of_the_first(tmp_path):
 def test_override_values(text, value):
     config = load_config(None, [text])
     key = text.partition("=")[0].split(".")
-    found = config.model_dump()
+    value_of_key = config.model_dump()
     for part in key[:3]:
-        found = found[part]
-    assert found == value and load_config(None, [f"{text}"]) == config
+        value_of_key = value_of_key[part]
+    assert value_of_key == value and load_config(None, [f"{text}"]) == config
 
 
 def test_a_flag_and_an_override_may_not_contradict():
@@ -420,17 +425,17 @@ def test_every_key_keeps_its_line(names, options):
         shown = f"[\n  {toml_value(value)}, # ]\n]" if len(name) % 2 else toml_value(value)
         expected[name] = "\n".join(lines).count("\n") + 2
         lines.append(f'{toml_value(name)} . "x" = {shown}')
-    found = parse("\n".join(lines), "f")
-    assert isinstance(found, ConfigFile)
+    file = parse("\n".join(lines), "f")
+    assert isinstance(file, ConfigFile)
     for name, line in expected.items():
-        assert found.at(("t", "a b", name, "x")) == f"f:{line}"
+        assert file.at(("t", "a b", name, "x")) == f"f:{line}"
 
 
 def test_triple_quoted_text_does_not_hide_the_lines_below():
     text = 'a = """\n[b]\nc = 1 \\"""\n"""" # four\nd = \'\'\'\ne = 2\'\'\'\nf = 3\n[[g]]\nh = 1\n'
-    found = parse(text, "f")
-    assert isinstance(found, ConfigFile)
-    assert [found.at((key,)) for key in "adfg"] == ["f:1", "f:5", "f:7", "f:8"] and found.at(("b",)) == found.at(
+    file = parse(text, "f")
+    assert isinstance(file, ConfigFile)
+    assert [file.at((key,)) for key in "adfg"] == ["f:1", "f:5", "f:7", "f:8"] and file.at(("b",)) == file.at(
         ("e",)
     ) == "f"
 
@@ -485,8 +490,8 @@ def test_checks_of_configs_made_in_code():
     ],
 )
 def test_advice(changes, key):
-    found = advice(load_config(None, changes))
-    assert any(key in str(problem) and helps(str(problem)) for problem in found)
+    problems = advice(load_config(None, changes))
+    assert any(key in str(problem) and helps(str(problem)) for problem in problems)
     assert advice(load_config()) == []
 
 
@@ -503,8 +508,8 @@ def test_advice(changes, key):
 )
 def test_what_has_no_effect_is_told_to_whoever_set_it(algo, change):
     resolved = resolve(None, [change], algo=algo)
-    (found,) = advice(resolved.config, resolved.sources)
-    assert change.partition("=")[0] in str(found) and found.where == "command line" and helps(str(found))
+    (problem,) = advice(resolved.config, resolved.sources)
+    assert change.partition("=")[0] in str(problem) and problem.where == "command line" and helps(str(problem))
     unset = resolve(algo=algo)  # the preset sets it too
     assert advice(unset.config, unset.sources) == []
     assert advice(*(lambda r: (r.config, r.sources))(resolve(None, [change], algo="grpo+spear"))) == []

@@ -132,8 +132,8 @@ def test_every_name_is_either_refused_or_sets_exactly_its_parts():
         assert {key: settings[f"algo.{key}"] for key in expected(base, words)} == expected(base, words), name
         assert all(tuple(key.split(".")) in leaves() for key in settings), name
         section = AlgoSection.model_validate({"name": name})
-        found = below_algo(RunConfig(algo=section))
-        assert {key: found[key] for key in expected(base, words)} == expected(base, words), name
+        fields = below_algo(RunConfig(algo=section))
+        assert {key: fields[key] for key in expected(base, words)} == expected(base, words), name
         check(RunConfig(algo=section))
     assert sensible > 500
 
@@ -240,8 +240,8 @@ def test_a_name_on_the_command_line_gives_that_algorithm_over_any_preset(preset)
         for words in ((), ("spear",), ("drbot", "tis"), ("kl_cov", "sil")):
             if refused(base, words):
                 continue
-            found = below_algo(load_config(preset=preset, algo="+".join((base, *words))))
-            assert {key: found[key] for key in expected(base, words)} == expected(base, words), (base, words)
+            fields = below_algo(load_config(preset=preset, algo="+".join((base, *words))))
+            assert {key: fields[key] for key in expected(base, words)} == expected(base, words), (base, words)
 
 
 def test_hyper_parameters_of_a_preset_outlive_another_name_but_its_modules_do_not():

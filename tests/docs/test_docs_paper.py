@@ -31,12 +31,12 @@ SETTINGS = re.compile(rf"(?<![\w./])((?:{'|'.join({key[0] for key in leaves()})}
 @cache
 def names_in(path: str) -> frozenset[str]:
     """Functions, classes, methods ("Class.method"), class fields and constants of a file."""
-    found = set()
+    names = set()
     for node in ast.parse((ROOT / path).read_text()).body:
-        found |= _named(node)
+        names |= _named(node)
         if isinstance(node, ast.ClassDef):
-            found |= {f"{node.name}.{name}" for part in node.body for name in _named(part)}
-    return frozenset(found)
+            names |= {f"{node.name}.{name}" for part in node.body for name in _named(part)}
+    return frozenset(names)
 
 
 def _named(node: ast.stmt) -> set[str]:
@@ -69,10 +69,10 @@ def test_every_name_of_code_and_every_test_exists(page: str):
 
 
 def test_there_are_names_to_check():
-    found = code_names("paper.md")
+    names = code_names("paper.md")
     assert (
-        sum(path.startswith("spearrl/") for path, _ in found) > 30
-        and sum(path.startswith("tests/") for path, _ in found) > 30
+        sum(path.startswith("spearrl/") for path, _ in names) > 30
+        and sum(path.startswith("tests/") for path, _ in names) > 30
     )
 
 

@@ -17,13 +17,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def commands() -> list[tuple[str, str]]:
     """(page, command) of every indented or fenced line that starts with spearrl, comments cut off."""
-    found = []
+    commands = []
     for page in PAGES:
         for line in page.read_text().replace("\\\n", " ").splitlines():
             match = re.match(r"\s*(?:\$ )?(spearrl [a-z].*)$", line)
             if match and not line.startswith("spearrl trains"):
-                found.append((page.name, match.group(1).split("   #")[0].strip()))
-    return found
+                commands.append((page.name, match.group(1).split("   #")[0].strip()))
+    return commands
 
 
 def test_there_are_commands_to_check():

@@ -85,11 +85,11 @@ def test_code_pickles_and_other_formats_stay_where_they_are(hub: Hub, files: dic
     assert not {name.rpartition("/")[2] for name in others} & hub.downloaded()
 
 
-@pytest.mark.parametrize("kept", [["config.json", "pytorch_model.bin"], ["model.safetensors"], ["index"]])
-def test_a_repository_without_safetensors_is_refused(kept: list[str], hub: Hub, files: dict[str, bytes]):
+@pytest.mark.parametrize("names", [["config.json", "pytorch_model.bin"], ["model.safetensors"], ["index"]])
+def test_a_repository_without_safetensors_is_refused(names: list[str], hub: Hub, files: dict[str, bytes]):
     index = json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}).encode()
     shards = {**files, "model.safetensors.index.json": index}
-    hub.add(NAME, FIRST, shards if kept == ["index"] else {name: files.get(name, b"") for name in kept})
+    hub.add(NAME, FIRST, shards if names == ["index"] else {name: files.get(name, b"") for name in names})
     with pytest.raises(ConfigError, match="all of its weights as safetensors, and nothing else is loaded"):
         directory_of(NAME)
     assert "pytorch_model.bin" not in hub.downloaded()

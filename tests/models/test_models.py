@@ -130,9 +130,9 @@ def test_directories_without_a_sound_model(tmp_path):
     from safetensors.torch import load_file, save_file
 
     part = shutil.copytree(whole, tmp_path / "part")
-    kept = load_file(part / "model.safetensors")
-    name = next(n for n in kept if "q_proj" in n)
-    save_file({n: t for n, t in kept.items() if n != name}, part / "model.safetensors", metadata={"format": "pt"})
+    names = load_file(part / "model.safetensors")
+    name = next(n for n in names if "q_proj" in n)
+    save_file({n: t for n, t in names.items() if n != name}, part / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="q_proj"):
         load_model(str(part))
 

@@ -44,8 +44,8 @@ def test_positions_are_transformers_own():
             ids += [11, *[vision.image_id] * vision.tokens(grid), *[12] * draws.randrange(1, 5)]
         ids = torch.tensor(ids)
         wanted, shift = model.model.get_rope_index(ids[None], (ids == vision.image_id).int()[None], torch.tensor(grids))
-        found = vision.positions(ids, grids)
-        assert torch.equal(found, wanted[:, 0]) and int(found[0, -1]) + 1 - len(ids) == int(shift)
+        made = vision.positions(ids, grids)
+        assert torch.equal(made, wanted[:, 0]) and int(made[0, -1]) + 1 - len(ids) == int(shift)
 
 
 def test_image_tokens_without_their_pictures_are_refused():
@@ -304,15 +304,15 @@ def test_the_learner_computes_transformers_own_log_probabilities(scene):
     assert len(rows) == len(chats) and [len(images) for images in rows.images] == [4, 4, 0] * 2
     assert not (rows.token_ids[rows.action_mask] == model.vision.image_id).any()
     for size in (64, 2048):
-        found = LocalLearner(model, LearnerSection(**{**SETTINGS, "micro_batch_tokens": size})).logprobs(rows)
+        made = LocalLearner(model, LearnerSection(**{**SETTINGS, "micro_batch_tokens": size})).logprobs(rows)
         for row, chat in enumerate(chats):
             request, completion = chat.played[-1]
             wanted = own_logprobs(model, [*request.token_ids, *completion.token_ids], request.images)
             mask = rows.padded_mask[row]
             torch.testing.assert_close(
-                found[row][mask], wanted[mask[1 : 1 + len(wanted)].nonzero().flatten()], atol=1e-4, rtol=0
+                made[row][mask], wanted[mask[1 : 1 + len(wanted)].nonzero().flatten()], atol=1e-4, rtol=0
             )
-        torch.testing.assert_close(found, rows.pad(rows.rollout_logprobs), atol=1e-4, rtol=0)
+        torch.testing.assert_close(made, rows.pad(rows.rollout_logprobs), atol=1e-4, rtol=0)
 
 
 def gradient(model, rows: Rows, size: int, **changes) -> dict[str, torch.Tensor]:

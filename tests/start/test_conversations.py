@@ -112,7 +112,7 @@ def test_only_what_the_assistant_said_is_learnt(tmp_path, family):
     assert "one two" in whole and (family != "qwen2.5" or ("Run code." in whole and "<tool_response>\nfive" in whole))
 
 
-def asked(*replies, **fields):
+def one_question(*replies, **fields):
     """A conversation of one question, and what follows it."""
     messages = [{"role": "user", "content": "one"}, *({"role": "assistant", **reply} for reply in replies)]
     return {"messages": messages, **fields}
@@ -128,10 +128,10 @@ def told_of(path):
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_beside_the_content_is_learnt_as_a_thought(tmp_path, name):
-    (first,), told = told_of(write(tmp_path, asked({"content": "two", name: "after one\n"})))
+    (first,), told = told_of(write(tmp_path, one_question({"content": "two", name: "after one\n"})))
     assert [step.reply for step in first.steps] == ["<think>\nafter one\n</think>\n\ntwo"]
     assert told == "1 thoughts from a field of their own written as <think>"
-    (same,) = read_conversations(str(write(tmp_path, asked({"content": "<think>so</think>two", name: "so"}))))
+    (same,) = read_conversations(str(write(tmp_path, one_question({"content": "<think>so</think>two", name: "so"}))))
     assert same.steps[0].reply == "<think>so</think>two"
 
 
@@ -139,29 +139,33 @@ RETOOL = "add\n<code>print(2+3)</code>\n<interpreter>\n5\n</interpreter>\nso 5"
 
 
 def test_what_a_tool_said_inside_a_reply_is_not_learnt(tmp_path):
-    (first,), told = told_of(write(tmp_path, asked({"content": RETOOL})))
+    (first,), told = told_of(write(tmp_path, one_question({"content": RETOOL})))
     assert [step.reply for step in first.steps] == ["add\n<code>print(2+3)</code>", "so 5"]
     assert [(m.role, m.text) for m in first.steps[1].messages] == [("tool", "5")]
     assert told == "1 outputs of tools taken out of replies"
-    tora = asked({"content": "```python\nprint(5)\n```\n```output\n5\n```\nso 5"})
-    search = asked({"content": "<search>a</search><information>b</information><answer>c</answer>"})
+    tora = one_question({"content": "```python\nprint(5)\n```\n```output\n5\n```\nso 5"})
+    search = one_question({"content": "<search>a</search><information>b</information><answer>c</answer>"})
     (first, second), _ = told_of(write(tmp_path, tora, search))
     assert [step.reply for step in first.steps] == ["```python\nprint(5)\n```", "so 5"]
     assert [step.reply for step in second.steps] == ["<search>a</search>", "<answer>c</answer>"]
     assert second.steps[1].messages == [Message("user", "<information>b</information>")]
-    (cut,), _ = told_of(write(tmp_path, asked({"content": RETOOL.removesuffix("so 5")})))  # nothing answers the output
+    (cut,), _ = told_of(
+        write(tmp_path, one_question({"content": RETOOL.removesuffix("so 5")}))
+    )  # nothing answers the output
     assert [step.reply for step in cut.steps] == ["add\n<code>print(2+3)</code>"]
 
 
 def test_replies_of_weight_0_are_seen_and_not_learnt(tmp_path):
-    row = asked({"content": "no", "weight": 0}, {"content": "two", "weight": 1}, {"content": "three", "weight": None})
+    row = one_question(
+        {"content": "no", "weight": 0}, {"content": "two", "weight": 1}, {"content": "three", "weight": None}
+    )
     row["messages"][2:2] = [{"role": "user", "content": "again"}]
     row["messages"][4:4] = [{"role": "user", "content": "on"}]
     (first,), told = told_of(write(tmp_path, row))
     assert [(step.reply, step.imitate) for step in first.steps] == [("no", False), ("two", True), ("three", True)]
     assert told == "1 replies of weight 0 not imitated"
     with pytest.raises(ConfigError, match="none with a reply to imitate"):
-        read_conversations(str(write(tmp_path, asked({"content": "no", "weight": 0}))))
+        read_conversations(str(write(tmp_path, one_question({"content": "no", "weight": 0}))))
 
 
 def test_nulls_that_parquet_fills_in_are_left_out(tmp_path):
@@ -171,7 +175,7 @@ def test_nulls_that_parquet_fills_in_are_left_out(tmp_path):
     calls = [{"function": {"name": "run", "arguments": {"code": "x"}}}]
     other = [{"function": {"name": "search", "arguments": {"query": "y"}}}]
     path = tmp_path / "talk.parquet"
-    rows = [asked({"content": "", "tool_calls": called}, tools=[SCHEMA]) for called in (calls, other)]
+    rows = [one_question({"content": "", "tool_calls": called}, tools=[SCHEMA]) for called in (calls, other)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     (first, second), told = told_of(path)
     assert [t.steps[0].reply for t in (first, second)] == [
@@ -180,8 +184,8 @@ def test_nulls_that_parquet_fills_in_are_left_out(tmp_path):
     ]
     assert told == "2 null arguments of tool calls left out" and first.tools == [SCHEMA]
     null = {"function": {"name": "run", "arguments": {"code": None}}}  # in JSON it was meant
-    (kept,) = read_conversations(str(write(tmp_path, asked({"content": "", "tool_calls": [null]}))))
-    assert '"code": null' in kept.steps[0].reply
+    (transcript,) = read_conversations(str(write(tmp_path, one_question({"content": "", "tool_calls": [null]}))))
+    assert '"code": null' in transcript.steps[0].reply
 
 
 BROKEN = [
@@ -209,10 +213,10 @@ BROKEN = [
     ),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": 3}]}, "not iterable"),
     ({**TWO, "tools": {"name": "x"}}, "function schemas"),
-    (asked({"content": "<interpreter>5</interpreter>so"}), "begins with a tool's output"),
-    (asked({"content": "a<interpreter>5"}), "without its end"),
-    (asked({"content": "<think>a</think>b", "reasoning": "c"}), "and another one"),
-    (asked({"content": "a", "weight": 0.5}), "weight"),
+    (one_question({"content": "<interpreter>5</interpreter>so"}), "begins with a tool's output"),
+    (one_question({"content": "a<interpreter>5"}), "without its end"),
+    (one_question({"content": "<think>a</think>b", "reasoning": "c"}), "and another one"),
+    (one_question({"content": "a", "weight": 0.5}), "weight"),
     ("[" * 100_000, "recursion"),
 ]
 
@@ -245,12 +249,15 @@ def test_parquet(tmp_path, monkeypatch):
 
     path = tmp_path / "talk.parquet"
     parquet.write_table(pyarrow.Table.from_pylist([{**ONE, "tools": json.dumps(ONE["tools"])}, TWO]), path)
-    (found, other), (wanted, more) = read_conversations(str(path)), read_conversations(str(write(tmp_path, ONE, TWO)))
+    (first, second), (first_of_jsonl, second_of_jsonl) = (
+        read_conversations(str(path)),
+        read_conversations(str(write(tmp_path, ONE, TWO))),
+    )
     assert (
-        found.steps == wanted.steps
-        and found.tools == wanted.tools
-        and other.steps == more.steps
-        and found.task.id == "talk.parquet:1"
+        first.steps == first_of_jsonl.steps
+        and first.tools == first_of_jsonl.tools
+        and second.steps == second_of_jsonl.steps
+        and first.task.id == "talk.parquet:1"
     )
     path.write_bytes(b"PAR1 no")
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -273,8 +280,8 @@ def test_cosine_decay_of_the_rate():
 
 
 def test_data_without_a_cold_start_is_pointed_out(capsys):
-    found = advice(load_config(None, ["sft.data=x.jsonl", "sft.enabled=false"], preset="tiny"))
-    assert [problem for problem in found if "sft.data=x.jsonl is not read" in problem.message]
+    problems = advice(load_config(None, ["sft.data=x.jsonl", "sft.enabled=false"], preset="tiny"))
+    assert [problem for problem in problems if "sft.data=x.jsonl is not read" in problem.message]
 
 
 def test_sft_from_a_file_through_the_command_line(tmp_path):

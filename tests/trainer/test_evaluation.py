@@ -48,12 +48,12 @@ def test_pass_at_k_is_unbiased():
     groups = [
         group(n, *(Status.SUCCESS if won else Status.FAILURE for won in outcomes)) for n, outcomes in enumerate(wins)
     ]
-    found = pass_rates(groups, 6)
-    assert list(found) == ["1", "2", "4", "6"]
-    for k, rate in found.items():
+    rates = pass_rates(groups, 6)
+    assert list(rates) == ["1", "2", "4", "6"]
+    for k, rate in rates.items():
         ways = [[any(chosen) for chosen in combinations(outcomes, int(k))] for outcomes in wins]
         assert rate == pytest.approx(sum(sum(w) / len(w) for w in ways) / 3)
-    assert pass_rates(groups[:1], 1) == {} and found["1"] == pytest.approx(success_rate(groups).rate)
+    assert pass_rates(groups[:1], 1) == {} and rates["1"] == pytest.approx(success_rate(groups).rate)
     short = Group(0, groups[0].task, groups[0].trajectories[:3])  # three attempts lost to faults: no pass@4
     assert list(pass_rates([short], 6)) == ["1", "2"]
 
@@ -74,6 +74,6 @@ def test_the_panel_hash_changes_with_what_defines_it():
         {"env": {"max_turns": 8}},
         {"env": {"options": {"seed": 1}}},
     ]
-    found = [panel_id(tasks, RunConfig.model_validate(change)) for change in changes]
-    assert found[0] == panel_id(tasks, RunConfig(run={"seed": 3}))
-    assert len({*found, panel_id(tasks[:1], RunConfig())}) == 6
+    ids = [panel_id(tasks, RunConfig.model_validate(change)) for change in changes]
+    assert ids[0] == panel_id(tasks, RunConfig(run={"seed": 3}))
+    assert len({*ids, panel_id(tasks[:1], RunConfig())}) == 6

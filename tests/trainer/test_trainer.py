@@ -38,7 +38,7 @@ def test_self_imitation_goes_through_the_trainer(model, tmp_path):
     """What lies in the buffer is exactly the step's winning trajectories, with the old_logprobs of their own step; it
     is replayed once, later."""
     trainer = Trainer(from_model(model, tmp_path, "run.steps=6", algo="grpo+spear"))
-    seen = {}
+    reports = {}
     add, drain = trainer.memory.replay.add, trainer.memory.replay.drain
 
     def spy_add(step, rows, rewards, advantages, old_logprobs, **options):
@@ -47,7 +47,11 @@ def test_self_imitation_goes_through_the_trainer(model, tmp_path):
             trajectory = int(rows.trajectory[row])
             if trajectory in won:
                 mask = rows.padded_mask[row]
-                seen[trajectory] = (step, old_logprobs[row][mask].clone(), rows.pad(rows.token_ids)[row][mask].clone())
+                reports[trajectory] = (
+                    step,
+                    old_logprobs[row][mask].clone(),
+                    rows.pad(rows.token_ids)[row][mask].clone(),
+                )
         return add(step, rows, rewards, advantages, old_logprobs, **options)
 
     replayed = []
@@ -69,7 +73,7 @@ def test_self_imitation_goes_through_the_trainer(model, tmp_path):
         for row in range(len(batch.rows)):
             trajectory = int(batch.rows.trajectory[row])
             assert batch.advantages[row][mask[row]].max() > 0
-            stored_step, old, ids = seen[trajectory]
+            stored_step, old, ids = reports[trajectory]
             assert stored_step < step
             assert torch.equal(batch.old_logprobs[row][mask[row]], old)
             assert torch.equal(batch.rows.pad(batch.rows.token_ids)[row][mask[row]], ids)
@@ -141,18 +145,18 @@ def test_training_learns_the_toy(tmp_path):
 def test_both_prompt_styles_train(model, tmp_path, style):
     """A growing chat is one row an episode; windowed prompts are one row a turn."""
     trainer = Trainer(from_model(model, tmp_path, f"env.style={style}", "run.steps=2"))
-    update, seen = trainer.parts.learner.update, []
+    update, calls = trainer.parts.learner.update, []
 
     def spy(on_policy, replay, **settings):
         rows = on_policy.rows
-        seen.append((len(rows), len(rows.trajectory.unique()), len(rows.turns)))
+        calls.append((len(rows), len(rows.trajectory.unique()), len(rows.turns)))
         return update(on_policy, replay, **settings)
 
     trainer.parts.learner.update = spy
     trainer.train()
     trainer.close()
-    assert len(seen) == 2 and all(turns > episodes for _, episodes, turns in seen)
-    assert all(rows == (episodes if style == "chat" else turns) for rows, episodes, turns in seen)
+    assert len(calls) == 2 and all(turns > episodes for _, episodes, turns in calls)
+    assert all(rows == (episodes if style == "chat" else turns) for rows, episodes, turns in calls)
 
 
 def test_a_broken_environment_costs_its_episodes_only(tmp_path):
