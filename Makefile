@@ -33,8 +33,9 @@ $(VENV)/core.stamp: $(VENV)/bin/python setup.cfg pyproject.toml constraints/cpu.
 	$(PIP) -c constraints/cpu.txt -e ".[envs]"
 	@touch $@
 
-$(VENV)/dev.stamp: $(VENV)/core.stamp constraints/dev.txt
-	$(PIP) -c constraints/cpu.txt -c constraints/dev.txt -e ".[envs,dev]"
+$(VENV)/dev.stamp: $(VENV)/core.stamp constraints/dev.txt constraints/formats.txt
+	$(PIP) -c constraints/cpu.txt -c constraints/formats.txt -c constraints/dev.txt -e ".[envs,formats,dev]"
+	$(PIP) --no-deps trl==1.16.0  # for its chat templates alone, which the tests read
 	@touch $@
 
 install: $(VENV)/dev.stamp

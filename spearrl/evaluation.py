@@ -23,7 +23,7 @@ from spearrl.launch.processors import with_sampling_dtype
 from spearrl.models import prepare_torch
 from spearrl.rollout import Player
 from spearrl.run.metrics import mean, numeric_means
-from spearrl.start.origin import Report, silent
+from spearrl.start.origin import Report, silent, with_pinned_model
 from spearrl.types import Group, Task, Trajectory
 
 Z95 = 1.959963984540054
@@ -103,7 +103,7 @@ def evaluate(config: RunConfig) -> EvalResult:
 def evaluate_with_groups(config: RunConfig, *, report: Report = silent) -> tuple[EvalResult, list[Group]]:
     """`evaluate`, with the episodes that were played."""
     device, environment = prepare_torch(config), make_environment(config)
-    config = with_sampling_dtype(config, report)
+    config = with_sampling_dtype(with_pinned_model(config, environment), report)
     with ExitStack() as stack:
         players = players_of(config, environment, device, stack)
         return play_panel(players.evaluator, tasks_of_panel(environment, config.eval), config)

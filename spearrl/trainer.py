@@ -26,7 +26,7 @@ from spearrl.run.checkpoint import clean, load_state, newest_checkpoint, save_ch
 from spearrl.run.health import Health
 from spearrl.run.metrics import Clock, bonus_of, first_fault, rollout_metrics, sampler_gap, staleness, states_met
 from spearrl.seeds import derive
-from spearrl.start.origin import Report, check_model, models_of_run, silent, with_pinned_model
+from spearrl.start.origin import Report, models_of_run, silent, with_pinned_model
 from spearrl.types import Group
 
 STATEFUL = ("memory", "curriculum", "health")  # attributes of a trainer that a checkpoint holds, beside its counters
@@ -56,9 +56,7 @@ class Trainer:
         environment = make_environment(config)
         self.tasks = tasks_of(environment, config.rollout.train_split, setting="rollout.train_split")
         self.panel = tasks_of_panel(environment, config.eval)
-        self.config = config if _run else with_sampling_dtype(with_pinned_model(config), report)
-        if _run is None:
-            check_model(self.config, environment)
+        self.config = config if _run else with_sampling_dtype(with_pinned_model(config, environment), report)
         with ExitStack() as stack:
             self.run = _run or Run.create(self.config)
             stack.push(lambda kind, *_: self.run.close(discard=kind is not None and _run is None))

@@ -5,6 +5,7 @@ examples:
   spearrl doctor sandbox gpu vllm     exit code 1 where one of them is missing
   spearrl doctor sandbox --sandbox-url http://sandbox:8080
   spearrl doctor --model DIR          how a model's chats are written and its calls read
+  spearrl doctor --model org/name --format template
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ EXTRAS = {  # optional packages: what each is for, and the extra that installs i
     "ray": ("rollout workers on several machines", "ray"),
     "peft": ("LoRA", "lora"),
     "alfworld": ("ALFWorld's own engine, for comparison", "alfworld"),
+    "renderers": ("chat formats made by hand", "formats"),
     "math-verify": ("math answers compared as formulas", "envs"),
     "pillow": ("environments with pictures", "envs"),
 }
@@ -54,9 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sandbox-url", metavar="URL", help="check this SandboxFusion server instead of a sandbox on this machine"
     )
     model_help = (
-        "show a model directory's chat format instead: a conversation, its ids, what ends a reply, what is read"
+        "show a model's chat format instead: a conversation, its ids, what ends a reply, what is read; no weights "
+        "are downloaded"
     )
-    parser.add_argument("--model", metavar="DIR", help=model_help)
+    parser.add_argument("--model", metavar="MODEL", help=model_help)
+    parser.add_argument("--format", default="auto", help="with --model: the model.format to show (default: auto)")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
@@ -68,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         from spearrl.models import load_tokenizer
         from spearrl.models.formats import explain_format
 
-        lines = explain_format(load_tokenizer(args.model), ModelSection(path=args.model))
+        lines = explain_format(load_tokenizer(args.model), ModelSection(path=args.model, format=args.format))
         print(json.dumps({"format": lines}, indent=1) if args.json else "\n".join(lines))
         return 0
     known = [*CHECKS, *EXTRAS]

@@ -56,6 +56,7 @@ def config_from(args: argparse.Namespace) -> RunConfig:
             from spearrl.launch.devices import detect
             from spearrl.launch.processors import sizes
 
+            _check_format(config)
             fitting.update({} if detect().gpus else sizes(config, unset))
         return fitting
 
@@ -87,6 +88,16 @@ def check_environment(resolved: Resolved) -> None:
         print(f"warning: {problem}", file=sys.stderr)
 
 
+def _check_format(config: RunConfig) -> None:
+    """Refuse a model of the hub whose chats cannot be used before its weights are downloaded. Raises ConfigError."""
+    from spearrl.launch.factories import make_environment
+    from spearrl.models import is_hub_name
+    from spearrl.start.origin import with_pinned_model
+
+    if is_hub_name(config.model.path):
+        with_pinned_model(config, make_environment(config))
+
+
 def placed_from(args: argparse.Namespace, machine: Callable[[], Machine]) -> tuple[Resolved, Placement]:
     """The config with what follows from the machine's GPUs, and which of them do what. Raises ConfigError.
 
@@ -102,6 +113,8 @@ def placed_from(args: argparse.Namespace, machine: Callable[[], Machine]) -> tup
 
     def derive(config: RunConfig, unset: Collection[str]) -> Mapping[str, Any]:
         host, model = machine(), config.model.path
+        if host.present:
+            _check_format(config)
         folder = directory_of(model) if host.present and model != "tiny" else model
         fitting = {} if host.gpus or not host.present else sizes(config, unset)
         config = config.with_settings(fitting)

@@ -190,16 +190,16 @@ def _by_model(config: RunConfig, environment: Environment, task: Task, seed: int
     from spearrl.launch.assembly import players_of
     from spearrl.launch.factories import make_collector, make_pool
     from spearrl.launch.processors import with_sampling_dtype
-    from spearrl.models import load_tokenizer, prepare_torch
+    from spearrl.models import prepare_torch
     from spearrl.start.origin import with_pinned_model
 
     with ExitStack() as stack:
         stack.enter_context(watched("loading the model"))
-        config = with_sampling_dtype(with_pinned_model(config), Progress().report)
+        config = with_sampling_dtype(with_pinned_model(config, environment), Progress().report)
         config = config.with_settings({"rollout.workers": 0, "rollout.slots": 1})
-        tokenizer = load_tokenizer(config.model.path)
         players = players_of(config, environment, prepare_torch(config), stack)
         engine, encoder = cast(Any, players.engine), cast(Any, players.evaluator).encoder
+        tokenizer = encoder.tokenizer
         # The collector derives a seed of its own; here the episode is the one that --seed names, as by hand.
         pool = make_pool(config, environment, episode_seed=seed)
         stack.callback(pool.close)

@@ -39,10 +39,10 @@ def _start(args: argparse.Namespace) -> int:
     from spearrl.evaluation import evaluate
     from spearrl.launch.factories import make_environment
     from spearrl.models import prepare_torch
-    from spearrl.start.origin import check_model, starting_model
+    from spearrl.start.origin import starting_model, with_pinned_model
 
     environment = make_environment(config)
-    check_model(config, environment)
+    config = with_pinned_model(config, environment)
     output = empty_folder(args.output)
     device = prepare_torch(config)
     starting_model(config, environment, device, None, Progress().report).keep(output)

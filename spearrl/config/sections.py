@@ -68,6 +68,11 @@ class ModelSection(Section):
         pattern=PLAIN_TEXT,
         description='Model directory, name (org/name, org/name@revision, smollm2-135m), or "tiny": built here.',
     )
+    format: str = Field(
+        "auto",
+        pattern=PLAIN_TEXT,
+        description="Chat format: auto, template, response_template, or one of the library renderers (qwen3, …).",
+    )
     thinking: Literal["auto", "on", "off"] = Field(
         "auto", description="Whether the model thinks, where its template has a switch; auto: as that has it."
     )

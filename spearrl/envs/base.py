@@ -23,6 +23,7 @@ class Environment:
         execution: where your methods run. "inline": in the trainer's own loop, which waits for them. "thread": in a
             thread, for steps that wait for a server or a program. "process": in another process, for steps that
             compute for long, hang or crash.
+        shows_images: observations may hold pictures: a model that takes none is refused at the start.
         threads: how many threads, where `execution` is "thread". A step's deadline also runs while the step waits for
             something that lets fewer in.
         cut_reward: added to the last reward of an episode that runs out of turns, reply tokens or context.
@@ -68,6 +69,7 @@ class Environment:
     max_turns: int = 10
     execution: str = "inline"
     threads: int = 32
+    shows_images: bool = False
     cut_reward: float = 0.0
     expert_noise: float = 0.0
 

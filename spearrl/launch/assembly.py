@@ -32,7 +32,7 @@ from spearrl.learner import Learner
 from spearrl.learner.deepspeed.zero import require
 from spearrl.learner.policy import use_bf16
 from spearrl.models import copy_of, load_model, text_ids
-from spearrl.models.chat import ChatEncoder
+from spearrl.models.chat_format import ChatFormat
 from spearrl.models.formats import describe_format, open_format
 from spearrl.rollout import Player
 from spearrl.rollout.vllm.arguments import installed_version
@@ -218,7 +218,7 @@ def _address(config: RunConfig, origin: Origin) -> str:
 def _players(
     config: RunConfig,
     environment: Environment,
-    encoder: ChatEncoder,
+    encoder: ChatFormat,
     placement: Placement,
     *,
     model: torch.nn.Module | str,
@@ -263,7 +263,7 @@ def launcher_of(config: RunConfig, model_dir: str, placement: Placement, logs: P
 
 
 def probe_text(
-    config: RunConfig, environment: Environment, encoder: ChatEncoder, report: Callable[[str], None]
+    config: RunConfig, environment: Environment, encoder: ChatFormat, report: Callable[[str], None]
 ) -> Sequence[int]:
     """Token ids of the first training task's first prompt, pictures left out; of ordinary text where it has none."""
     task = tasks_of(environment, config.rollout.train_split, setting="rollout.train_split")[0]

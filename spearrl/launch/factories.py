@@ -16,7 +16,7 @@ from spearrl.errors import ConfigError
 from spearrl.launch.placement import Placement
 from spearrl.learner import Learner, LocalLearner, ValueHead
 from spearrl.models import load_model, text_ids
-from spearrl.models.chat import ChatEncoder
+from spearrl.models.chat_format import ChatFormat
 from spearrl.rollout.collector import Collector
 from spearrl.rollout.local import LocalEngine
 from spearrl.rollout.local.receiver import LocalWeights
@@ -129,7 +129,7 @@ def receiver_of(engine: Engine) -> Receiver:
 
 
 def make_collector(
-    config: RunConfig, engine: Engine, encoder: ChatEncoder, pool: Pool, *, sampling: tuple[float, float]
+    config: RunConfig, engine: Engine, encoder: ChatFormat, pool: Pool, *, sampling: tuple[float, float]
 ) -> Collector:
     """A collector over `engine`; `sampling`: temperature and top_p."""
     settings, environment = config.rollout, pool.environment

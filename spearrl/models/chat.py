@@ -7,23 +7,31 @@ The template shows an image as one image token; it is repeated as often as `spea
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 from spearrl.errors import ConfigError
-from spearrl.models.layouts import HERMES, MARKS, THINK, THOUGHT, Layout, call_text, parts_of, split_thought, types_of
+from spearrl.models.chat_format import RESPONSE_TEMPLATE, SWITCHES, TEMPLATE, name_results
+from spearrl.models.layouts import (
+    HERMES,
+    MARKS,
+    THINK,
+    THOUGHT,
+    Layout,
+    Reader,
+    call_text,
+    parts_of,
+    split_thought,
+    types_of,
+)
+from spearrl.models.plain_text import PlainText
 from spearrl.models.stops import TurnEnds, find_stops
-from spearrl.models.vision import vision_of
+from spearrl.models.vision import Vision, vision_of
 from spearrl.types import Message, Text
 
-# Private-use characters stand in for control tokens that occur in message text while the template is rendered.
-_OPEN, _CLOSE = "\ue000", "\ue001"
-_STAND_IN = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 _DUMMY, _NEXT = "\ue002reply\ue002", "\ue002next\ue002"
 _TRIED_CALL = {"type": "function", "id": "call00001", "function": {"name": "look", "arguments": {"at": "lamp"}}}
-SWITCHES = ("enable_thinking", "thinking")  # what templates call the setting that turns thinking on and off
 
 Content = str | tuple[str | int, ...]  # of a message: its text, or its texts and the numbers of tokens of its images
 Key = tuple[tuple[str, Content], ...]  # messages as (role, content)
@@ -44,17 +52,16 @@ class ChatEncoder:
         ConfigError: the tokenizer has no chat template, or it has no switch for thinking.
     """
 
-    def __init__(self, tokenizer: Any, *, layout: Layout = HERMES, thinking: str = "auto", structured: bool = False):
+    def __init__(self, tokenizer: Any, *, layout: Reader = HERMES, thinking: str = "auto", structured: bool = False):
         if not getattr(tokenizer, "chat_template", None):
             hint = "use an instruct model, or set tokenizer.chat_template and save it"
             raise ConfigError("the tokenizer has no chat template", where="model.path", hint=hint)
         self.tokenizer, self.vision, self.rewrites_history = tokenizer, vision_of(tokenizer), False
-        # The opening stand-in is itself replaced, so that no text can be mistaken for a stand-in.
-        self._specials = [*(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), _OPEN]
-        self._special = re.compile("|".join(map(re.escape, sorted(self._specials, key=len, reverse=True))))
+        self._text = PlainText(tokenizer)
         self._whole = lru_cache(maxsize=256)(self._encode_whole)
         self._delta = lru_cache(maxsize=8192)(self._encode_delta)
-        self.layout, self._types = layout, types_of(())
+        self.layout, self.reader, self._types = layout, layout.name, types_of(())
+        self.name = TEMPLATE if isinstance(layout, Layout) else RESPONSE_TEMPLATE
         self._structured = structured and layout is not HERMES
         shown = {*MARKS, *layout.marks}
         marks = {i for i, token in tokenizer.added_tokens_decoder.items() if str(token) in shown}
@@ -111,20 +118,20 @@ class ChatEncoder:
             return self._call_ids(text)
         if self.opens_thought:
             text = text.partition(THINK)[2].removeprefix("\n") if THINK in text else self._no_thought + text
-        ids = self._plain(text)
+        ids = self._text.plain(text)
         return (*ids, self.end_id) if self.end_id is not None else tuple(ids)
 
-    @staticmethod
-    def reply_message(text: str) -> Message:
-        """A reply as a message of the conversation."""
-        return Message("assistant", text)
+    def check_images(self) -> None:
+        """Refuse an environment that shows pictures where model or template drop them. Raises ConfigError."""
+        self._needed_vision()
+        self._encode_whole((("user", ("one", 1)),))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without control tokens, except those that mark thoughts and calls."""
         shown = [i for i in ids if i not in self._hidden]
         return str(self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def reply_text(self, ids: Sequence[int]) -> str:
+    def reply_text(self, ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> str:
         """A sampled reply as environments read it: with a thought's beginning that the prompt has, calls as Hermes."""
         return self.layout.canonical(self._opened + self.decode(ids), self._types)
 
@@ -139,12 +146,12 @@ class ChatEncoder:
         self.rewrites_history = False
         for reply in ("so", "<think>\nwhy\n</think>\n\nso"):
             grown = self.extend(self.start([first]), self.reply_ids(reply), [second])
-            whole = self.start([first, self.reply_message(reply), second])
+            whole = self.start([first, Message("assistant", reply), second])
             texts = [decode(list(ids), clean_up_tokenization_spaces=False) for ids in (grown, whole)]
             self.rewrites_history |= texts[0] != texts[1]
         if self._structured:
             self.rewrites_history |= self._rewrites_calls()
-        hostile = self.start([Message("user", "one" + "".join(self._specials[:-1]))])
+        hostile = self.start([Message("user", "one" + "".join(self._text.controls))])
         controls = set(self.tokenizer.all_special_ids)
         if sum(i in controls for i in hostile) != sum(i in controls for i in self.start([first])):
             text, hint = "control tokens in a message do not stay plain text", "use a tokenizer with a tokenizer.json"
@@ -168,7 +175,7 @@ class ChatEncoder:
             grown = self.extend(self.start([first]), self.reply_ids(call), [second])
         except ConfigError:  # the template wants a call before a result
             return True
-        return grown != self.start([first, self.reply_message(call), second])
+        return grown != self.start([first, Message("assistant", call), second])
 
     def _prompt_end(self) -> str:
         """What the template puts between the last message and the reply; finds out how it takes text.
@@ -210,7 +217,7 @@ class ChatEncoder:
         if not said:
             rendered = self._render((("user", _DUMMY), ("assistant", text)), False).rpartition(_DUMMY)[2]
             said = self._no_thought * self.opens_thought + rendered.rpartition(THOUGHT)[2].removeprefix(self._asked)
-        ids = self._ids(said)
+        ids = self._text.ids(said)
         last = max((position for position, i in enumerate(ids) if i in self.stop_ids), default=len(ids))
         end = () if last < len(ids) or self.stops.call_end is None else (self.stops.call_end,)
         return (*ids[: last + 1], *end)
@@ -225,28 +232,22 @@ class ChatEncoder:
                 return ""
 
         around = {role: after((role, _NEXT)).partition(_DUMMY)[2].partition(_NEXT) for role in ("user", "tool")}
-        last, call = (self._ids(after(call=called).rpartition(_DUMMY)[2]) for called in (False, True))
-        before_next = [self._ids(before) for before, _, _ in around.values()]
-        return TurnEnds(last, call, before_next, [*before_next[0], *self._ids(around["user"][2])])
+        last, call = (self._text.ids(after(call=called).rpartition(_DUMMY)[2]) for called in (False, True))
+        before_next = [self._text.ids(before) for before, _, _ in around.values()]
+        return TurnEnds(last, call, before_next, [*before_next[0], *self._text.ids(around["user"][2])])
 
     def _encode_whole(self, key: Key, tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
-        return self._with_images(self._ids(self._render(key, True, tools)), key)
+        return self._with_images(self._text.ids(self._render(key, True, tools)), key)
 
     def _encode_delta(self, key: Key) -> tuple[int, ...]:
         text = self._render((("user", "x"), ("assistant", _DUMMY), *key), True)
-        return self._with_images(self._ids(text.partition(_DUMMY)[2]), key)
+        return self._with_images(self._text.ids(text.partition(_DUMMY)[2]), key)
 
     def _render(self, key: Key, prompt: bool, tools: Sequence[dict[str, Any]] = (), *, call: bool = False) -> str:
         """The template's text; `call`: replies call a tool."""
         chat = [self._message(role, content) for role, content in key]
         chat = [m | {"tool_calls": [_TRIED_CALL]} if call and m["role"] == "assistant" else m for m in chat]
-        calls: list[dict[str, Any]] = []
-        for message in chat if self._structured else ():
-            calls = message.get("tool_calls", calls)
-            if message["role"] == "tool" and calls:  # several results: of the calls in order
-                message |= {"name": calls[0]["function"]["name"], "tool_call_id": calls[0]["id"]}
-                calls = calls[1:] or calls
-        return self._template(chat, prompt, tools)
+        return self._template(name_results(chat) if self._structured else chat, prompt, tools)
 
     def _template(self, chat: list[dict[str, Any]], prompt: bool, tools: Sequence[dict[str, Any]] = ()) -> str:
         options = {"tokenize": False, "add_generation_prompt": prompt, "tools": list(tools) or None, **self.options}
@@ -271,9 +272,9 @@ class ChatEncoder:
         if thought is not None and not self._takes_thoughts and not calls:
             message["content"] = self._safe(f"{THINK}\n{thought}\n{THOUGHT}\n\n{text}")
         elif thought is not None and self._takes_thoughts:
-            message |= {"reasoning_content": self._plain_text(thought), "thinking": self._plain_text(thought)}
+            message |= {"reasoning_content": self._text.hide(thought), "thinking": self._text.hide(thought)}
         if calls:
-            functions = [{"name": name, "arguments": self._safe_json(arguments)} for name, arguments in calls]
+            functions = [{"name": name, "arguments": self._text.hide_all(arguments)} for name, arguments in calls]
             named = enumerate(functions, 1)
             message["tool_calls"] = [{"type": "function", "id": f"call{n:05}", "function": f} for n, f in named]
             if thought is not None and self.layout.name == "harmony":  # its template takes one of them beside a call
@@ -284,24 +285,12 @@ class ChatEncoder:
         """Messages as the template takes their text."""
         return [m | {"content": self._safe(m["content"])} for m in chat]
 
-    def _safe_json(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {self._plain_text(key): self._safe_json(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._safe_json(item) for item in value]
-        return self._plain_text(value) if isinstance(value, str) else value
-
     def _safe(self, content: Content) -> str | list[dict[str, Any]]:
         """A message's content as the template takes it, with stand-ins for control tokens."""
         if isinstance(content, str):
-            return self._plain_text(content) if not self._in_parts else self._safe((content,))
+            return self._text.hide(content) if not self._in_parts else self._safe((content,))
         image = {"type": "image"}
-        return [
-            image if isinstance(part, int) else {"type": "text", "text": self._plain_text(part)} for part in content
-        ]
-
-    def _plain_text(self, text: str) -> str:
-        return self._special.sub(lambda match: f"{_OPEN}{self._specials.index(match.group())}{_CLOSE}", text)
+        return [image if isinstance(part, int) else {"type": "text", "text": self._text.hide(part)} for part in content]
 
     def _with_images(self, ids: list[int], key: Key) -> tuple[int, ...]:
         """Repeat each image's one token. Raises ConfigError where the template shows another number of images."""
@@ -321,22 +310,12 @@ class ChatEncoder:
     def _part(self, part: Any) -> str | int:
         if isinstance(part, Text):
             return part.text
+        return self._needed_vision().count(part)
+
+    def _needed_vision(self) -> Vision:
         if self.vision is None:
             text = "the environment shows pictures, which this model does not take"
             family = "give a model of the Qwen2-VL family (model.tiny.vision=true for the tiny one)"
             hint = f"{family}, or have the environment show text"
             raise ConfigError(text, where="model.path", hint=hint)
-        return self.vision.count(part)
-
-    def _ids(self, rendered: str) -> list[int]:
-        """Control tokens of the template become control ids; those of message text (stand-ins) become plain text."""
-        ids: list[int] = []
-        for number, piece in enumerate(_STAND_IN.split(rendered)):
-            if number % 2:
-                ids += self._plain(self._specials[int(piece)])
-            elif piece:
-                ids += self.tokenizer.encode(piece, add_special_tokens=False)
-        return ids
-
-    def _plain(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        return self.vision

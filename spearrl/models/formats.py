@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from spearrl.config.sections import ModelSection
 from spearrl.errors import ConfigError
 from spearrl.models.chat import ChatEncoder
-from spearrl.models.layouts import HERMES, LAYOUTS, Layout, call_text, parts_of, types_of
+from spearrl.models.chat_format import RESPONSE_TEMPLATE, TEMPLATE, ChatFormat, next_prompt, parse_reply
+from spearrl.models.hub import is_hub_name
+from spearrl.models.layouts import HERMES, LAYOUTS, Reader, ResponseTemplate, call_text, parts_of, types_of
 from spearrl.models.layouts import THINK as OPENED
 from spearrl.models.layouts import THOUGHT as CLOSED
+from spearrl.models.renderers import INSTALL, LibraryFormat, known_models, recognised
 from spearrl.types import Message
 
 PROPERTIES = {
@@ -27,33 +30,25 @@ TOOL = {
 }
 ARGUMENTS = {"place": 'the "red" room', "times": 2}
 ASKED, THOUGHT, RESULT = "what is there?", "let me look", "a lamp7"
+_ALSO = {**ARGUMENTS, "also": ["a", True, None, {"b": 1.5}]}
+_CALL = {"type": "function", "id": "functions.look_around:0", "function": {"name": "look_around", "arguments": _ALSO}}
+TRIED_CHAT: list[dict[str, Any]] = [  # by which a format of the library is recognised
+    {"role": "user", "content": ASKED},
+    {"role": "assistant", "content": "", "reasoning_content": THOUGHT, "tool_calls": [_CALL]},
+    {"role": "tool", "name": "look_around", "tool_call_id": _CALL["id"], "content": RESULT},
+    {"role": "assistant", "content": "so"},
+    {"role": "user", "content": "and now?"},
+]
 WAYS_OUT = (
     "set env.options.describe=prompt (the environment says in its own words what its tools are), or take another model"
 )
 
 
-@dataclass(frozen=True, slots=True)
-class FormatProbe:
-    """What a chat template does with tools.
-
-    Args:
-        layout: what reads the calls that it writes; None: nothing does.
-        problem: why tools cannot be used through the template; empty: they can.
-        rendered: the conversation as the template writes it, up to the next reply.
-        reply: its reply with the call, and `read`: what the environment would get of it.
+def probe_template(encoder: ChatEncoder, readers: Sequence[Reader] = LAYOUTS) -> tuple[Reader | None, str]:
+    """Try a chat template: what reads the calls that it writes, and why tools cannot be used through it; empty: they
+    can.
     """
-
-    layout: Layout | None
-    problem: str
-    rendered: str
-    reply: str
-    read: str
-
-
-def probe_format(encoder: ChatEncoder) -> FormatProbe:
-    """Try the chat template of an encoder, whatever its layout is."""
-    asked = {"role": "user", "content": ASKED}
-    prompt, _ = _render(encoder, [asked], prompt=True)
+    asked, (prompt, _) = {"role": "user", "content": ASKED}, _render(encoder, TRIED_CHAT[:1], prompt=True)
     said = rendered = fault = result_fault = ""
     for arguments in (ARGUMENTS, json.dumps(ARGUMENTS)):  # a few templates take them as JSON text only
         function = {"name": "look_around", "arguments": arguments}
@@ -64,76 +59,157 @@ def probe_format(encoder: ChatEncoder) -> FormatProbe:
         rendered, result_fault = _render(encoder, [asked, call, result], prompt=True)
         if said:
             break
-    start = prompt.rpartition(ASKED)[2]
-    reply = said.rpartition(ASKED)[2]
-    reply = _without_end(encoder, reply.removeprefix(start))
-    layout = next((one for one in LAYOUTS if _reads(one, reply)), None)
-    read = (layout or HERMES).canonical(reply, types_of([TOOL]))
-    shown = "place" in prompt and "look_around" in prompt
+    reply = _without_end(encoder, said.rpartition(ASKED)[2].removeprefix(prompt.rpartition(ASKED)[2]))
+    reader = next((one for one in readers if _reads(one, reply)), None)
     faults = (
-        (not shown, "the chat template does not show the environment's tools"),
-        (bool(fault), f"the chat template refuses tool calls: {fault}"),
-        ("look_around" not in reply, "the chat template leaves tool calls out"),
-        (layout is None, f"no reader knows how the chat template writes a tool call: {reply.strip()[:300]!r}"),
-        (bool(result_fault), f"the chat template refuses results of tools: {result_fault}"),
-        (RESULT not in rendered, "the chat template leaves results of tools out"),
+        ("place" not in prompt or "look_around" not in prompt, "does not show the environment's tools"),
+        (bool(fault), f"refuses tool calls: {fault}"),
+        ("look_around" not in reply, "leaves tool calls out"),
+        (reader is None, f"writes a tool call as no reader knows: {reply.strip()[:300]!r}"),
+        (bool(result_fault), f"refuses results of tools: {result_fault}"),
+        (RESULT not in rendered, "leaves results of tools out"),
     )
-    return FormatProbe(
-        layout, next((text for found, text in faults if found), ""), rendered or said or prompt, reply, read
-    )
+    return reader, next((f"the chat template {text}" for found, text in faults if found), "")
 
 
 def open_format(
     tokenizer: Any, settings: ModelSection, tools: Sequence[Mapping[str, Any]] = (), *, path: str = "model.path"
-) -> ChatEncoder:
-    """The format of a model's chats, tried.
+) -> ChatFormat:
+    """The format of a model's chats that `settings.format` names, tried.
+
+    "auto" is the library's format that writes a conversation token for token as the template does (or, where there is
+    no template, that of the model's name on the hub); else the template, with calls read by the tokenizer's response
+    template where it has one that reads them back, else by a layout.
 
     Args:
-        tools: function schemas that the environment offers through the template.
+        tools: function schemas that the environment offers through the format.
         path: what to blame, in errors.
     Raises:
-        ConfigError: the template fails, or tools are offered and its calls cannot be used.
+        ConfigError: the format fails, or tools are offered and its calls cannot be used.
     """
-    found = probe_format(ChatEncoder(tokenizer, thinking=settings.thinking))
-    if tools and found.problem:
-        raise ConfigError(found.problem, where=path, hint=WAYS_OUT)
-    layout = HERMES if found.problem or found.layout is None else found.layout
+    offered = [dict(tool) for tool in tools]
+    if settings.format == "auto":
+        chat, problem = _chosen(tokenizer, settings, offered)
+    else:
+        chat, problem = _named(tokenizer, settings, settings.format, offered)
+    if problem and tools:
+        raise ConfigError(problem, where=path, hint=_ways_out(tokenizer, settings))
+    return chat
+
+
+def _chosen(tokenizer: Any, settings: ModelSection, tools: list[dict[str, Any]]) -> tuple[ChatFormat, str]:
+    """What "auto" takes, and why tools cannot be used through it."""
+    problem, notes = "", tuple[str, ...]()
+    known = known_models().get(settings.path.partition("@")[0]) if is_hub_name(settings.path) else None
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    name = recognised(tokenizer, TRIED_CHAT, TOOL, first=known) if "tools" in template else None
+    if known and template and not name:
+        notes = (f"format {known} of renderers writes chats otherwise than the model's own template, which is used",)
+    if name or (known and not template):
+        chat, problem = _named(tokenizer, settings, str(name or known), tools)
+        if not problem or not tools or not template:
+            return chat, problem
+        notes = (problem,)
+    for name in (RESPONSE_TEMPLATE, TEMPLATE):
+        if name == TEMPLATE or getattr(tokenizer, "response_template", None) is not None:
+            chat, problem = _named(tokenizer, settings, name, tools)
+            if not problem:
+                break
+            if name == RESPONSE_TEMPLATE:
+                notes += (f"the tokenizer's response template is not used: {problem}",)
+    chat.stops = replace(chat.stops, notes=(*notes, *chat.stops.notes))
+    return chat, problem
+
+
+def _named(tokenizer: Any, settings: ModelSection, name: str, tools: list[dict[str, Any]]) -> tuple[ChatFormat, str]:
+    """A format by its name, and why tools cannot be used through it."""
+    if name not in (TEMPLATE, RESPONSE_TEMPLATE):
+        chat = LibraryFormat(tokenizer, name, thinking=settings.thinking, tools=tools)
+        return chat, round_trip_problem(chat) if tools else ""
+    if name == RESPONSE_TEMPLATE and getattr(tokenizer, "response_template", None) is None:
+        text = "the tokenizer carries no response template"
+        raise ConfigError(text, where="model.format", hint="use model.format=auto or template")
+    readers: Sequence[Reader] = LAYOUTS if name == TEMPLATE else (ResponseTemplate(tokenizer),)
+    reader, problem = probe_template(ChatEncoder(tokenizer, thinking=settings.thinking), readers)
+    layout = HERMES if problem or reader is None else reader
+    layout = readers[0] if name == RESPONSE_TEMPLATE and layout is HERMES else layout
     encoder = ChatEncoder(tokenizer, layout=layout, thinking=settings.thinking, structured=bool(tools))
     encoder.verify()
-    return encoder
+    return encoder, problem or (round_trip_problem(encoder) if tools else "")
 
 
-def describe_format(encoder: ChatEncoder) -> str:
+def round_trip_problem(chat: ChatFormat) -> str:
+    """Why a call and its result do not come through a format opened with tools, through its own ids; empty: they do."""
+    asked, call = Message("user", ASKED), call_text("look_around", ARGUMENTS)
+    try:
+        prompt, reply = chat.start([asked], [TOOL]), chat.reply_ids(call)
+        read, shown = parse_reply(chat, reply, prompt), chat.tokenizer.decode(list(prompt))
+        said, result = Message("assistant", chat.reply_text(reply, prompt)), Message("tool", RESULT)
+        after = next_prompt(chat, (prompt, reply), [asked, said, result], [result], [TOOL])
+    except ConfigError as error:
+        return f"format {chat.name}: {error.message}"
+    faults = (
+        ("place" not in shown or "look_around" not in shown, "does not show the environment's tools"),
+        (read.calls != (("look_around", ARGUMENTS),), f"writes a call that is not read back: {read}"),
+        (not read.ended, "puts nothing after a reply that would end it"),
+        (RESULT not in chat.tokenizer.decode(list(after)), "leaves results of tools out"),
+    )
+    return next((f"format {chat.name} {text}" for found, text in faults if found), "")
+
+
+def _ways_out(tokenizer: Any, settings: ModelSection) -> str:
+    """What to do where tools cannot be used, with the formats that would do."""
+    names, fitting = dict.fromkeys(known_models().values()), []
+    for name in names:
+        try:
+            if not _named(tokenizer, settings, name, [TOOL])[1]:
+                fitting.append(name)
+        except ConfigError:  # it does not go with this tokenizer
+            continue
+    if fitting:
+        return f"set model.format to one that the tokenizer has the tokens for ({', '.join(fitting)}), or {WAYS_OUT}"
+    more = "no other model.format goes with this tokenizer" if names else f"{INSTALL} brings more of model.format"
+    return f"{WAYS_OUT}; {more}"
+
+
+def describe_format(chat: ChatFormat) -> str:
     """A line: how chats are written and calls read, whether the model thinks, what ends a reply and who says so."""
-    tokens = encoder.tokenizer.convert_ids_to_tokens
-    stops = "; ".join(f"{tokens(i)} ({', '.join(where)})" for i, where in encoder.stops.sources.items()) or "none"
-    switch = "".join(f", {name}={str(value).lower()}" for name, value in encoder.options.items())
-    thinking = ("in every reply: prompts open a thought" if encoder.opens_thought else "as the model likes") + switch
-    return f"format template, calls: {encoder.layout.name}; thinking {thinking}; stop tokens: {stops}"
+    tokens = chat.tokenizer.convert_ids_to_tokens
+    stops = "; ".join(f"{tokens(i)} ({', '.join(where)})" for i, where in chat.stops.sources.items()) or "none"
+    switch = "".join(f", {name}={str(value).lower()}" for name, value in chat.options.items())
+    thinking = ("in every reply: prompts open a thought" if chat.opens_thought else "as the model likes") + switch
+    return f"format {chat.name}, calls: {chat.reader}; thinking {thinking}; stop tokens: {stops}"
 
 
 def explain_format(tokenizer: Any, settings: ModelSection) -> list[str]:
-    """What the probe sees, as lines: the format, the template's conversation, ids with their action mask, what is read.
+    """What the probe sees, as lines: the format, a conversation with ids and their action mask, what is read of it.
 
     Raises:
-        ConfigError: the template fails on a plain conversation.
+        ConfigError: the format fails on a plain conversation.
     """
-    found = probe_format(ChatEncoder(tokenizer, thinking=settings.thinking))
-    tools = () if found.problem else (TOOL,)
-    encoder = open_format(tokenizer, settings, tools)
+    problem = ""
+    try:
+        chat = open_format(tokenizer, settings, [TOOL])
+    except ConfigError as error:
+        chat, problem = open_format(tokenizer, settings), f"no: {error.message}; ways out: {error.hint}"
+    tools = () if problem else (TOOL,)
     asked, said = Message("user", ASKED), f"{OPENED}\n{THOUGHT}\n{CLOSED}\n\n{call_text('look_around', ARGUMENTS)}"
     result = Message("tool" if tools else "user", RESULT)
-    prompt, reply = encoder.start([asked], tools), encoder.reply_ids(said)
-    anew = encoder.start([asked, encoder.reply_message(encoder.reply_text(reply)), result], tools)
-    after = anew if encoder.rewrites_history else encoder.extend(prompt, reply, [result])[len(prompt) + len(reply) :]
-    again = (
-        "the whole next prompt, rendered anew: the template rewrites earlier turns" if encoder.rewrites_history else ""
-    )
-    lines = [describe_format(encoder), *(f"note: {note}" for note in encoder.stops.notes)]
-    lines += [f"tools through the template: {f'no: {found.problem}' if found.problem else 'yes'}"]
-    for name, mask, ids in (("prompt", 0, prompt), ("reply", 1, reply), (again or "what follows", 0, after)):
-        lines += [f"--- {name}: {len(ids)} tokens, action mask {mask}", tokenizer.decode(list(ids)), f"ids {list(ids)}"]
-    return [*lines, "--- the reply as environments read it", encoder.reply_text(reply)]
+    prompt, reply = chat.start([asked], tools), chat.reply_ids(said)
+    text, known = chat.reply_text(reply, prompt), (*prompt, *reply)
+    after = next_prompt(chat, (prompt, reply), [asked, Message("assistant", text), result], [result], tools)
+    again = "the whole next prompt, rendered anew: the format rewrites earlier turns"
+    if after[: len(known)] == known:
+        after, again = after[len(known) :], "what follows"
+    lines = [describe_format(chat), *(f"note: {note}" for note in chat.stops.notes)]
+    lines += [f"model.format={settings.format}: {chat.name}", f"tools through the format: {problem or 'yes'}"]
+    decode = chat.tokenizer.decode
+    for name, mask, ids in (("prompt", 0, prompt), ("reply", 1, reply), (again, 0, after)):
+        lines += [f"--- {name}: {len(ids)} tokens, action mask {mask}", decode(list(ids)), f"ids {list(ids)}"]
+    read = parse_reply(chat, reply, prompt)
+    parts = {"content": read.content, "reasoning": read.reasoning, "calls": list(read.calls), "ended": read.ended}
+    lines += ["--- the reply as environments read it", text, "--- in its parts"]
+    return [*lines, *(f"{name}: {part!r}" for name, part in parts.items())]
 
 
 def _render(encoder: ChatEncoder, chat: list[dict[str, Any]], *, prompt: bool) -> tuple[str, str]:
@@ -152,5 +228,5 @@ def _without_end(encoder: ChatEncoder, reply: str) -> str:
     return reply
 
 
-def _reads(layout: Layout, reply: str) -> bool:
+def _reads(layout: Reader, reply: str) -> bool:
     return parts_of(layout.canonical(reply, types_of([TOOL])))[2] == [("look_around", ARGUMENTS)]

@@ -32,9 +32,11 @@ def is_hub_name(model: str) -> bool:
     return NAME.fullmatch(model) is not None and not Path(model).exists()
 
 
-def directory_of(model: str) -> Path:
+def directory_of(model: str, *, weights: bool = True) -> Path:
     """The directory of a model given by directory or by name; files of a name that are not here yet are downloaded.
 
+    Args:
+        weights: download these too; without them configs, tokenizer and chat template come.
     Raises:
         ConfigError: neither a directory nor a name, or the name's files cannot be had.
     """
@@ -43,7 +45,7 @@ def directory_of(model: str) -> Path:
     if "/" not in model and (made_here(model) / "config.json").is_file():
         return made_here(model)
     if is_hub_name(model):
-        return _snapshot(model)
+        return _snapshot(model, weights)
     raise ConfigError(
         f"model {model!r} is neither a directory on this machine nor the name of a model",
         where="model.path",
@@ -52,26 +54,27 @@ def directory_of(model: str) -> Path:
     )
 
 
-def pinned(model: str) -> str:
+def pinned(model: str, *, weights: bool = True) -> str:
     """A name of the hub with the commit that it stands for now ("org/name@0123…"), downloaded; others as they are.
 
     Raises:
         ConfigError: there is no such model.
     """
-    folder = directory_of(model)
+    folder = directory_of(model, weights=weights)
     return f"{model.partition('@')[0]}@{folder.name}" if is_hub_name(model) else model
 
 
-def _snapshot(name: str) -> Path:
+def _snapshot(name: str, weights: bool) -> Path:
     """The files of `org/name[@revision]`, in a folder that is named after the commit. Raises ConfigError."""
     from httpx import HTTPError
     from huggingface_hub import errors, snapshot_download
 
     repository, _, revision = name.partition("@")
-    wanted: dict[str, Any] = {"revision": revision or None, "allow_patterns": FILES, "ignore_patterns": OTHERS}
+    others = OTHERS if weights else [*OTHERS, "*.safetensors"]
+    wanted: dict[str, Any] = {"revision": revision or None, "allow_patterns": FILES, "ignore_patterns": others}
     if COMMIT.fullmatch(revision):  # a commit never changes: where its files are here, nobody is asked
         try:
-            if _is_whole(folder := Path(snapshot_download(repository, local_files_only=True, **wanted))):
+            if _is_whole(folder := Path(snapshot_download(repository, local_files_only=True, **wanted)), weights):
                 return folder
         except errors.LocalEntryNotFoundError:
             folder = Path()  # not here yet
@@ -82,15 +85,20 @@ def _snapshot(name: str) -> Path:
         raise ConfigError(
             f"{name} is no directory on this machine, and {what}", where="model.path", hint=hint
         ) from error
-    if not _is_whole(folder):
+    if weights and not _is_whole(folder, weights):
         text = f"{name} has no config.json with all of its weights as safetensors, and nothing else is loaded"
         hint = "choose a repository with .safetensors files, or convert it and give the directory"
         raise ConfigError(text, where="model.path", hint=hint)
     return folder
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether there are a config and weights; where an index names several files of them, all of these."""
+def _is_whole(folder: Path, weights: bool) -> bool:
+    """Whether there are a config and weights; where an index names several files of them, all of these.
+
+    Without `weights`: whether there are a config and a tokenizer.
+    """
+    if not weights:
+        return (folder / "config.json").is_file() and any(folder.glob("tokenizer*"))
     index = folder / "model.safetensors.index.json"
     files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
     whole = all((folder / name).is_file() for name in files) if files else any(folder.glob("*.safetensors"))

@@ -55,6 +55,48 @@ class Layout:
         return thought + (self.noise.sub("", answer) if self.noise else answer)
 
 
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
+
+
+class ResponseTemplate:
+    """Reads replies by the response template that a tokenizer carries (transformers' own), through its
+    `parse_response`; what that cannot read is handed on as one broken call.
+
+    Args:
+        tokenizer: one with a `response_template`.
+    """
+
+    name = "response template"
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        written = json.dumps(tokenizer.response_template, ensure_ascii=False).replace("\\", "")
+        specials = (str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
+        self.marks = tuple(t for t in specials if t in written and t != tokenizer.eos_token)
+
+    def canonical(self, reply: str, types: Types) -> str:
+        """A reply as environments read it."""
+        kinds = {name: {key: {"type": kind} for key, kind in found.items() if kind} for name, found in types.items()}
+        tools = [{"function": {"name": name, "parameters": {"properties": found}}} for name, found in kinds.items()]
+        try:
+            parsed = self._tokenizer.parse_response(reply, prefix="", tools=tools)
+            calls = [named_call(call) for call in parsed.get("tool_calls") or []]
+        except (ValueError, TypeError, KeyError):
+            before, answer = split_thought(reply)
+            return f"{before}{OPEN}{answer.strip()}{CLOSE}"
+        thought = next((parsed[key] for key in THOUGHT_KEYS if parsed.get(key) is not None), None)
+        return said_text(thought, str(parsed.get("content") or ""), calls)
+
+
+Reader = Layout | ResponseTemplate
+
+
+def said_text(thought: str | None, content: str, calls: Sequence[Call], *, closed: bool = True) -> str:
+    """A reply as environments read it, of its parts. `closed`: the thought has ended."""
+    opened = "" if thought is None else f"{THINK}\n{thought}" + (f"\n{THOUGHT}\n\n" if closed else "")
+    return opened + "\n".join([*([content] if content else []), *(call_text(*call) for call in calls)])
+
+
 def call_text(name: str, arguments: Any) -> str:
     """A call as environments read it."""
     return OPEN + json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False) + CLOSE
@@ -104,7 +146,7 @@ def _usual_thought(match: re.Match[str]) -> str:
     return f"{THINK}\n{match['thought']}" + (f"\n{THOUGHT}\n" if match["end"] else "")
 
 
-def _named(value: Any) -> Call:
+def named_call(value: Any) -> Call:
     """A call that JSON describes, whatever its keys are called."""
     value = (
         value.get("function", value) if isinstance(value, dict) and isinstance(value.get("function"), dict) else value
@@ -125,7 +167,7 @@ def _json_calls(match: re.Match[str], types: Types) -> list[Call]:
     decoder = json.JSONDecoder(strict=False)
     while position < len(text):
         value, position = decoder.raw_decode(text, position)
-        calls += [_named(item) for item in (value if isinstance(value, list) else [value])]
+        calls += [named_call(item) for item in (value if isinstance(value, list) else [value])]
         while position < len(text) and text[position] in "; \n\t":
             position += 1
     return calls
@@ -133,7 +175,7 @@ def _json_calls(match: re.Match[str], types: Types) -> list[Call]:
 
 def _named_json(match: re.Match[str], types: Types) -> list[Call]:
     """The name outside of the JSON object that holds the arguments."""
-    return [_named({"name": match["name"], "arguments": json.loads(match["body"].strip() or "{}", strict=False)})]
+    return [named_call({"name": match["name"], "arguments": json.loads(match["body"].strip() or "{}", strict=False)})]
 
 
 def _value(text: str, kind: Any) -> Any:
@@ -190,7 +232,7 @@ def _gemma_calls(match: re.Match[str], types: Types) -> list[Call]:
     pieces = _QUOTED.split("{" + body + "}")
     quoted = "".join(json.dumps(p) if i % 2 else _BARE_KEY.sub(r'\1"\2":', p) for i, p in enumerate(pieces))
     try:
-        return [_named({"name": name, "arguments": json.loads(quoted, strict=False)})]
+        return [named_call({"name": name, "arguments": json.loads(quoted, strict=False)})]
     except ValueError:
         pairs = re.split(r"(?:^|,)\s*([A-Za-z_]\w*)\s*:", body)[1:]
         if len(pairs) < 2:

@@ -65,7 +65,7 @@ def model_config(path: str) -> Any:
     """transformers' configuration of a model, given by directory or name. Raises ConfigError where there is none."""
     from transformers import AutoConfig
 
-    path = str(directory_of(path))
+    path = str(directory_of(path, weights=False))
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -77,7 +77,7 @@ def load_tokenizer(path: str) -> Any:
     """The tokenizer of a model, given by directory or name. Raises ConfigError where there is none."""
     from transformers import AutoTokenizer
 
-    path = str(directory_of(path))
+    path = str(directory_of(path, weights=False))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:

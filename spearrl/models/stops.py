@@ -60,10 +60,13 @@ def declared_stops(folder: str | Path) -> dict[str, tuple[int, ...]]:
     return stops
 
 
-def find_stops(tokenizer: Any, ends: TurnEnds) -> Stops:
+def find_stops(tokenizer: Any, ends: TurnEnds, *, own: Sequence[int] = (), source: str = TEMPLATE) -> Stops:
     """The union of what template, files and tokenizer say ends a reply.
 
     Left out: an id that the tokenizer does not have, and one that the template puts at the beginning of a turn only.
+
+    Args:
+        own: what the format itself calls stop tokens; then nothing is sought in `ends`. source: the format.
     """
     names = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
     declared = dict(getattr(tokenizer, "declared_stops", {}))
@@ -71,8 +74,8 @@ def find_stops(tokenizer: Any, ends: TurnEnds) -> Stops:
         declared[TOKENIZER] = (tokenizer.eos_token_id,)
     candidates = {i for i, name in names.items() if name.strip()} | set(tokenizer.all_special_ids)
     candidates |= {i for ids in declared.values() for i in ids}
-    turn_ends = _turn_ends(ends, candidates, names)
-    sources = {i: [TEMPLATE] for i in turn_ends}
+    turn_ends = list(own) or _turn_ends(ends, candidates, names)
+    sources = {i: [source] for i in turn_ends}
     notes, left_out = [], set()
     for where, ids in declared.items():
         for i in ids:
@@ -80,7 +83,7 @@ def find_stops(tokenizer: Any, ends: TurnEnds) -> Stops:
             if not 0 <= i < len(tokenizer):
                 notes.append(f"{where} names token {i} as eos, which the tokenizer does not have: left out")
             elif i in ends.beginning and i not in turn_ends and i not in ends.last:
-                notes.append(f"{where} names {name} as eos, which begins a turn in the chat template: left out")
+                notes.append(f"{where} names {name} as eos, which begins a turn in the {source}: left out")
                 left_out.add(i)
             else:
                 sources.setdefault(i, []).append(where)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from spearrl.envs import Environment
 from spearrl.envs.pool import Pool, PooledSlot, SlotLost, open_pool
 from spearrl.errors import ConfigError, ContractError, EngineError, EnvironmentFault, WorkerError
-from spearrl.models.chat import ChatEncoder
+from spearrl.models.chat_format import ChatFormat, next_prompt
 from spearrl.rollout.player import Episode, Player, Seed
 from spearrl.rollout.protocol import Engine, Request, Sampling
 from spearrl.rollout.standing import Standing
@@ -72,13 +72,13 @@ class Collector(Player):
         pool: where the environment steps (two collectors may share one); none: a pool of its own with default limits.
     Raises:
         ConfigError: the environment's `execution` is not known; style "windowed" with an environment that offers no
-            windowed prompts, or function schemas with a chat template that does not show them (at the first episode).
+            windowed prompts.
     """
 
     def __init__(
         self,
         engine: Engine,
-        encoder: ChatEncoder,
+        encoder: ChatFormat,
         environment: Environment,
         *,
         style: str,
@@ -103,7 +103,6 @@ class Collector(Player):
         self.on_turn: Callable[[Turn], None] | None = None  # called with every turn as it ends
         self.ended = 0  # episodes, ever
         self._failures = 0  # calls of `collect` in a row in which all failed
-        self._tools_checked = False  # whether the template was seen to show function schemas
 
     def _play(self, episodes: Sequence[Episode]) -> list[Trajectory]:
         async def played() -> list[Trajectory]:
@@ -215,7 +214,7 @@ class Collector(Player):
         self.measures["sampled_tokens"] += len(tokens)
         self.measures["cached_tokens"] += completion.cached_tokens
         self.measures["prefilled_tokens"] += len(prompt) - completion.cached_tokens
-        text = self.encoder.reply_text(tokens)
+        text = self.encoder.reply_text(tokens, prompt)
         reply = Reply(text, tokens, completion.finish_reason)
         played = await self._timed(self.pool.act(episode.slot, reply, number + 1 == self.max_turns))
         outcome = played.outcome
@@ -241,7 +240,7 @@ class Collector(Player):
         trajectory.info = dict(outcome.info)
         trajectory.faults += bool(outcome.info.get("fault"))
         episode.reply_tokens += len(tokens)
-        episode.conversation.append(self.encoder.reply_message(text))
+        episode.conversation.append(Message("assistant", text))
         episode.observation, episode.messages = outcome.observation, played.messages
         if outcome.terminated:
             return Status.SUCCESS if outcome.info.get("success") else Status.FAILURE
@@ -265,32 +264,13 @@ class Collector(Player):
     def _prompt(self, episode: _Episode) -> tuple[int, ...]:
         turns, new = episode.trajectory.turns, episode.messages
         if self.style == "windowed":
-            return self._start(new, episode.tools)
+            return self.encoder.start(new, episode.tools)
         episode.conversation.extend(new)
         if not turns:
-            return self._start(new, episode.tools)
-        if self.encoder.rewrites_history:
-            prompt = self._start(episode.conversation, episode.tools)
-            known = turns[-1].prompt_ids + turns[-1].token_ids
-            episode.trajectory.rewrites += prompt[: len(known)] != known
-            return prompt
-        return self.encoder.extend(turns[-1].prompt_ids, turns[-1].token_ids, new)
-
-    def _start(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> tuple[int, ...]:
-        """A whole conversation's ids.
-
-        Under a template that leaves the function schemas out the policy would guess them.
-        """
-        prompt = self.encoder.start(messages, tools)
-        if tools and not self._tools_checked:
-            if prompt == self.encoder.start(messages):
-                text = "the chat template does not show the environment's tools"
-                hint = (
-                    'use env.options.describe="prompt" (a ToolEnvironment then says itself what its tools are), '
-                    "or a model whose template shows tools"
-                )
-                raise ConfigError(text, where="model.path", hint=hint)
-            self._tools_checked = True
+            return self.encoder.start(new, episode.tools)
+        turn = turns[-1].prompt_ids, turns[-1].token_ids
+        prompt, known = next_prompt(self.encoder, turn, episode.conversation, new, episode.tools), turn[0] + turn[1]
+        episode.trajectory.rewrites += prompt[: len(known)] != known
         return prompt
 
     async def _timed(self, call: Awaitable[T]) -> T:

@@ -122,16 +122,6 @@ class Origin:
             folder.symlink_to(self.folder.resolve(), target_is_directory=True)
 
 
-def check_model(config: RunConfig, environment: Environment) -> None:
-    """Refuse a model whose chats cannot be written or read, or whose layers the engine does not run, before anything of
-    it is loaded. Raises ConfigError.
-    """
-    if config.model.path != "tiny":
-        if config.rollout.engine == "local":
-            windows_of(model_config(config.model.path))
-        open_format(load_tokenizer(config.model.path), config.model, environment.tools())
-
-
 def starting_model(
     config: RunConfig, environment: Environment, device: str, scratch: Path | None, report: Report
 ) -> Origin:
@@ -152,10 +142,25 @@ def starting_model(
     return Origin(tokenizer, model=model, scratch=scratch)
 
 
-def with_pinned_model(config: RunConfig) -> RunConfig:
-    """The config of a new run, its model here and named with its commit. Raises ConfigError where there is none."""
-    tiny = config.model.path == "tiny"
-    return config if tiny else config.with_settings({"model.path": pinned(config.model.path)})
+def with_pinned_model(config: RunConfig, environment: Environment) -> RunConfig:
+    """The config of a new run, its model here and named with its commit, its chat format chosen.
+
+    Weights are downloaded last, once it is known that the engine runs the model's layers, and that the chats of this
+    environment can be written and read.
+
+    Raises:
+        ConfigError: there is no such model, or its format drops tools or pictures that the environment shows.
+    """
+    if config.model.path == "tiny":
+        return config
+    config = config.with_settings({"model.path": pinned(config.model.path, weights=False)})
+    if config.rollout.engine == "local":
+        windows_of(model_config(config.model.path))
+    chat = open_format(load_tokenizer(config.model.path), config.model, environment.tools())
+    if environment.shows_images:
+        chat.check_images()
+    pinned(config.model.path)
+    return config.with_settings({"model.format": chat.name})
 
 
 def models_of_run(

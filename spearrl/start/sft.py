@@ -20,7 +20,7 @@ from spearrl.config.sections import LearnerSection, LoraSection, RunConfig, SftS
 from spearrl.errors import ConfigError
 from spearrl.learner import LocalLearner
 from spearrl.losses import Objective
-from spearrl.models.chat import ChatEncoder
+from spearrl.models.chat_format import ChatFormat, next_prompt
 from spearrl.models.formats import open_format
 from spearrl.seeds import derive
 from spearrl.start.transcripts import Transcript
@@ -79,7 +79,7 @@ def cold_start(
 
 def encode(
     transcripts: Sequence[Transcript],
-    encoder: ChatEncoder,
+    encoder: ChatFormat,
     *,
     style: str,
     context_tokens: int,
@@ -153,18 +153,19 @@ def fit(
             report(progress | {"tokens_per_s": tokens / seconds, "seconds": seconds})
 
 
-def _turns(transcript: Transcript, encoder: ChatEncoder, style: str) -> list[Turn]:
+def _turns(transcript: Transcript, encoder: ChatFormat, style: str) -> list[Turn]:
     """Turns as the collector would have made them; `action.valid` marks those to imitate."""
     turns: list[Turn] = []
     conversation: list[Message] = []
     for step in transcript.steps:
         conversation = [*conversation, *step.messages] if style == "chat" else step.messages
         images = tuple(image for message in conversation for image in message.images)
-        if turns and style == "chat" and not encoder.rewrites_history:
-            prompt = encoder.extend(turns[-1].prompt_ids, turns[-1].token_ids, step.messages)
+        if turns and style == "chat":
+            turn = turns[-1].prompt_ids, turns[-1].token_ids
+            prompt = next_prompt(encoder, turn, conversation, step.messages, transcript.tools)
         else:
             prompt = encoder.start(conversation, transcript.tools)
-        conversation = [*conversation, encoder.reply_message(step.reply)]
+        conversation = [*conversation, Message("assistant", step.reply)]
         ids, observation = encoder.reply_ids(step.reply), step.messages[-1].text
         action, logprobs = Action(step.reply, step.imitate), (0.0,) * len(ids)
         turns.append(Turn(prompt, ids, logprobs, "stop", step.reply, observation, None, action))

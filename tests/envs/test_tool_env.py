@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from spearrl.config.sections import ModelSection
 from spearrl.envs import Done, ToolEnvironment, call, tool
 from spearrl.errors import ConfigError, ContractError
+from spearrl.models.formats import open_format
 from spearrl.rollout import Collector
 from spearrl.types import Action, Observation, Outcome, Reply, Status, Task
 from tests.models.test_chat import encoder_of
@@ -403,5 +405,5 @@ def test_prompts_suit_every_template(family: str):
         )
     else:
         with pytest.raises(ConfigError, match="the chat template does not show the environment's tools") as caught:
-            play(Shop(describe="template"), encoder, call("add", {"a": 1}))
-        assert 'describe="prompt"' in caught.value.hint
+            open_format(encoder.tokenizer, ModelSection(), Shop(describe="template").tools())
+        assert "env.options.describe=prompt" in caught.value.hint

@@ -108,7 +108,7 @@ def test_growing_equals_the_templates_rendering(family: str):
         reply, new = f"search [ red lamp {number} ]", user(f"one {number} two")
         before = ids
         ids = encoder.extend(ids, encoder.reply_ids(reply), [new])
-        messages += [encoder.reply_message(reply), new]
+        messages += [Message("assistant", reply), new]
         assert ids[: len(before)] == before
         assert shown(family, ids) == rendered(family, *messages)
 
@@ -156,7 +156,7 @@ def test_thinking_that_is_dropped_means_rewritten_history():
         "llama3": False,
     }
     encoder = encoder_of("qwen3")
-    thought = encoder.reply_message("<think>\nwhy\n</think>\n\nso")
+    thought = Message("assistant", "<think>\nwhy\n</think>\n\nso")
     again = encoder.start([user("one"), thought, user("two")])
     assert "why" not in shown("qwen3", again) and "so" in shown("qwen3", again)
     assert "why" in shown(
@@ -169,7 +169,7 @@ def test_tool_messages_tools_and_images():
     results = [Message("tool", "red"), Message("tool", "lamp")]
     start = encoder.start([user("one")])
     grown = encoder.extend(start, encoder.reply_ids("two"), results)
-    assert shown("qwen2.5", grown) == rendered("qwen2.5", user("one"), encoder.reply_message("two"), *results)
+    assert shown("qwen2.5", grown) == rendered("qwen2.5", user("one"), Message("assistant", "two"), *results)
     with_tools = encoder.start([user("one")], [{"type": "function", "function": {"name": "buy"}}])
     assert '"buy"' in shown("qwen2.5", with_tools) and with_tools != start
     with pytest.raises(ConfigError, match="shows pictures, which this model does not take"):

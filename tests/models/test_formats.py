@@ -226,7 +226,7 @@ def test_a_conversation_with_tools_in_every_family_of_trl(name: str):
     assert reply[-1] in encoder.stop_ids
     text = encoder.reply_text(reply)
     assert parts_of(text)[1:] == ("", [("look_around", arguments)])
-    conversation = [Message("user", "one"), encoder.reply_message(text), Message("tool", "R7")]
+    conversation = [Message("user", "one"), Message("assistant", text), Message("tool", "R7")]
     whole = tokenizer.decode(encoder.start(conversation, [TOOL]))
     assert "R7" in whole and whole.count("look_around") >= 2
     if not encoder.rewrites_history:
@@ -241,5 +241,5 @@ def test_what_ends_a_turn_of_a_family_of_trl_ends_replies(name: str):
     end = family(name).convert_ids_to_tokens(encoder.end_id)
     assert end == ends.get(name, end) and end not in ("<eos>",) * (name not in ends)
     grown = encoder.extend(encoder.start([Message("user", "q")]), encoder.reply_ids("so"), [Message("user", "two")])
-    whole = encoder.start([Message("user", "q"), encoder.reply_message("so"), Message("user", "two")])
+    whole = encoder.start([Message("user", "q"), Message("assistant", "so"), Message("user", "two")])
     assert encoder.rewrites_history or grown == whole

@@ -174,6 +174,16 @@ def test_a_run_of_no_model_makes_no_directory(hub: Hub, tmp_path: Path, capsys: 
     assert not (tmp_path / "runs").exists()
 
 
+def test_weights_come_only_once_the_format_is_known_to_do(hub: Hub, tmp_path: Path):
+    tools = ("env.name=tests.envs.test_tool_env:Shop", "env.options.describe=template", "sft.enabled=false")
+    with pytest.raises(ConfigError, match="does not show the environment's tools"):
+        Trainer(from_model(Path(NAME), tmp_path / "runs", *tools))
+    assert "tokenizer.json" in hub.downloaded()
+    assert not (tmp_path / "runs").exists() and main(["doctor", "--model", NAME]) == 0
+    assert not any("model.safetensors" in path for _, path, _ in hub.asked)
+    assert directory_of(NAME).is_dir() and any("model.safetensors" in path for _, path, _ in hub.asked)
+
+
 @pytest.mark.slow
 def test_workers_load_the_same_snapshot_by_name(hub: Hub, tmp_path: Path):
     """In a process of its own, which reads HF_ENDPOINT and HF_HOME, as its worker does."""

@@ -398,7 +398,7 @@ def test_a_template_that_rewrites_history_is_rendered_anew_and_counted():
         "context_tokens": 999,
     }
     episode = only(play(Collector(ScriptedEngine(lambda request: ids), encoder, Scripted(Script()), **settings)))
-    said = encoder.reply_message("<think>\none\n</think>\n\ntwo")
+    said = Message("assistant", "<think>\none\n</think>\n\ntwo")
     assert episode.turns[1].prompt_ids == encoder.start([Message("user", "show t0"), said, Message("user", "turn 0")])
     assert episode.rewrites == 2
 

@@ -60,6 +60,7 @@ class Sokoban(TextEnvironment[Level]):
 
     def __init__(self, vision: bool = False, **options: Any):
         super().__init__(vision=vision, **options)
+        self.shows_images = vision
         self._levels = lru_cache(maxsize=4096)(self._make)
         counts = {"train": self.options.train_tasks, "val": self.options.val_tasks}
         self._tasks = {split: tuple(Task(f"{split}/{i}", split) for i in range(n)) for split, n in counts.items()}
