@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
+from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,14 @@ def child_environment() -> dict[str, str]:
     """Environment variables with which a Python process finds the modules that this one finds."""
     paths = [os.path.abspath(entry) for entry in sys.path]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
+def version_of(package: str) -> str:
+    """Of an installed package; "" where there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def under_launcher(environ: Mapping[str, str] = os.environ) -> bool:

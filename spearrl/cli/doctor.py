@@ -18,8 +18,9 @@ import shutil
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
+
+from spearrl.processes import version_of
 
 EXTRAS = {  # optional packages: what each is for, and the extra that installs it
     "vllm": ("rollouts on GPUs", "vllm"),
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 def _versions(args: argparse.Namespace) -> Iterator[Diagnosis]:
     from spearrl import __version__
 
-    versions = {name: _version(name) for name in ("torch", "transformers", "numpy", "pydantic")}
+    versions = {name: version_of(name) for name in ("torch", "transformers", "numpy", "pydantic")}
     missing = [name for name, version in versions.items() if not version]
     installed = [f"{name} {version}" for name, version in versions.items() if version]
     words = ", ".join([f"spearrl {__version__}", f"Python {platform.python_version()}", *installed])
@@ -148,16 +149,9 @@ def _sandbox(args: argparse.Namespace) -> Iterator[Diagnosis]:
 
 
 def _extra(name: str, purpose: str, extra: str) -> Diagnosis:
-    if version := _version(name):
+    if version := version_of(name):
         return Diagnosis(name, "ok", f"{version}: {purpose}")
     return Diagnosis(name, "none", f"not installed: {purpose}", f'pip install "spearrl[{extra}]"')
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 CHECKS: dict[str, Callable[[argparse.Namespace], Iterator[Diagnosis]]] = {

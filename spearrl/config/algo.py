@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from spearrl.config.fidelity import COLUMNS, column
 from spearrl.config.grammar import GrammarError, algo_settings
+from spearrl.config.tables import nested
 
 CALLABLE = r"^([a-z][a-z0-9_+]*|[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)$"
 QUANTILE = r"^quantile:(0(\.[0-9]+)?|1(\.0+)?|\.[0-9]+)$"
@@ -240,20 +241,13 @@ class AlgoSection(Section):
                 fields = fields | column(fidelity, name if isinstance(name, str) else cls.model_fields["name"].default)
         except GrammarError:
             return values  # reported with all other contradictions by check()
-        filled = dict(values)
-        for key, value in fields.items():
-            _put_below(filled, key.split(".")[1:], value)
-        return filled
+        return _above(nested({tuple(key.split(".")[1:]): value for key, value in fields.items()}), values)
 
 
-def _put_below(tree: dict[str, Any], path: list[str], value: object) -> None:
-    """Set a value unless the tree has one there."""
-    for part in path[:-1]:
-        own = tree.get(part, {})
-        if isinstance(own, BaseModel):
-            own = own.model_dump(exclude_unset=True)
-        if not isinstance(own, dict):
-            return  # no section: the model refuses it
-        tree[part] = dict(own)
-        tree = tree[part]
-    tree.setdefault(path[-1], value)
+def _above(fields: dict[str, Any], own: Any) -> Any:
+    """A tree of fields, below what a section, or a tree, sets itself."""
+    own = own.model_dump(exclude_unset=True) if isinstance(own, BaseModel) else own
+    if not isinstance(own, dict):
+        return own
+    deeper = {name: _above(fields[name], own[name]) for name in own if isinstance(fields.get(name), dict)}
+    return fields | own | deeper

@@ -36,6 +36,7 @@ from spearrl.config.presets import DEFAULTS, PRESETS
 from spearrl.config.problems import Problem, raise_all, written
 from spearrl.config.sections import MAX_OPTION_DEPTH, RunConfig, option_problem
 from spearrl.config.suggestions import nearest, shorten, wrong_value
+from spearrl.config.tables import nested
 
 # A config, and the dotted keys that nobody set -> values for some of these.
 Derive = Callable[[RunConfig, Collection[str]], Mapping[str, Any]]
@@ -249,8 +250,9 @@ def _build(settings: Layer, problems: list[Problem]) -> tuple[RunConfig, Layer, 
     """The config and its settings, without the values it refuses (their keys come last); those become problems."""
     refused: set[str] = set()
     while True:
+        tree = nested({key: _value_of(key, setting) for key, setting in settings.items()})
         try:
-            return RunConfig.model_validate(_tree(settings), strict=True), settings, refused
+            return RunConfig.model_validate(tree, strict=True), settings, refused
         except ValidationError as error:
             for key in {_key_of(item["loc"]): None for item in error.errors(include_url=False, include_input=False)}:
                 for part in [part for part in settings if part[: len(key)] == key]:
@@ -267,15 +269,9 @@ def _key_of(location: tuple[int | str, ...]) -> Key:
     return path[: ends[0]]
 
 
-def _tree(settings: Layer) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, setting in settings.items():
-        branch = tree
-        for part in key[:-1]:
-            branch = branch.setdefault(part, {})
-        unset = key in leaves() and setting.value == NONE and accepts_none(leaves()[key])
-        branch[key[-1]] = None if unset else setting.value
-    return tree
+def _value_of(key: Key, setting: Setting) -> Any:
+    """Its value, "none" as None where the setting takes that."""
+    return None if key in leaves() and setting.value == NONE and accepts_none(leaves()[key]) else setting.value
 
 
 def _source_of(problem: Problem, settings: Layer) -> str:

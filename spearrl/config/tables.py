@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +24,14 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             settings[f"{prefix}{name}"] = None if value == UNSET else value
     return settings
+
+
+def nested(settings: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Values by the parts of their keys as nested tables: {("sil", "unit"): "row"} is {"sil": {"unit": "row"}}."""
+    tree: dict[str, Any] = {}
+    for key, value in settings.items():
+        branch = tree
+        for part in key[:-1]:
+            branch = branch.setdefault(part, {})
+        branch[key[-1]] = value
+    return tree

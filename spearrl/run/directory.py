@@ -28,13 +28,13 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 from spearrl.config import RunConfig, to_toml
 from spearrl.errors import RefusedError, StorageError
+from spearrl.processes import version_of
 from spearrl.types import Group, Trajectory
 
 PACKAGES = ("spearrl", "torch", "transformers", "tokenizers", "numpy", "pydantic")  # whose versions a run notes
@@ -95,9 +95,7 @@ class Run:
     def steps_of(self, kind: str) -> set[int]:
         """Steps at which an event of this kind was logged."""
         self._events.flush()
-        lines = (self.path / "events.jsonl").read_text().splitlines()
-        events = [json.loads(line) for line in lines if line.endswith("}")]  # a killed process leaves half a line
-        return {event["step"] for event in events if event["event"] == kind}
+        return {event["step"] for event in events_of(self.path, kind)}
 
     def trajectories(self, step: int, groups: Sequence[Group], *, name: str = "step") -> None:
         """Write the step's episodes as readable JSON lines, one trajectory a line."""
@@ -113,6 +111,13 @@ class Run:
         if discard:
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
+
+
+def events_of(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of a kind in a run directory."""
+    lines = (path / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines if line.endswith("}")]  # a killed process leaves half a line
+    return [event for event in events if event["event"] == kind]
 
 
 def write_trajectories(path: Path, groups: Sequence[Group]) -> None:
@@ -154,14 +159,8 @@ def readable(trajectory: Trajectory) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """What the run runs on."""
 
-    def version(package: str) -> str:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return "not installed as a package"
-
     machine = {"python": platform.python_version(), "machine": platform.machine(), "cpus": str(os.cpu_count())}
-    return machine | {package: version(package) for package in PACKAGES}
+    return machine | {package: version_of(package) or "not installed as a package" for package in PACKAGES}
 
 
 def _plain(value: Any) -> Any:

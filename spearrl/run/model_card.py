@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from spearrl.config import RunConfig, load_config
 from spearrl.errors import CheckpointError, RefusedError
 from spearrl.learner.lora import FOLDER
 from spearrl.models import is_hub_name
 from spearrl.run.checkpoint import defect
+from spearrl.run.directory import events_of
 
 OF_THE_MODEL = ("config.json", "generation_config.json", "model")  # how files begin that adapters alone do without
 
@@ -88,9 +88,7 @@ def model_card(run: Path, config: RunConfig, *, step: int, apart: bool) -> str:
 
 def _success(run: Path, config: RunConfig, step: int) -> str:
     """The last panel played by then, with its 95 % interval."""
-    lines = (run / "events.jsonl").read_text().splitlines()
-    events: list[dict[str, Any]] = [json.loads(line) for line in lines if line.endswith("}")]
-    panels = [event for event in events if event["event"] == "eval" and event["step"] <= step]
+    panels = [event for event in events_of(run, "eval") if event["step"] <= step]
     if not panels:
         return "not measured"
     last = panels[-1]
