@@ -28,7 +28,7 @@ NO_GPU = 3
 TAIL = 12  # lines of a failed check's output that are shown
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy shapes")
@@ -39,7 +39,7 @@ def main() -> int:
         "--folder", metavar="DIR", help="keep the random models here (8 GB); default: a temporary folder"
     )
     parser.add_argument("--child", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.child:
         return child(args)
     import torch

@@ -19,39 +19,26 @@ from benchmarks.gpu.checks import CHECKS
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def bench(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *words], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so():
-    done = bench()
-    assert done.returncode == 3 and done.stdout == "" and "nothing was measured" in done.stderr
+def test_without_a_gpu_it_says_so(capsys):
+    assert script.main([]) == 3
+    said = capsys.readouterr()
+    assert said.out == "" and "nothing was measured" in said.err
 
 
-def test_what_holds_what_cannot_run_and_what_fails(tmp_path):
+def test_what_holds_what_cannot_run_and_what_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)  # every check is a process of its own, which finds the benchmarks there
     engines = importlib.util.find_spec("vllm") is not None  # without vLLM its check fails, and no other
-    done = bench(
-        "--tiny",
-        "--device",
-        "cpu",
-        "--only",
-        "learner local",
-        "throughput 0.5b",
-        "sleep",
-        "transfer nccl",
-        "--json",
-        str(tmp_path / "g.json"),
-    )
-    assert done.returncode == (0 if engines else 1), done.stderr
+    names = ["learner local", "throughput 0.5b", "sleep", "transfer nccl"]
+    code = script.main(["--tiny", "--device", "cpu", "--only", *names, "--json", str(tmp_path / "g.json")])
+    table = capsys.readouterr().out
+    assert code == (0 if engines else 1), table
     report = json.loads((tmp_path / "g.json").read_text())
     rows = {row["check"]: row for row in report["checks"]}
     assert rows["learner local 0.5b"]["figures"]["tokens/s"] > 0 and report["machine"]["torch"] == torch.__version__
     assert rows["sleep"]["result"] == "not run" and rows["transfer nccl"]["error"] == "needs 2 GPUs, there are 0"
-    assert engines or "| throughput 0.5b | FAILED | ConfigError" in done.stdout
-    assert len(done.stdout.splitlines()) == 2 + 2 + 4
+    assert engines or "| throughput 0.5b | FAILED | ConfigError" in table
+    assert len(table.splitlines()) == 2 + 2 + 4
     with pytest.raises(SystemExit, match="no check begins with zzz"):
         script.run_all(argparse.Namespace(only=["zzz"]), 0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,12 +23,12 @@ TRUSTED = SandboxOptions(kind="none", unsandboxed=True)
 def judges():
     pytest.importorskip("math_verify")
     try:
-        found = Judges(SandboxOptions(), deadline_s=2.5)
+        opened = Judges(SandboxOptions(), deadline_s=1.5)
     except ConfigError as reason:
         pytest.skip(f"no isolation here: {reason.message}")
-    yield found
-    found.close()
-    found.close()
+    yield opened
+    opened.close()
+    opened.close()
 
 
 def test_boxes():
@@ -121,7 +123,8 @@ def test_hostile_answers_are_wrong_and_hurt_nobody(judges, tmp_path):
         "True\n",
         "') or print(True) or ('",
     ]
-    assert not any(is_right(text, "42", judges) for text in hostile)
+    with ThreadPoolExecutor(COUNT) as threads:
+        assert not any(threads.map(lambda text: is_right(text, "42", judges), hostile))
     assert not any(mark.exists() for mark in marks)
     assert all(is_right(r"\frac{84}{2}", "42", judges) for _ in range(4))  # every judge is back
 
