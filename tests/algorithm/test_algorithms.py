@@ -237,9 +237,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model, tmp_path, name):
 
 
 def test_ppo_gets_values_of_its_own_critic_and_the_critic_learns(played):
-    seen = []
-    trainer = played("ppo", "run.steps=20", "rollout.temperature=1", prepare=lambda t: seen.append(spy_on_updates(t)))
-    batches = [on_policy for on_policy, _, _ in seen[0]]
+    updates = []
+    trainer = played(
+        "ppo", "run.steps=20", "rollout.temperature=1", prepare=lambda t: updates.append(spy_on_updates(t))
+    )
+    batches = [on_policy for on_policy, _, _ in updates[0]]
     assert (batches[0].values == 0).all(), "a critic starts at 0"
     for batch in batches:
         mask = batch.action_mask
@@ -255,8 +257,8 @@ def test_ppo_gets_values_of_its_own_critic_and_the_critic_learns(played):
         returns = [
             sum(earned[later] for later in range(turn, len(ids)) if ids[later] == ids[turn]) for turn in range(len(ids))
         ]
-        found = batch.rows.unpad(batch.returns)[batch.rows.action_mask].tolist()
-        assert found == pytest.approx(
+        batch_returns = batch.rows.unpad(batch.returns)[batch.rows.action_mask].tolist()
+        assert batch_returns == pytest.approx(
             [returns[turn] for turn in batch.rows.turn_index[batch.rows.action_mask].tolist()], abs=1e-5
         )
     late = [(batch.values[batch.action_mask], batch.returns[batch.action_mask]) for batch in batches[8:]]

@@ -36,16 +36,16 @@ class Shaky(Fetch):
 
 
 def test_what_a_fault_touched_trains_but_is_not_remembered(model, tmp_path):
-    seen, stored = [], set()
+    recorded, stored = [], set()
 
     def prepare(trainer):
-        seen.append(spy_on_updates(trainer))
+        recorded.append(spy_on_updates(trainer))
         add = trainer.memory.replay.add
         trainer.memory.replay.add = lambda step, rows, *rest, **options: (
             stored.update(rows.trajectory.tolist()) or add(step, rows, *rest, **options)
         )
         play = trainer.play
-        trainer.play = lambda step: seen.append(play(step)) or seen[-1]
+        trainer.play = lambda step: recorded.append(play(step)) or recorded[-1]
 
     trainer = run(
         from_model(
@@ -59,23 +59,23 @@ def test_what_a_fault_touched_trains_but_is_not_remembered(model, tmp_path):
         prepare,
     )
     assert_sound(trainer)
-    played = {t.id: t for groups, _ in seen[1:] for g in groups for t in g.trajectories}
+    played = {t.id: t for groups, _ in recorded[1:] for g in groups for t in g.trajectories}
     touched = {i for i, t in played.items() if t.faults}
     assert touched == {i for i, t in played.items() if int(t.task.data["index"]) % 2 == 0} and 0 < len(touched) < len(
         played
     )
-    trained = {i for on_policy, _, _ in seen[0] for i in on_policy.rows.trajectory.tolist()}
+    trained = {i for on_policy, _, _ in recorded[0] for i in on_policy.rows.trajectory.tolist()}
     assert touched <= trained
     assert stored == set(played) - touched
-    replayed = {i for _, replay, _ in seen[0] if replay is not None for i in replay.rows.trajectory.tolist()}
+    replayed = {i for _, replay, _ in recorded[0] if replay is not None for i in replay.rows.trajectory.tolist()}
     assert replayed and not replayed & touched
     assert any(played[i].success for i in touched), "none of the refused had been good"
     assert [line["replay/refused"] for line in events(trainer, "step")] == [
-        sum(t.faults > 0 for g in groups for t in g.trajectories) for groups, _ in seen[1:]
+        sum(t.faults > 0 for g in groups for t in g.trajectories) for groups, _ in recorded[1:]
     ]
     assert all(
         line["rollout/faults"] == line["replay/refused"] / sum(len(g.trajectories) for g in groups)
-        for line, (groups, _) in zip(events(trainer, "step"), seen[1:], strict=True)
+        for line, (groups, _) in zip(events(trainer, "step"), recorded[1:], strict=True)
     )
 
 
@@ -90,11 +90,11 @@ def test_a_task_must_be_won_twice_before_its_wins_are_imitated(model, tmp_path):
         "rollout.temperature=1",
     )
     whole = run(
-        from_model(model, tmp_path, *settings, "env.options.tasks=6", algo="grpo+sil", name="whole"), kept := Keeper()
+        from_model(model, tmp_path, *settings, "env.options.tasks=6", algo="grpo+sil", name="whole"), keeper := Keeper()
     )
     wins: dict[str, int] = {}
     refused_wins = admitted_wins = 0
-    for groups, admitted in kept.steps:
+    for groups, admitted in keeper.steps:
         episodes = [t for g in groups for t in g.trajectories]
         for t in episodes:
             wins[t.task.id] = wins.get(t.task.id, 0) + t.success
@@ -202,7 +202,7 @@ LOGGED = {"entropy": "curriculum/entropy", "success": "curriculum/success", "cur
 
 
 def adaptive_settings(gamma: str, mu: str) -> list[str]:
-    found = [
+    words = [
         "run.steps=6",
         "run.checkpoint_every=1",
         "rollout.temperature=1",
@@ -212,8 +212,8 @@ def adaptive_settings(gamma: str, mu: str) -> list[str]:
         "algo.intrinsic.mu.peak=2",
     ]
     for name, kind in (("algo.sil.gamma", gamma), ("algo.intrinsic.mu", mu)):
-        found += [f"{name}.kind={kind}", f"{name}.low={BANDS[kind][0]}", f"{name}.high={BANDS[kind][1]}"]
-    return found
+        words += [f"{name}.kind={kind}", f"{name}.low={BANDS[kind][0]}", f"{name}.high={BANDS[kind][1]}"]
+    return words
 
 
 def assert_follows_its_log(lines: list[dict], gamma: str, mu: str) -> None:
@@ -263,12 +263,14 @@ def test_the_estimates_are_averages_of_what_the_steps_showed(model, tmp_path):
 
 def test_gamma_reaches_the_learner_and_mu_the_rewards(model, tmp_path):
     """The weight that is logged is the one that is used; at 0 nothing is drained from the buffer."""
-    seen = []
+    updates = []
     settings = adaptive_settings("success", "success")
-    trainer = run(from_model(model, tmp_path, *settings, algo="grpo+spear"), lambda t: seen.append(spy_on_updates(t)))
+    trainer = run(
+        from_model(model, tmp_path, *settings, algo="grpo+spear"), lambda t: updates.append(spy_on_updates(t))
+    )
     lines = events(trainer, "step")
-    assert [gamma for _, _, gamma in seen[0]] == [line["gamma"] for line in lines]
-    assert all(replay is None for _, replay, gamma in seen[0] if gamma == 0) and any(
-        replay is not None for _, replay, _ in seen[0]
+    assert [gamma for _, _, gamma in updates[0]] == [line["gamma"] for line in lines]
+    assert all(replay is None for _, replay, gamma in updates[0] if gamma == 0) and any(
+        replay is not None for _, replay, _ in updates[0]
     )
     assert ScheduleSection().kind == "cosine", "all of this is off by default"

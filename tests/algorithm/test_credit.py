@@ -32,11 +32,11 @@ def credit_of(step: Shaped, settings: AlgoSection, *, values=None, old=None, ref
         return rows.pad(flat)
 
     old_logprobs = torch.zeros(len(rows), rows.width) if old is None else padded(old)
-    given = {
+    tensors = {
         "ref_logprobs": None if reference is None else padded(reference),
         "values": None if values is None else padded(values),
     }
-    return assign_credit(step, settings, old_logprobs=old_logprobs, **given)
+    return assign_credit(step, settings, old_logprobs=old_logprobs, **tensors)
 
 
 def sampled(step: Shaped, padded: torch.Tensor) -> list[float]:
@@ -190,14 +190,14 @@ def test_a_masked_turn_passes_credit_on(style, mask, advantage):
     step = shaped(one_of_two_turns(style, text=VOID), settings)
     assert step.metrics["filter/void_turn"] == 1
     assert int(step.rows.action_mask.sum()) == (3 if mask == "action" else 4)
-    found = sampled(step, credit_of(step, settings, values=VALUES).tokens)
-    assert found[2] == 0
+    advantages = sampled(step, credit_of(step, settings, values=VALUES).tokens)
+    assert advantages[2] == 0
     if advantage == "gae":
-        assert found == near(0.67, 2.1, 0.0, 0.0)
+        assert advantages == near(0.67, 2.1, 0.0, 0.0)
     else:  # .9 (1 + .9 · 2), 1 + .9 · 2, 2, 0, whitened over all sampled tokens
         returns = torch.tensor([2.52, 2.8, 2.0, 0.0])
         white = ((returns - returns.mean()) / returns.std()).tolist()
-        assert found == near(white[0], white[1], 0.0, white[3])
+        assert advantages == near(white[0], white[1], 0.0, white[3])
 
 
 @pytest.mark.parametrize("status", [s for s in Status if not s.is_error])
@@ -246,7 +246,7 @@ def test_masked_tokens_are_not_charged():
 
 
 def ten_or_nothing(number: int, group: int, reward: float, *, invalid: int = 0, tools: int = 0):
-    turns = [turn(1, valid=place >= invalid, tools=tools) for place in range(2)]
+    turns = [turn(1, valid=index >= invalid, tools=tools) for index in range(2)]
     turns[-1].reward = reward
     return episode(number, group, turns, Status.SUCCESS if reward else Status.FAILURE, style="windowed")
 
@@ -331,7 +331,7 @@ def test_a_power_of_two_of_the_kept_rows():
 
 def expected(advantage: str, groups, mu: float) -> dict[int, list[float]]:
     """Advantages of every trained trajectory's turns (or tokens), from the played episodes alone."""
-    turns = [(g.id, t, place, x) for g in groups for t in g.valid for place, x in enumerate(t.turns)]
+    turns = [(g.id, t, number, x) for g in groups for t in g.valid for number, x in enumerate(t.turns)]
     penalties = [0.1 * (not x.action.valid) for *_, x in turns]
     bonus = [mu * min(1.0, 0.1 * sum(x.action.tool_calls for x in t.turns)) for _, t, _, _ in turns]
     ids, of = [g for g, *_ in turns], [t.id for _, t, _, _ in turns]
@@ -339,27 +339,27 @@ def expected(advantage: str, groups, mu: float) -> dict[int, list[float]]:
     options = {"statistics": "balanced", "singleton": "zero"}
     if advantage == "reinforce++":
         tokens = {t.id: [] for g in groups for t in g.valid}
-        for (_, t, place, x), b, p in zip(turns, bonus, penalties, strict=True):
-            tokens[t.id] += [0.0] * (len(x.token_ids) - 1) + [x.reward - p + b * (place == len(t.turns) - 1)]
+        for (_, t, number, x), b, p in zip(turns, bonus, penalties, strict=True):
+            tokens[t.id] += [0.0] * (len(x.token_ids) - 1) + [x.reward - p + b * (number == len(t.turns) - 1)]
         table = ref.reinforce_plus_plus(
             list(tokens.values()), [[True] * len(row) for row in tokens.values()], gamma=1.0, gaps="skip"
         )
         return dict(zip(tokens, table, strict=True))
     if advantage == "grpo":
-        found = ref.grpo(rewards, ids, of, normalize_std=True, **options)
+        advantages = ref.grpo(rewards, ids, of, normalize_std=True, **options)
     elif advantage == "rloo":
-        found = ref.rloo(rewards, ids, of, **options)
+        advantages = ref.rloo(rewards, ids, of, **options)
     elif advantage == "reinforce++_baseline":
-        found = ref.reinforce_plus_plus_baseline(
+        advantages = ref.reinforce_plus_plus_baseline(
             rewards, ids, [float(len(x.token_ids)) for *_, x in turns], of, **options
         )
     else:
         late = [r - p for r, p in zip(ref.discounted([x.reward for *_, x in turns], of, 0.95), penalties, strict=True)]
-        found = ref.gigpo(
+        advantages = ref.gigpo(
             rewards, late, ids, [x.observation for *_, x in turns], of, step_weight=1.0, normalize_std=True, **options
         )
     worth: dict[int, list[float]] = {}
-    for name, value, (*_, x) in zip(of, found, turns, strict=True):
+    for name, value, (*_, x) in zip(of, advantages, turns, strict=True):
         worth.setdefault(name, []).extend([value] * len(x.token_ids))
     return worth
 
@@ -379,10 +379,10 @@ def test_the_learner_gets_what_the_episodes_are_worth(model, tmp_path, advantage
     assert len(batches[0]) == len(played) == 3
     for number, ((batch, _, _), (groups, _)) in enumerate(zip(batches[0], played, strict=True)):
         wanted = expected(advantage, groups, trainer.curriculum.mu(number + 1))
-        found: dict[int, list[float]] = {}
+        by_name: dict[int, list[float]] = {}
         for row, mask, trajectory in zip(
             batch.advantages, batch.action_mask, batch.rows.trajectory.tolist(), strict=True
         ):
-            found.setdefault(trajectory, []).extend(row[mask].tolist())
-        assert found == {name: pytest.approx(values, abs=1e-5) for name, values in wanted.items()}
+            by_name.setdefault(trajectory, []).extend(row[mask].tolist())
+        assert by_name == {name: pytest.approx(values, abs=1e-5) for name, values in wanted.items()}
         assert any(abs(v) > 0.1 for values in wanted.values() for v in values)

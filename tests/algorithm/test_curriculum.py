@@ -128,12 +128,12 @@ def test_a_reloaded_curriculum_goes_on_exactly(tmp_path, gamma, mu):
         return Curriculum(adaptive(gamma, 0.8, peak=0.9), adaptive(mu, 0.3))
 
     def after(curriculum: Curriculum, steps: range) -> list[object]:
-        seen: list[object] = []
+        shown: list[object] = []
         for step in steps:
-            seen.append((curriculum.gamma(step), curriculum.mu(step)))
+            shown.append((curriculum.gamma(step), curriculum.mu(step)))
             show(curriculum, **series[step])
-            seen.append(curriculum.metrics())
-        return seen
+            shown.append(curriculum.metrics())
+        return shown
 
     whole = new()
     expected = after(whole, range(12))

@@ -45,14 +45,14 @@ def test_an_own_loss_trains(model, tmp_path):
 
 
 def test_an_own_advantage_trains(model, tmp_path):
-    seen = []
+    updates = []
     trainer = run(
         from_model(model, tmp_path, "algo.advantage=tests.support.user_functions:only_best", algo="grpo+sil"),
-        lambda t: seen.append(spy_on_updates(t)),
+        lambda t: updates.append(spy_on_updates(t)),
     )
     assert_sound(trainer)
     assert own.calls == ["only_best"] * 3
-    for on_policy, _, _ in seen[0]:
+    for on_policy, _, _ in updates[0]:
         turns, rows = on_policy.rows.turns, on_policy.rows
         for group in turns.group_ids.unique():
             inside = turns.group_ids == group

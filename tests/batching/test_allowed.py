@@ -50,8 +50,8 @@ def sets_of(rows: Rows) -> list[set[int] | None]:
     """The inverse, whatever sets turns share."""
     if rows.allowed is None:
         return [None] * len(rows.turns)
-    found = rows.allowed
-    return [None if i < 0 else set(found.ids[found.owner == i].tolist()) for i in found.index.tolist()]
+    allowed = rows.allowed
+    return [None if i < 0 else set(allowed.ids[allowed.owner == i].tolist()) for i in allowed.index.tolist()]
 
 
 def restricted(rows: Rows, seed: int = 0, share: float = 0.7) -> Rows:
@@ -74,12 +74,12 @@ def masked(hidden, weight, bias, targets, temperature, left):
     """Plain autograd over the allowed tokens, one position at a time."""
     logp, entropy = [], []
     for n in range(len(targets)):
-        kept = left[n].nonzero().flatten()
+        columns = left[n].nonzero().flatten()
         values = plain(
             hidden[n : n + 1],
-            weight[kept],
-            None if bias is None else bias[kept],
-            (kept == targets[n]).nonzero().flatten(),
+            weight[columns],
+            None if bias is None else bias[columns],
+            (columns == targets[n]).nonzero().flatten(),
             temperature,
         )
         logp.append(values[0])
@@ -103,15 +103,15 @@ def test_values_and_gradients_are_plain_autograds(n, chunk, temperature, bias, s
     sets = drawn_sets(random.Random(seed), targets, len(weight))
     table = allowed_of(sets)
     given_sets = () if table is None else tuple(table.tensors().values())
-    found = token_logprobs(
+    packed = token_logprobs(
         hidden, weight, targets, bias=shift, temperature=temperature, chunk=chunk, allowed=given_sets
     )
     expected = masked(hidden, weight, shift, targets, temperature, left_of(sets, len(weight)))
     leaves, scale = [x for x in (hidden, weight, shift) if x is not None], torch.linspace(-1, 1, n, dtype=torch.float64)
     gradients = []
-    for values in (found, expected):
+    for values in (packed, expected):
         gradients.append(torch.autograd.grad((scale * values[0]).sum() + (scale.cos() * values[1]).sum(), leaves))
-    for one, two in zip((*found, *gradients[0]), (*expected, *gradients[1]), strict=True):
+    for one, two in zip((*packed, *gradients[0]), (*expected, *gradients[1]), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-11)
 
 
@@ -162,11 +162,13 @@ def test_forbidden_tokens_get_no_gradient_and_extreme_logits_do_no_harm():
 def test_rows_carry_the_sets_of_their_turns(lengths, seed):
     draws = random.Random(seed)
     rows = restricted(make_rows(lengths), seed, share=draws.choice([0.0, 0.3, 1.0]))
-    kept = draws.sample(range(len(rows)), draws.randrange(len(rows) + 1))
-    part = rows.select(torch.tensor(kept, dtype=torch.int64))
+    chosen = draws.sample(range(len(rows)), draws.randrange(len(rows) + 1))
+    part = rows.select(torch.tensor(chosen, dtype=torch.int64))
     assert sets_of(part) == [
         ids
-        for ids, keep in zip(sets_of(rows), rows.turns_of(torch.tensor(kept, dtype=torch.int64)).tolist(), strict=True)
+        for ids, keep in zip(
+            sets_of(rows), rows.turns_of(torch.tensor(chosen, dtype=torch.int64)).tolist(), strict=True
+        )
         if keep
     ]
     assert part.allowed is None or set(part.allowed.owner.tolist()) == set(part.allowed.index.tolist()) - {
@@ -217,16 +219,16 @@ def test_replayed_rows_keep_their_sets():
 def test_the_learner_renormalises_over_the_set():
     rows = restricted(make_rows(RUNS))
     learner = double(micro_batch_tokens=30)
-    found, sets = learner.logprobs(rows), sets_of(rows)
+    logprobs, sets = learner.logprobs(rows), sets_of(rows)
     assert sum(ids is not None for ids in sets) > 3 and None in sets
     for b in range(len(rows)):
         ids, turns = (tensor[rows.offsets[b] : rows.offsets[b + 1]] for tensor in (rows.token_ids, rows.turn_index))
         with torch.no_grad():
             logits = learner.model(input_ids=ids[None]).logits[0] / 0.7
         for t in rows.padded_mask[b].nonzero().flatten().tolist():
-            kept = left_of([sets[turns[t]]], VOCABULARY)[0]
-            exact = logits[t - 1].masked_fill(~kept, -torch.inf).log_softmax(-1)[ids[t]]
-            assert float(found[b, t]) == pytest.approx(float(exact), abs=1e-9)
+            allowed = left_of([sets[turns[t]]], VOCABULARY)[0]
+            exact = logits[t - 1].masked_fill(~allowed, -torch.inf).log_softmax(-1)[ids[t]]
+            assert float(logprobs[b, t]) == pytest.approx(float(exact), abs=1e-9)
 
 
 def test_the_gradient_does_not_depend_on_passes_packing_or_order():
@@ -289,8 +291,10 @@ def test_what_an_observation_allows_reaches_engine_rows_and_learner(style):
     assert rows.allowed.sets == 2 and len(rows) == (12 if style == "chat" else 48)  # siblings share sets
     assert sets_of(rows) == [None if turn.allowed_ids is None else set(turn.allowed_ids) for turn in turns]
     for packed in (False, True):
-        found = LocalLearner(model, LearnerSection(precision="fp32", packing=packed), temperature=0.6).logprobs(rows)
-        torch.testing.assert_close(found[rows.padded_mask], rows.rollout_logprobs[rows.action_mask], rtol=0, atol=1e-4)
+        logprobs = LocalLearner(model, LearnerSection(precision="fp32", packing=packed), temperature=0.6).logprobs(rows)
+        torch.testing.assert_close(
+            logprobs[rows.padded_mask], rows.rollout_logprobs[rows.action_mask], rtol=0, atol=1e-4
+        )
     free = LocalLearner(model, LearnerSection(precision="fp32"), temperature=0.6).logprobs(replace(rows, allowed=None))
     assert float((free[rows.padded_mask] - rows.rollout_logprobs[rows.action_mask]).abs().max()) > 0.5
 

@@ -27,11 +27,11 @@ def turn(prompt: tuple[int, ...], sampled: tuple[int, ...], **changes) -> Turn:
 
 
 def chat(
-    group: int, identity: int, turns: int, *, status: Status = Status.SUCCESS, seen: int = 3, said: int = 2
+    group: int, identity: int, turns: int, *, status: Status = Status.SUCCESS, prompt_tokens: int = 3, said: int = 2
 ) -> Trajectory:
     trajectory, ids = Trajectory(TASK, group, 0, identity, status=status), ()
     for number in range(turns):
-        prompt = ids + tuple(100 * number + i for i in range(seen))
+        prompt = ids + tuple(100 * number + i for i in range(prompt_tokens))
         sampled = tuple(1000 + number for _ in range(said))
         trajectory.turns.append(turn(prompt, sampled, reward=float(number), min_version=number, max_version=number + 1))
         ids = prompt + sampled

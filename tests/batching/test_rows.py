@@ -174,8 +174,8 @@ def test_anchor_labels_as_the_reference():
     array = np.array  # the file writes arrays as Python expressions
     for case in golden("anchor_hash_agent")["cases"]:
         ids = [anchor_id(eval(text, {"array": array})) for text in case["anchor_obs"]]
-        seen: list[int] = []
-        labels = [seen.index(i) if i in seen else (seen.append(i) or len(seen) - 1) for i in ids]
+        distinct: list[int] = []
+        labels = [distinct.index(i) if i in distinct else (distinct.append(i) or len(distinct) - 1) for i in ids]
         assert labels == case["labels"], case["name"]
 
 

@@ -8,8 +8,6 @@ import sys
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from spearrl.batching.anchors import anchor_id
 from spearrl.envs import make
@@ -20,7 +18,6 @@ from spearrl.envs.alfworld.generate import KINDS
 from spearrl.envs.alfworld.world import CHANGING, World
 from spearrl.errors import ConfigError, ContractError
 from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
-from tests.support.shared_data import golden
 
 INTRO = re.compile(
     r"-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room\. Looking quickly around you, "
@@ -145,7 +142,7 @@ def test_the_original_engine_is_asked_for_by_name(tmp_path, monkeypatch):
 
 
 def test_texts_follow_the_grammar_and_commands_do_what_they_say():
-    environment, draw, seen = ALFWorld(size="small"), random.Random(0), Counter()
+    environment, draw, verbs = ALFWorld(size="small"), random.Random(0), Counter()
     for task in environment.tasks("train")[:250]:
         observation = environment.reset(task, 0)
         assert INTRO.fullmatch(observation.text)
@@ -157,11 +154,11 @@ def test_texts_follow_the_grammar_and_commands_do_what_they_say():
             outcome = environment.step(Action(command))
             verb = command.split()[0]
             assert re.fullmatch(TEXTS[verb], outcome.observation.text), (command, outcome.observation.text)
-            seen[verb] += 1
+            verbs[verb] += 1
             observation = outcome.observation
             if outcome.terminated:
                 break
-    assert set(seen) == set(TEXTS) and min(seen.values()) >= 10, seen
+    assert set(verbs) == set(TEXTS) and min(verbs.values()) >= 10, verbs
 
 
 def test_what_is_admissible():
@@ -213,8 +210,8 @@ def test_heat_and_cold_take_turns_and_the_object_says_so():
     environment.reset(task, 0)
     held, told = "", []
     while not held:
-        found = re.match(r"You pick up the (\w+ \d+)", environment.step(Action(environment.expert())).observation.text)
-        held = found[1] if found else ""
+        match = re.match(r"You pick up the (\w+ \d+)", environment.step(Action(environment.expert())).observation.text)
+        held = match[1] if match else ""
     clean = [] if held.startswith("bread") else ["go to sinkbasin 1", f"clean {held} with sinkbasin 1"]
     for command in (
         "go to fridge 1",
@@ -301,19 +298,11 @@ def test_siblings_that_meet_in_a_state_share_an_anchor():
     ) != anchor_id(anchors[0])
     texts = ALFWorld(size="small")
     texts.reset(task, 0)
-    seen = texts.step(Action(places[0])).observation
-    assert seen.anchor == seen.text and "Your task" not in seen.anchor
+    there = texts.step(Action(places[0])).observation
+    assert there.anchor == there.text and "Your task" not in there.anchor
 
 
 # replies and prompts
-
-
-def test_tagged_replies_are_projected_as_upstream():
-    cases = [case for case in golden("projection_upstream")["cases"] if case["env"] == "alfworld"]
-    for case in cases:
-        action = ALFWorld().parse(Reply(case["text"], (), "stop"))
-        assert (action.text, action.valid) == (case["action"], bool(case["valid"])), case
-    assert len(cases) == 9
 
 
 @pytest.mark.parametrize("reply", ["tagged", "plain"])
@@ -504,54 +493,3 @@ def test_the_expert_recovers_from_anything():
                 break
             outcome = environment.step(Action(environment.expert()))
         assert outcome.info["success"], task.id
-
-
-# hostile input
-
-WAYS = [(observation, reply) for observation in ("text", "compact") for reply in ("tagged", "plain")]
-MARKS = [
-    "go to ",
-    "take ",
-    "desk 1",
-    "<action>",
-    "</action>",
-    "<think></think>",
-    "in/on",
-    "\n",
-    "\x00",
-    "\ud800",
-    "我",
-    "help",
-    "examine ",
-    "{o}",
-]
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(st.lists(st.one_of(st.sampled_from(MARKS), st.text(max_size=8)), max_size=6), max_size=6),
-    st.sampled_from(WAYS),
-)
-def test_no_reply_raises(replies, which):
-    environment = ALFWorld(observation=which[0], reply=which[1])
-    task, history = environment.tasks("valid_seen")[0], []
-    observation = environment.reset(task, 0)
-    for pieces in replies:
-        action = environment.parse(Reply("".join(pieces), (), "stop"))
-        outcome = environment.step(action)
-        history.append((observation, action))
-        observation = outcome.observation
-        assert (
-            outcome.reward in (0.0, 10.0)
-            and environment.window(history, observation, task)
-            and environment.messages(observation, 1)
-        )
-
-
-def test_long_input_is_quick():
-    environment = ALFWorld()
-    environment.reset(environment.tasks("valid_seen")[0], 0)
-    for text in ("go to " * 200_000, "take " + "a" * 10**6, "<action>" * 100_000):
-        assert not environment.step(
-            environment.parse(Reply(f"<think></think><action>{text}</action>", (), "stop"))
-        ).terminated

@@ -54,8 +54,8 @@ def test_every_recorded_step_is_the_engines(data, transcripts):
     environment, steps = make("alfworld", data=data), 0
     for transcript in transcripts:
         for episode in transcript["episodes"]:
-            seen = environment.reset(task_of(transcript["id"]), 0)
-            assert (seen.text, list(seen.admissible)) == (episode["initial_obs"], episode["initial_admissible"]), (
+            first = environment.reset(task_of(transcript["id"]), 0)
+            assert (first.text, list(first.admissible)) == (episode["initial_obs"], episode["initial_admissible"]), (
                 transcript["id"]
             )
             for step in episode["steps"]:
@@ -94,8 +94,8 @@ def test_splits_are_the_benchmarks_and_the_expert_wins(data, split, every):
 def test_the_old_grammar_puts_and_names_places(data):
     environment = make("alfworld", data=data, grammar="2.1.1")
     task = next(t for t in environment.tasks("valid_unseen") if t.data["stratum"] == "pick_and_place_simple")
-    seen = environment.reset(task, 0)
-    assert "help" not in seen.admissible and "put mug 1 in/on desk 2" in environment.messages(seen, 0)[0].text
+    first = environment.reset(task, 0)
+    assert "help" not in first.admissible and "put mug 1 in/on desk 2" in environment.messages(first, 0)[0].text
     texts = []
     while command := environment.expert():
         texts.append(environment.step(Action(command)).observation.text)

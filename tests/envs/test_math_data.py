@@ -59,13 +59,13 @@ def test_a_file_of_any_usual_shape(tmp_path):
         {"problem": "sum?", "answer": "72", "solution": "48/2 = <<48/2=24>>24\n48+24=<<48+24=72>>72\n#### 72"},
     ]
     with pytest.warns(UserWarning, match="1 taken out of DAPO's instruction; 1 without an answer left out"):
-        found = open_problems(written(tmp_path / "mine.jsonl", *rows), "aime")
-    tasks = {task.id: task.data for split in ("train", "val") for task in found.splits[split]}
+        problems = open_problems(written(tmp_path / "mine.jsonl", *rows), "aime")
+    tasks = {task.id: task.data for split in ("train", "val") for task in problems.splits[split]}
     assert WRAPPED.match(dapo)[1] == "What is $2+2$?"
     assert tasks["mine-0"] == {"problem": "What is $2+2$?", "answer": "4"} and tasks["mine-1"]["answer"] == "4.5"
     assert set(tasks) == {"mine-0", "mine-1", "mine-3", "mine-5", "mine-6"} and (
-        found.duplicates,
-        found.contaminated,
+        problems.duplicates,
+        problems.contaminated,
     ) == (1, 0)
     assert tasks["mine-5"] == {"problem": "half?", "answer": "500", "steps": ("print( 1000 / 2 )",)}
     assert tasks["mine-6"]["steps"] == ("print( 48 / 2 )", "print( 48 + 24 )")
@@ -75,8 +75,8 @@ def read(tmp_path, *rows):
     """The tasks of a file in its order, and the one line in which it was told what was left out or changed."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = open_problems.__wrapped__(written(tmp_path / "mine.jsonl", *rows), "")
-    tasks = sorted((t for tasks in found.splits.values() for t in tasks), key=lambda t: int(t.id.rpartition("-")[2]))
+        problems = open_problems.__wrapped__(written(tmp_path / "mine.jsonl", *rows), "")
+    tasks = sorted((t for tasks in problems.splits.values() for t in tasks), key=lambda t: int(t.id.rpartition("-")[2]))
     told = [str(warning.message) for warning in caught]
     assert len(told) <= 1 and all(line.startswith(f"math data: {len(tasks)} problems in ") for line in told)
     return [task.data for task in tasks], told[0].partition("; ")[2] if told else ""
@@ -138,8 +138,8 @@ def test_an_order_that_is_not_understood_is_told(tmp_path):
 
 def test_a_test_problem_is_known_by_whatever_order_follows_it(tmp_path):
     written(tmp_path / "aime24.jsonl", {"problem": "What is 2+2?", "answer": "4"})
-    asked = "What is 2+2? Please reason step by step, and put your final answer within \\boxed{}."
-    written(tmp_path / "own.jsonl", {"problem": asked, "answer": "4"}, {"problem": "What is 3+2?", "answer": "5"})
+    question = "What is 2+2? Please reason step by step, and put your final answer within \\boxed{}."
+    written(tmp_path / "own.jsonl", {"problem": question, "answer": "4"}, {"problem": "What is 3+2?", "answer": "5"})
     with pytest.warns(UserWarning, match="1 training problems that are in a test file too left out"):
         assert len(open_problems(str(tmp_path), "own").splits["train"]) == 1
 
@@ -151,7 +151,7 @@ def test_problems_without_an_answer_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "answer"),
+    ("stored", "answer"),
     [
         ('["5"]', "5"),  # Skywork-OR1's, as text
         ('["\\\\frac{1}{2}"]', r"\frac{1}{2}"),
@@ -162,8 +162,8 @@ def test_problems_without_an_answer_are_left_out(tmp_path):
         (r'["\\boxed{5}"]', "5"),
     ],
 )
-def test_answers_come_out_of_lists_and_boxes(tmp_path, given, answer):
-    (task,), told = read(tmp_path, {"problem": "a", "answer": given})
+def test_answers_come_out_of_lists_and_boxes(tmp_path, stored, answer):
+    (task,), told = read(tmp_path, {"problem": "a", "answer": stored})
     assert task["answer"] == answer and told == r"1 answers taken out of a list or \boxed{}"
     assert is_right(answer, task["answer"], None)
 
@@ -200,9 +200,11 @@ def test_punctuation_that_matters_tells_problems_apart(tmp_path, first, second, 
 
 def test_a_single_file_holds_some_out_and_the_same_ones_every_time(tmp_path):
     path = written(tmp_path / "mine.jsonl", *({"problem": f"What is {n} + 1?", "answer": n + 1} for n in range(400)))
-    found = open_problems(path, "aime")
-    assert 5 < len(found.splits["val"]) < 60 and len(found.splits["val"]) + len(found.splits["train"]) == 400
-    assert [t.id for t in open_problems.__wrapped__(path, "aime").splits["val"]] == [t.id for t in found.splits["val"]]
+    problems = open_problems(path, "aime")
+    assert 5 < len(problems.splits["val"]) < 60 and len(problems.splits["val"]) + len(problems.splits["train"]) == 400
+    assert [t.id for t in open_problems.__wrapped__(path, "aime").splits["val"]] == [
+        t.id for t in problems.splits["val"]
+    ]
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 8])
@@ -226,9 +228,11 @@ def test_training_never_sees_a_test_problem(tmp_path):
         tmp_path / "own.jsonl", {"problem": "Let x = 1.5", "answer": "1.5"}, {"problem": "Let x = 15", "answer": "15"}
     )
     with pytest.warns(UserWarning, match="1 training problems .* left out"):
-        found = open_problems(str(tmp_path), "aime, own")
-    assert [t.id for t in found.splits["train"]] == ["aime_1983_2023_train-1", "own-0", "own-1"]
-    assert (found.contaminated, found.duplicates) == (1, 0) and [t.split for t in found.splits["aime24"]] == ["aime24"]
+        problems = open_problems(str(tmp_path), "aime, own")
+    assert [t.id for t in problems.splits["train"]] == ["aime_1983_2023_train-1", "own-0", "own-1"]
+    assert (problems.contaminated, problems.duplicates) == (1, 0) and [t.split for t in problems.splits["aime24"]] == [
+        "aime24"
+    ]
     with pytest.warns(UserWarning, match="1 training problems .* left out"):
         beside = open_problems(str(tmp_path / "aime_1983_2023_train.jsonl"), "")
     assert beside.contaminated == 1 and set(beside.splits) == {"train", "aime24"}
@@ -241,8 +245,8 @@ def test_integer_answers_only_where_the_source_says_so(tmp_path):
         {"problem": "b", "answer": "\\frac{1}{2}"},
     )
     with pytest.warns(UserWarning, match="1 whose answer is no integer left out"):
-        found = open_problems(str(tmp_path), "math")
-    assert {"a"} == {t.data["problem"] for split in found.splits.values() for t in split}
+        problems = open_problems(str(tmp_path), "math")
+    assert {"a"} == {t.data["problem"] for split in problems.splits.values() for t in split}
     assert {"a", "b"} == {
         t.data["problem"] for split in open_problems(str(tmp_path), "math_train").splits.values() for t in split
     }
@@ -319,10 +323,10 @@ def test_missing_data_is_named(tmp_path):
 
 def test_the_real_files():
     with pytest.warns(UserWarning, match="5 training problems .* left out"):
-        found = open_problems(str(shared("data/math")), "aime,math")
-    sizes = {name: len(tasks) for name, tasks in found.splits.items()}
+        problems = open_problems(str(shared("data/math")), "aime,math")
+    sizes = {name: len(tasks) for name, tasks in problems.splits.items()}
     assert sizes == {"train": sizes["train"], "aime24": 30, "aime25": 30, "amc": 83, "math500": 500, "gsm8k_test": 1319}
-    assert (sizes["train"], found.contaminated, found.duplicates) == (
+    assert (sizes["train"], problems.contaminated, problems.duplicates) == (
         5356,
         5,
         315,

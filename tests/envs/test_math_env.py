@@ -14,7 +14,6 @@ from spearrl.algorithm.rewards import shape
 from spearrl.batching import rows_from_groups
 from spearrl.config import AlgoSection, load_config, resolve, to_toml
 from spearrl.envs import call, make
-from spearrl.envs.check import check_environment
 from spearrl.envs.math import Math
 from spearrl.envs.math.env import EMPTY, FAILED, SUFFIX
 from spearrl.errors import ConfigError
@@ -64,22 +63,22 @@ def code(text: str) -> str:
 )
 def test_what_comes_back(text, shown):
     (outcome,) = played(env(), code(text))
-    found = outcome.observation.text
+    printed = outcome.observation.text
     assert (
-        (found == shown)
+        (printed == shown)
         if shown in (EMPTY, FAILED) or shown[0].isdigit()
-        else (shown in found and found.endswith(FAILED) and found.count("\n") <= 2)
+        else (shown in printed and printed.endswith(FAILED) and printed.count("\n") <= 2)
     )
-    assert not outcome.terminated and outcome.reward == 0 and "seen" not in found and "fault" not in outcome.info
+    assert not outcome.terminated and outcome.reward == 0 and "seen" not in printed and "fault" not in outcome.info
 
 
 def test_every_call_starts_afresh_and_a_session_does_not():
     assert "NameError" in played(env(), code("x = 6"), code("print(7 * x)"))[1].observation.text
-    kept = env(sandbox={**TRUSTED, "session": True})
-    assert played(kept, code("x = 6"), code("print(7 * x)"))[1].observation.text == "42"
-    assert "NameError" in played(kept, code("print(7 * x)"))[0].observation.text  # another episode
-    kept.close()
-    kept.close()
+    session = env(sandbox={**TRUSTED, "session": True})
+    assert played(session, code("x = 6"), code("print(7 * x)"))[1].observation.text == "42"
+    assert "NameError" in played(session, code("print(7 * x)"))[0].observation.text  # another episode
+    session.close()
+    session.close()
 
 
 def test_a_long_result_loses_its_middle():
@@ -147,7 +146,7 @@ def test_mathematics_is_judged_elsewhere():
 
 def test_a_reply_is_valid_with_a_call_or_a_box():
     environment = env()
-    seen = {
+    cases = {
         code("print(1)"): (True, 1),
         "<think>hm</think>\n" + code("1") + code("2"): (True, 1),
         r"\boxed{1}": (True, 0),
@@ -158,7 +157,7 @@ def test_a_reply_is_valid_with_a_call_or_a_box():
         call("other", {}): (True, 0),
         call("code_interpreter", {"text": "1"}): (True, 0),
     }
-    for text, (valid, calls) in seen.items():
+    for text, (valid, calls) in cases.items():
         action = environment.parse(Reply(text, (), "stop"))
         assert (action.valid, action.tool_calls) == (valid, calls), text
     both = environment.parse(Reply(code("a\nb") + "\n" + code("2"), (), "stop"))
@@ -201,7 +200,7 @@ def test_plain_replies_for_tiny_models():
 
 def test_the_expert_and_its_noise():
     def won(noise: float) -> list[tuple[bool, int]]:
-        found = []
+        results = []
         for seed, task in enumerate(environment.tasks("train")[:60]):
             environment.expert_noise, calls = noise, 0
             environment.reset(task, seed)
@@ -210,8 +209,8 @@ def test_the_expert_and_its_noise():
                 calls += action.tool_calls
                 if (outcome := environment.step(action)).terminated:
                     break
-            found.append((outcome.info["success"], calls))
-        return found
+            results.append((outcome.info["success"], calls))
+        return results
 
     environment = env(digits=2, describe="none", reply="plain")
     assert won(0.0) == [(True, 1)] * 60 == won(0.0)
@@ -226,12 +225,6 @@ def test_splits():
     with pytest.raises(ConfigError, match="train, val"):
         environment.tasks("aime24")
     assert environment.reset(TASK, 0).text == TASK.data["problem"] + SUFFIX
-
-
-def test_check_env_passes():
-    # opening a sandbox takes seconds on a busy machine
-    findings = check_environment("math", {"grader": "plain", "sandbox": TRUSTED, "problems": 64}, deadline_s=120.0)
-    assert not [f for f in findings if f.level == "fail"], findings
 
 
 # in a run
@@ -302,13 +295,13 @@ def test_the_tool_bonus_of_the_releases():
 
 
 def test_release_fidelities_choose_the_released_grader(tmp_path):
-    found = resolve(None, ["algo.fidelity=release_math"], env="math")
+    resolved = resolve(None, ["algo.fidelity=release_math"], env="math")
     assert (
-        found.config.env.options["grader"] == "release"
-        and found.sources["env.options.grader"] == "fidelity release_math"
+        resolved.config.env.options["grader"] == "release"
+        and resolved.sources["env.options.grader"] == "fidelity release_math"
     )
     saved = tmp_path / "run.toml"
-    saved.write_text(to_toml(found.config))
+    saved.write_text(to_toml(resolved.config))
     assert load_config(saved).env.options["grader"] == "release"
     assert "grader" not in load_config(saved, ["algo.fidelity=default"]).env.options
     assert (

@@ -140,7 +140,12 @@ def test_restarts_wait_longer_each_time():
 
     waits: list[float] = []
     event_wait = workers.threading.Event.wait
-    workers.threading.Event.wait = lambda self, seconds=None: (waits.append(seconds), event_wait(self, seconds))[1]
+
+    def noted(self, seconds=None):
+        waits.append(seconds)
+        return event_wait(self, 0.05 if seconds == 5.0 else seconds)
+
+    workers.threading.Event.wait = noted
     try:
         for _ in range(3):
             asyncio.run(die())

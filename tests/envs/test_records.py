@@ -26,9 +26,9 @@ def test_every_layout_reads_the_same(tmp_path, monkeypatch, layout, name, chunk)
     opener = {".gz": gzip.open, ".xz": lzma.open}.get((tmp_path / name).suffix, open)
     with opener(tmp_path / name, "wt", encoding="utf-8") as file:
         file.write(f"\n {text}")
-    found = list(read_records(tmp_path / name, layout="rows"))
-    assert [row for _, row in found] == ROWS
-    assert [number for number, _ in found] == ([2, 3, 4] if layout == "lines" else [1, 2, 3])
+    records_read = list(read_records(tmp_path / name, layout="rows"))
+    assert [row for _, row in records_read] == ROWS
+    assert [number for number, _ in records_read] == ([2, 3, 4] if layout == "lines" else [1, 2, 3])
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,6 @@ def test_files_that_cannot_be_opened(tmp_path, name):
 def test_broken_lines_can_be_collected(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"a": 1}\noops\n{"b": 2}')
     complaints: list[str] = []
-    found = list(read_records(tmp_path / "x.jsonl", layout="rows", on_broken_line=complaints.append))
-    assert found == [(1, {"a": 1}), (3, {"b": 2})]
+    records_read = list(read_records(tmp_path / "x.jsonl", layout="rows", on_broken_line=complaints.append))
+    assert records_read == [(1, {"a": 1}), (3, {"b": 2})]
     assert len(complaints) == 1 and complaints[0].startswith(f"{tmp_path / 'x.jsonl'}:2: ")

@@ -6,21 +6,18 @@ import re
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spearrl.batching.anchors import anchor_id
 from spearrl.config import load_config
 from spearrl.envs import make
-from spearrl.envs.check import check_environment, failures
 from spearrl.envs.search import Search
 from spearrl.envs.search.answers import exact, f1, normalise
 from spearrl.envs.search.facts import LINKS, open_world
 from spearrl.envs.text.analyzer import analyze
 from spearrl.errors import ConfigError, ContractError
-from spearrl.trainer import Trainer
 from spearrl.types import Action, Message, Outcome, Reply, Task
-from tests.support.small_run import small_config
 
 COMPACT = {"observation": "compact", "reply": "plain"}
 
@@ -75,8 +72,8 @@ def test_the_world_is_sound():
     assert len({tuple(analyze(thing)) for thing in things}) == 600 and not {
         w for thing in things for w in analyze(thing)
     } & {s for w in LINKS for s in analyze(w)}
-    asked = {split: {task.data["chain"][0] for task in world.tasks[split]} for split in ("train", "val")}
-    assert not asked["train"] & asked["val"] and len(asked["val"]) == 60
+    subjects = {split: {task.data["chain"][0] for task in world.tasks[split]} for split in ("train", "val")}
+    assert not subjects["train"] & subjects["val"] and len(subjects["val"]) == 60
     for task in world.tasks["val"]:
         way = world.way(task.data["chain"])
         assert len(set(way)) == len(way) and way[-1] == task.data["answers"][0] and way[0] in task.data["question"]
@@ -87,11 +84,6 @@ def test_worlds_are_seeded_and_shared():
     assert first._world is same._world and first.spawn()._retriever is first._retriever
     assert [t.id for t in first.tasks("train")] != [t.id for t in other.tasks("train")]
     assert open_world.__wrapped__(100, 1).tasks == first._world.tasks
-
-
-def test_every_check_is_passed():
-    findings = check_environment("search")
-    assert not failures(findings) and not [f for f in findings if f.level == "warn"], findings
 
 
 def test_the_expert_gets_worse_with_noise():
@@ -289,64 +281,6 @@ def test_siblings_that_know_the_same_share_an_anchor():
     assert ids[2] == ids[3] == ids[6] and ids[4] == ids[5] and len(set(ids)) == 4
 
 
-# hostile input
-
-MARKS = [
-    "<search>",
-    "</search>",
-    "<answer>",
-    "</answer>",
-    "<think></think>",
-    "search ",
-    "answer ",
-    "\n",
-    "\x00",
-    "\ud800",
-    "我",
-    "İ",
-    "{question}",
-]
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.lists(st.one_of(st.sampled_from(MARKS), st.text(max_size=8)), max_size=6), max_size=5),
-    st.sampled_from([{}, COMPACT]),
-)
-def test_no_reply_raises(replies, options):
-    environment = Search(size=100, **options)
-    task, history = environment.tasks("val")[0], []
-    observation = environment.reset(task, 0)
-    for pieces in replies:
-        action = environment.parse(Reply("".join(pieces), (), "stop"))
-        outcome = environment.step(action)
-        history.append((observation, action))
-        observation = outcome.observation
-        assert (
-            outcome.reward in (0.0, 10.0)
-            and environment.window(history, observation, task)
-            and environment.messages(observation, 1)
-        )
-
-
-@pytest.mark.parametrize(
-    ("text", "valid", "ends"),
-    [
-        ("<search>" * 200_000, False, False),
-        ("<search>" + "whale " * 200_000 + "</search>", True, False),
-        ("search " * 200_000, False, False),
-        ("<answer>" + "a" * 10**6 + "</answer>", True, True),
-    ],
-    ids=["open tags", "a long query", "no tag", "a long answer"],
-)
-def test_long_input_is_an_ordinary_turn(text, valid, ends):
-    environment = Search(size=100)
-    environment.reset(environment.tasks("val")[0], 0)
-    action = environment.parse(Reply(f"{THINK}{text}", (), "stop"))
-    outcome = environment.step(action)
-    assert (action.valid, outcome.terminated, outcome.reward) == (valid, ends, 0.0)
-
-
 # training
 
 
@@ -357,25 +291,3 @@ def test_the_embedded_default_is_tiny_search():
         "compact",
         6,
     )
-
-
-def test_a_run_trains(tmp_path):
-    changes = (
-        "env.name=search",
-        "env.options.observation=compact",
-        "env.options.reply=plain",
-        "env.options.size=100",
-        "model.tiny.vocab_size=600",
-        "model.tiny.layers=1",
-    )
-    changes += (
-        "rollout.context_tokens=512",
-        "rollout.max_reply_tokens=16",
-        "sft.episodes=16",
-        "sft.epochs=1",
-        "run.steps=2",
-        "eval.tasks=6",
-        "env.max_turns=4",
-    )
-    result = Trainer(small_config(tmp_path, *changes)).train()
-    assert result is not None

@@ -156,14 +156,14 @@ def test_a_single_file_is_divided_by_question(tmp_path):
         write(tmp_path / "corpus.jsonl", [d._asdict() for d in WHALES]),
     )
     environment = Search(corpus, data=str(path))
-    asked = {split: {task.data["question"] for task in environment.tasks(split)} for split in ("train", "val")}
+    questions = {split: {task.data["question"] for task in environment.tasks(split)} for split in ("train", "val")}
     assert (
-        len(asked["train"]) + len(asked["val"]) == 200
-        and not asked["train"] & asked["val"]
-        and 8 < len(asked["val"]) < 35
+        len(questions["train"]) + len(questions["val"]) == 200
+        and not questions["train"] & questions["val"]
+        and 8 < len(questions["val"]) < 35
     )
     fewer = read_questions.__wrapped__(str(write(tmp_path / "fewer.jsonl", records[:100])), "val")
-    assert {task.data["question"] for task in fewer} == {q for q in asked["val"] if int(q[1:-1]) < 100}
+    assert {task.data["question"] for task in fewer} == {q for q in questions["val"] if int(q[1:-1]) < 100}
     assert (
         environment.tasks("train")[0].data["answers"] == ["0", "no. 0"]
         or environment.tasks("val")[0].data["question"] == "q0?"
@@ -233,8 +233,8 @@ def test_questions_without_an_answer_are_left_out_and_told(tmp_path):
 
 @pytest.mark.parametrize("count", [2, 8, 40])
 def test_a_small_file_still_holds_one_out(tmp_path, count):
-    asked = (f"What is {n}?" for n in itertools.count())
-    records = list(itertools.islice(({"question": q, "answer": "x"} for q in asked if derive(q) % 10), count))
+    questions = (f"What is {n}?" for n in itertools.count())
+    records = list(itertools.islice(({"question": q, "answer": "x"} for q in questions if derive(q) % 10), count))
     path = str(write(tmp_path / "qa.jsonl", records))  # the hash alone would hold none of these out
     assert (len(read_questions(path, "val")), len(read_questions(path, "train"))) == (1, count - 1)
 
@@ -283,12 +283,12 @@ class Peer:
     """A local server of Search-R1's API; `answers` are played in turn, the last one for ever."""
 
     def __init__(self, *answers):
-        self.asked, self.released = [], threading.Event()
+        self.requests, self.released = [], threading.Event()
         peer, left = self, list(answers)
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
-                peer.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                peer.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 answer = left.pop(0) if len(left) > 1 else left[0]
                 try:
                     answer(self)
@@ -372,7 +372,7 @@ def test_a_server_is_asked_as_search_r1_does(tmp_path, peers):
     environment = open_search(tmp_path, peer.url, topk=1)
     environment.reset(environment.tasks("train")[0], 0)
     outcome = environment.step(Action("search blue whale"))
-    assert peer.asked == [{"queries": ["blue whale"], "topk": 1, "return_scores": True}]
+    assert peer.requests == [{"queries": ["blue whale"], "topk": 1, "return_scores": True}]
     assert (
         outcome.observation.text == '<information>Doc 1 (Title: "Blue whale") It is large.</information>'
         and "fault" not in outcome.info
@@ -401,12 +401,12 @@ def test_a_server_is_asked_three_times(tmp_path, peers, bad):
     peer = peers(bad, bad, GOOD)
     environment = open_search(tmp_path, peer.url)
     environment.reset(environment.tasks("train")[0], 0)
-    assert "fault" not in environment.step(Action("search x")).info and len(peer.asked) == 3
+    assert "fault" not in environment.step(Action("search x")).info and len(peer.requests) == 3
     lost = peers(bad)
     environment = open_search(tmp_path, lost.url)
     environment.reset(environment.tasks("train")[0], 0)
     outcome = environment.step(Action("search x"))
-    assert outcome.info == {"success": False, "em": 0.0, "f1": 0.0, "fault": True} and len(lost.asked) == 3
+    assert outcome.info == {"success": False, "em": 0.0, "f1": 0.0, "fault": True} and len(lost.requests) == 3
     assert "The search engine did not answer: " in outcome.observation.text and (
         outcome.reward,
         outcome.terminated,

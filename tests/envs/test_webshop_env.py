@@ -7,8 +7,6 @@ import random
 import re
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from spearrl.envs import make
 from spearrl.envs.text import records
@@ -20,7 +18,6 @@ from spearrl.envs.webshop.nouns import LEXICON
 from spearrl.envs.webshop.reward import purchase_reward
 from spearrl.errors import ConfigError, ContractError
 from spearrl.types import Action, Message, Observation, Outcome, Reply
-from tests.support.shared_data import golden
 
 
 def compact(**options) -> WebShop:
@@ -201,14 +198,6 @@ def test_slots_share_what_is_read_only_and_nothing_else():
 
 
 # replies and prompts
-
-
-def test_tagged_replies_are_projected_as_upstream():
-    cases = [case for case in golden("projection_upstream")["cases"] if case["env"] == "webshop"]
-    for case in cases:
-        action = WebShop().parse(Reply(case["text"], (), "stop"))
-        assert (action.text, action.valid) == (case["action"], bool(case["valid"])), case
-    assert len(cases) == 9
 
 
 @pytest.mark.parametrize("reply", ["tagged", "plain"])
@@ -422,58 +411,6 @@ def test_prices_and_options_are_cleaned_as_the_original_does():
     assert catalogue._price("$19.99$1,027.50") == ([19.99, 1027.5], "$19.99 to $1027.5")
     assert catalogue._price("") == catalogue._price(None) == catalogue._price("n/a") == ([100.0], "$100.0")
     assert catalogue._options({"Color": [{"value": " Red/Blue "}], "Size": None}) == {"color": ["red | blue"]}
-
-
-# hostile input
-
-WAYS = [(observation, reply) for observation in ("text", "text_rich", "compact") for reply in ("tagged", "plain")]
-MARKS = [
-    "search[",
-    "click[",
-    "]",
-    "[",
-    "<action>",
-    "</action>",
-    "<think></think>",
-    "buy now",
-    "1",
-    "lamp",
-    "\n",
-    "<r>",
-    "<c>",
-    "<a>",
-    "\x00",
-    "\ud800",
-    "我",
-]
-PIECES = st.sampled_from(MARKS)
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.lists(st.one_of(PIECES, st.text(max_size=8)), max_size=6), max_size=6), st.sampled_from(WAYS))
-def test_no_reply_raises(replies, which):
-    environment = WebShop(observation=which[0], reply=which[1])
-    task, history = environment.tasks("val")[0], []
-    observation = environment.reset(task, 0)
-    for pieces in replies:
-        action = environment.parse(Reply("".join(pieces), (), "stop"))
-        outcome = environment.step(action)
-        history.append((observation, action))
-        observation = outcome.observation
-        assert (
-            outcome.reward in (0.0, 10.0)
-            and environment.window(history, observation, task)
-            and environment.messages(observation, 1)
-        )
-
-
-def test_long_input_is_quick():
-    environment = WebShop()
-    environment.reset(environment.tasks("val")[0], 0)
-    for text in ("search[" + "[" * 100_000 + "]", "[" * 100_000, "search[" + "lamp " * 20_000 + "]"):
-        assert not environment.step(
-            environment.parse(Reply(f"<think></think><action>{text}</action>", (), "stop"))
-        ).terminated
 
 
 def test_goals_outside_the_list_are_refused():

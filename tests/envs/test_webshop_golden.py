@@ -122,14 +122,14 @@ def test_special_queries(episodes):
     products = WebShop(data=str(shared(FOLDER)))._shop.catalogue
     session = ShopSession(products, random.Random(0))
     beverages = sum(p["query"] == "beverages" for p in products.products)
-    for query, found in [
+    for query, count in [
         ("<c> beauty", 238),
         ("<c>", 0),
         ("<q> beverages", beverages),
         ("<r>", 50),
         ("<a> nothing like it", 0),
     ]:
-        assert session.play("search", query) and len(session.results) == found
+        assert session.play("search", query) and len(session.results) == count
 
 
 def test_expert_shops_the_real_set(episodes):

@@ -76,11 +76,11 @@ def test_options(cases):
 
 def test_title_scores_of_the_fallback_are_within_the_originals_tolerance(cases):
     for case in cases["title_score"]:
-        found = title_similarity(case["bought"], case["goal"], LEXICON)
+        similarity = title_similarity(case["bought"], case["goal"], LEXICON)
         assert (
-            found < case["expected_lt"]
+            similarity < case["expected_lt"]
             if "expected_lt" in case
-            else found == pytest.approx(case["expected"], abs=case["tol"])
+            else similarity == pytest.approx(case["expected"], abs=case["tol"])
         ), case
 
 

@@ -63,9 +63,9 @@ def test_rankings_equal_lucenes(source, products, term_vectors, rankings):
         else LuceneIndex.from_texts(map(indexed_text, products))
     )
     for query, expected in rankings:
-        found = index.search(query)
-        assert [asins[number] for number, _ in found] == [asin for asin, _ in expected], query
-        np.testing.assert_allclose([score for _, score in found], [score for _, score in expected], atol=2e-4)
+        ranking = index.search(query)
+        assert [asins[number] for number, _ in ranking] == [asin for asin, _ in expected], query
+        np.testing.assert_allclose([score for _, score in ranking], [score for _, score in expected], atol=2e-4)
 
 
 @pytest.mark.parametrize(

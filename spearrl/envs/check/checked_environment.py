@@ -98,15 +98,6 @@ def check_messages(messages: Any, source: str) -> None:
     require(content, f"{source} returned messages without content", "show the model something")
 
 
-def stable_anchor(anchor: Any) -> str:
-    """An anchor as the trainer compares it. Raises ContractError where it cannot."""
-    if anchor is None or isinstance(anchor, str):
-        return repr(anchor)
-    from spearrl.batching.anchors import canonical  # loads torch, which an anchor of text does not need
-
-    return repr(canonical(anchor))
-
-
 @dataclass
 class CheckedEnvironment:
     """The environment `name` with its options, and what is known of it so far.
@@ -204,8 +195,7 @@ class CheckedEnvironment:
 
 def step_record(observation: Observation, outcome: Outcome | None = None) -> dict[str, str]:
     """What one step showed (None: the first observation), in texts that compare and print."""
-    shown = {"text": observation.text, "anchor": stable_anchor(observation.anchor)}
-    shown["admissible"] = repr(observation.admissible)
+    shown = {"text": observation.text, "anchor": repr(observation.anchor), "admissible": repr(observation.admissible)}
     if outcome is None:
         return shown
     ended = "terminated" if outcome.terminated else "truncated" if outcome.truncated else "goes on"

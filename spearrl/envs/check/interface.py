@@ -9,6 +9,7 @@ import itertools
 import json
 from collections import Counter
 from functools import partial
+from typing import Any
 
 from spearrl.envs.check.checked_environment import (
     BrokenRule,
@@ -16,7 +17,6 @@ from spearrl.envs.check.checked_environment import (
     check_messages,
     require,
     shortened,
-    stable_anchor,
 )
 from spearrl.envs.check.samples import HOSTILE
 from spearrl.envs.tool import ToolEnvironment
@@ -186,10 +186,16 @@ def anchors(checked: CheckedEnvironment) -> str:
         anchor = running.observation.anchor
         try:
             hash(anchor)
-            different.add(stable_anchor(anchor))
+            different.add(anchor if anchor is None or isinstance(anchor, str) else _as_the_trainer_compares(anchor))
         except (TypeError, ContractError) as error:
             seen = f"an anchor is {shortened(anchor)}: {error}"
             raise BrokenRule(seen, "use text, a number, or tuples of these") from error
-    if different == {"None"}:
+    if different == {None}:
         return "no anchors: GiGPO will group by the observation's text"
     return f"{len(different)} different anchor states"
+
+
+def _as_the_trainer_compares(anchor: Any) -> str:
+    from spearrl.batching.anchors import canonical  # loads torch, which an anchor of text does not need
+
+    return repr(canonical(anchor))
