@@ -108,6 +108,85 @@ class Assembly:
         self.stack.close()
 
 
+@dataclass
+class Wiring:
+    """What the parts are made from, and how.
+
+    Args:
+        folder: where workers log; of a run, its directory.
+        stack: closes what is made here.
+    """
+
+    config: RunConfig
+    origin: Origin
+    environment: Environment
+    device: str
+    folder: Path
+    stack: ExitStack
+    report: Report = silent
+    placement: Placement = field(init=False)
+    encoder: ChatFormat = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.placement = place(self.config, detect())
+        self.encoder = open_format(self.origin.tokenizer, self.config.model, self.environment.tools())
+
+    @property
+    def in_process(self) -> bool:
+        """Whether torch samples in this process, from a model that a learner may share."""
+        return self.config.rollout.engine == "local" and not self.config.rollout.workers
+
+    @property
+    def address(self) -> str:
+        """What engines load a model by: workers may be on machines where it is not downloaded yet."""
+        return self.origin.address if self.config.rollout.workers else str(self.origin.folder)
+
+    def warn(self, text: str) -> None:
+        """Report a warning."""
+        self.report("warning", {"text": text})
+
+    def players(self, model: torch.nn.Module | str, on_start: Callable[[Receiver], None] | None = None) -> Players:
+        """What plays episodes.
+
+        Args:
+            model: one to share parameters with, or a directory; for workers, a directory or name.
+            on_start: of the Fleet, where workers play.
+        """
+        config, placement = self.config, self.placement
+        training, evaluation = (config.rollout.temperature, 1.0), (config.eval.temperature, config.eval.top_p)
+        if config.rollout.workers:
+            launcher = launcher_of(config, str(model), placement, self.folder)
+            fleet = Fleet(config, launcher, on_start=on_start, report=None if self.report is silent else self.warn)
+            self.stack.callback(fleet.close)
+            return Players(fleet.collector(*training), fleet.collector(*evaluation), fleet, fleet=fleet)
+        shared = {"colocated": placement.colocated, "sleeps": placement.sleeps}
+        engine = make_engine(config, model, device=self.device, tokenizer=self.encoder.tokenizer, **shared)
+        self.stack.callback(engine.close)
+        pool = make_pool(config, self.environment)
+        self.stack.callback(pool.close)
+        collector, evaluator = (
+            make_collector(config, engine, self.encoder, pool, sampling=sampling) for sampling in (training, evaluation)
+        )
+        return Players(collector, evaluator, [receiver_of(engine)] if isinstance(model, str) else [], engine=engine)
+
+    def bridge(self, learner: Learner, players: Players) -> Bridge:
+        """What brings a learner's weights to engines with models of their own."""
+        config, dtype = self.config, engine_dtype(self.config, self.origin.folder)
+        text = probe_text(config, self.environment, self.encoder, self.warn)
+        bf16 = use_bf16(config.learner.precision, torch.device(self.device))
+        return Bridge(
+            learner,
+            players.receivers,
+            settings=config.sync,
+            probe_ids=list(text[-PROBE:]),
+            run_folder=self.folder,
+            dtype=None if dtype == torch.float32 else dtype,
+            float32=dtype == torch.float32 and not bf16,
+            adapters=learner.export_adapter if config.learner.lora.rank and config.rollout.engine == "vllm" else None,
+            report=self.warn,
+        )
+
+
 def assemble(
     config: RunConfig,
     origin: Origin,
@@ -124,17 +203,13 @@ def assemble(
         reference: directory or name of the frozen model, where the algorithm needs one.
         run_folder: the run directory: logs of workers, weights they start with.
     """
-    placement = place(config, detect())
-    encoder = open_format(origin.tokenizer, config.model, environment.tools())
-    report("format", {"text": describe_format(encoder), "notes": list(encoder.stops.notes)})
-    one_process = _in_process(config) and config.learner.backend == "local"
-    dtype = sampling_dtype(config)
-    copied = one_process and dtype != torch.float32  # else the engine of one process samples from the learner's model
-
-    def warn(text: str) -> None:
-        report("warning", {"text": text})
-
     with ExitStack() as stack:
+        wiring = Wiring(config, origin, environment, device, run_folder, stack, report)
+        placement, encoder = wiring.placement, wiring.encoder
+        report("format", {"text": describe_format(encoder), "notes": list(encoder.stops.notes)})
+        one_process = wiring.in_process and config.learner.backend == "local"
+        dtype = sampling_dtype(config)
+        copied = one_process and dtype != torch.float32  # else the engine of one process samples from the learner's
         if not one_process:
             origin.settle(run_folder / START)
         own = copy_of(origin.model, dtype).to(device) if copied else None  # before the learner adds adapters
@@ -142,25 +217,13 @@ def assemble(
         stack.callback(learner.close)
         if placement.colocated:  # a cold start's memory; an engine takes its share as it starts
             learner.release()
-        model = own or (learner.model if one_process else _address(config, origin))  # type: ignore[attr-defined]
+        model = own or (learner.model if one_process else wiring.address)  # type: ignore[attr-defined]
         bridge: Publisher  # made after the workers, which ask for weights only once episodes are played
-        players = _players(
-            config,
-            environment,
-            encoder,
-            placement,
-            model=model,
-            device=device,
-            logs=run_folder,
-            stack=stack,
-            on_start=lambda receiver: bridge.catch_up(receiver),
-            report=warn,
-        )
+        players = wiring.players(model, on_start=lambda receiver: bridge.catch_up(receiver))
         if one_process and players.engine is not None:
             bridge = InProcess(players.engine, learner if copied else None)
         else:
-            text = probe_text(config, environment, encoder, warn)[-PROBE:]
-            bridge = _bridge(config, origin, learner, players, text, device=device, run_folder=run_folder, report=warn)
+            bridge = wiring.bridge(learner, players)
         stack.callback(bridge.close)
         return Assembly(origin.tokenizer, learner, players, bridge, placement, report, stack.pop_all())
 
@@ -180,14 +243,11 @@ def players_of(config: RunConfig, environment: Environment, device: str, stack: 
     # Nothing learns here: a run of eight GPUs is evaluated on whatever this machine has.
     alone = {"learner.backend": "local", "learner.processes": 1, "learner.offload": "none"}
     config = config.with_settings({**alone, "placement.gpus": 0, "placement.mode": "auto"})
-    origin = Origin.of(config.model.path)
-    encoder = open_format(origin.tokenizer, config.model, environment.tools())
-    logs = Path(stack.enter_context(TemporaryDirectory()))
-    model: torch.nn.Module | str = _address(config, origin)
-    if _in_process(config):
-        model = load_model(str(origin.folder), dtype=sampling_dtype(config)).to(device)
-    placement = place(config, detect())
-    return _players(config, environment, encoder, placement, model=model, device=device, logs=logs, stack=stack)
+    origin, logs = Origin.of(config.model.path), Path(stack.enter_context(TemporaryDirectory()))
+    wiring = Wiring(config, origin, environment, device, logs, stack)
+    if not wiring.in_process:
+        return wiring.players(wiring.address)
+    return wiring.players(load_model(str(origin.folder), dtype=sampling_dtype(config)).to(device))
 
 
 def check_extras(config: RunConfig) -> None:
@@ -203,53 +263,6 @@ def check_extras(config: RunConfig) -> None:
         if needed and find_spec(package) is None:
             hint = f"pip install 'spearrl[{extra}]'"
             raise ConfigError(f"this setting needs {package}, which is not installed", where=where, hint=hint)
-
-
-def _in_process(config: RunConfig) -> bool:
-    """Whether torch samples in this process, from a model that a learner may share."""
-    return config.rollout.engine == "local" and not config.rollout.workers
-
-
-def _address(config: RunConfig, origin: Origin) -> str:
-    """What engines load a model by: workers may be on machines where it is not downloaded yet."""
-    return origin.address if config.rollout.workers else str(origin.folder)
-
-
-def _players(
-    config: RunConfig,
-    environment: Environment,
-    encoder: ChatFormat,
-    placement: Placement,
-    *,
-    model: torch.nn.Module | str,
-    device: str,
-    logs: Path,
-    stack: ExitStack,
-    on_start: Callable[[Receiver], None] | None = None,
-    report: Callable[[str], None] | None = None,
-) -> Players:
-    """What plays episodes.
-
-    Args:
-        model: one to share parameters with, or a directory; for workers, a directory or name.
-        logs: where workers log.
-        stack: closes what is made here.
-        on_start, report: of the Fleet, where workers play.
-    """
-    training, evaluation = (config.rollout.temperature, 1.0), (config.eval.temperature, config.eval.top_p)
-    if config.rollout.workers:
-        fleet = Fleet(config, launcher_of(config, str(model), placement, logs), on_start=on_start, report=report)
-        stack.callback(fleet.close)
-        return Players(fleet.collector(*training), fleet.collector(*evaluation), fleet, fleet=fleet)
-    shared = {"colocated": placement.colocated, "sleeps": placement.sleeps}
-    engine = make_engine(config, model, device=device, tokenizer=encoder.tokenizer, **shared)
-    stack.callback(engine.close)
-    pool = make_pool(config, environment)
-    stack.callback(pool.close)
-    collector, evaluator = (
-        make_collector(config, engine, encoder, pool, sampling=sampling) for sampling in (training, evaluation)
-    )
-    return Players(collector, evaluator, [receiver_of(engine)] if isinstance(model, str) else [], engine=engine)
 
 
 def launcher_of(config: RunConfig, model_dir: str, placement: Placement, logs: Path) -> Launcher:
@@ -276,30 +289,3 @@ def probe_text(
     finally:
         slot.close()
     return encoder.start([Message(message.role, message.text) for message in start.messages], start.tools)
-
-
-def _bridge(
-    config: RunConfig,
-    origin: Origin,
-    learner: Learner,
-    players: Players,
-    text: Sequence[int],
-    *,
-    device: str,
-    run_folder: Path,
-    report: Callable[[str], None],
-) -> Bridge:
-    """What brings a learner's weights to engines with models of their own."""
-    dtype = engine_dtype(config, origin.folder)
-    bf16 = use_bf16(config.learner.precision, torch.device(device))
-    return Bridge(
-        learner,
-        players.receivers,
-        settings=config.sync,
-        probe_ids=list(text),
-        run_folder=run_folder,
-        dtype=None if dtype == torch.float32 else dtype,
-        float32=dtype == torch.float32 and not bf16,
-        adapters=learner.export_adapter if config.learner.lora.rank and config.rollout.engine == "vllm" else None,
-        report=report,
-    )
