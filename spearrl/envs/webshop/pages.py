@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from spearrl.envs.webshop.catalogue import Catalogue, Product
 
 SUB_PAGES = ("description", "features", "reviews", "attributes")
+Targets = dict[str, Callable[[], None] | None]  # what can be clicked, and what a click does; None: nothing
 MOST_RESULTS = 50  # products a search returns at most
-Target = tuple[str, str] | None  # (option name, value) behind a name; None: a button or a product
 
 
 def parse_action(text: str) -> tuple[str, str]:
@@ -41,71 +43,53 @@ class ShopSession:
         """The products on the results page shown."""
         return self.results[(self.number - 1) * self.per_page : self.number * self.per_page]
 
-    def targets(self) -> dict[str, Target]:
-        """What can be clicked, in lower case and the page's order; of equal names the last one counts."""
-        if self.page == "index":
-            return {"search": None}
+    def targets(self) -> Targets:
+        """What can be clicked, in lower case and the page's order."""
+        home: Targets = {"back to search": self._home}
+        if self.page in ("index", "done"):
+            return {"search": None} if self.page == "index" else {}
         if self.page == "results":
-            names = ["back to search", "< prev", "next >"] if self.number > 1 else ["back to search", "next >"]
-            return dict.fromkeys([*names, *(product["asin"].lower() for product in self.visible())])
-        if self.page == "item":
-            return item_targets(self.product, self.show_attrs)
-        return {} if self.page == "done" else {"back to search": None, "< prev": None}
+            back: Targets = {"< prev": partial(self._show_results, self.number - 1)} if self.number > 1 else {}
+            forth: Targets = {"next >": partial(self._show_results, self.number + 1)}
+            return home | back | forth | {p["asin"].lower(): partial(self._open, p) for p in self.visible()}
+        if self.page != "item":
+            return home | {"< prev": partial(self._turn_to, "item")}
+        pages = SUB_PAGES if self.show_attrs else SUB_PAGES[:-1]
+        buttons: Targets = home | {"< prev": partial(self._show_results, self.number)}
+        buttons |= {page: partial(self._turn_to, page) for page in pages} | {"buy now": partial(self._turn_to, "done")}
+        options = self.product["options"].items()
+        picks: Targets = {value: partial(self._pick, name, value) for name, values in options for value in values}
+        return buttons | picks | buttons  # a value that is called like a button does not take its place
 
     def play(self, kind: str, argument: str) -> bool:
         """Play "search" (on any page) or "click"; False, and nothing changed, where that is impossible here."""
         self.option_picked = None
-        if self.page == "done" or not argument:
-            return False
-        if kind == "search":
-            self.keywords = argument.split(" ")
-            products = self.catalogue.products
-            self.results = (
-                self.draw.sample(products, min(MOST_RESULTS, len(products)))
-                if self.keywords[0] == "<r>"
-                else self.catalogue.search(self.keywords, MOST_RESULTS)
-            )
+        if kind == "search" and argument and self.page != "done":
+            self.keywords, products = argument.split(" "), self.catalogue.products
+            if self.keywords[0] == "<r>":
+                self.results = self.draw.sample(products, min(MOST_RESULTS, len(products)))
+            else:
+                self.results = self.catalogue.search(self.keywords, MOST_RESULTS)
             self._show_results(1)
             return True
-        targets = self.targets()
-        if kind != "click" or argument == "search" or argument not in targets:
-            return False
-        self._click(argument, targets[argument])
-        return True
+        click = self.targets().get(argument) if kind == "click" and argument else None
+        if click is not None:
+            click()
+        return click is not None
+
+    def _home(self) -> None:
+        self.page, self.product, self.options, self.opened = "index", {}, {}, set()
 
     def _show_results(self, number: int) -> None:
         self.page, self.number, self.product, self.options = "results", number, {}, {}
 
-    def _click(self, name: str, option: Target) -> None:
-        if name == "buy now":
-            self.page = "done"
-        elif name == "back to search":
-            self.page, self.product, self.options, self.opened = "index", {}, {}, set()
-        elif name == "next >" and self.page == "results":
-            self._show_results(self.number + 1)
-        elif name == "< prev" and self.page in ("results", "item"):
-            self._show_results(self.number - (self.page == "results"))
-        elif name == "< prev":
-            self.page = "item"
-        elif name in SUB_PAGES:
-            self.page = name
-        elif option is not None:
-            self.option_picked, value = option
-            self.options[self.option_picked] = value
-        else:
-            self._open(name)
+    def _open(self, product: Product) -> None:
+        self.page, self.product = "item", product
+        self.opened.add(product["asin"])
 
-    def _open(self, name: str) -> None:
-        self.product = next((p for p in self.visible() if p["asin"].lower() == name), self.product)
-        if self.product:
-            self.page = "item"
-            self.opened.add(self.product["asin"])
+    def _turn_to(self, page: str) -> None:
+        self.page = page
 
-
-def item_targets(product: Product, show_attrs: bool) -> dict[str, Target]:
-    """What an item page offers: buttons first, then option values."""
-    names = ["back to search", "< prev", "description", "features", "reviews"]
-    targets: dict[str, Target] = dict.fromkeys([*names, "attributes", "buy now"] if show_attrs else [*names, "buy now"])
-    for option, values in product["options"].items():
-        targets |= {value: (option, value) for value in values}
-    return targets
+    def _pick(self, name: str, value: str) -> None:
+        self.option_picked = name
+        self.options[name] = value
