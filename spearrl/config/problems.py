@@ -5,10 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING
 
+from spearrl.config.dump import toml_value
+from spearrl.config.fields import leaves
 from spearrl.errors import ConfigError
 
-_KEY = re.compile(r"\b[a-z]\w*(?:\.[a-z]\w*)+")
+if TYPE_CHECKING:
+    from spearrl.config.sections import RunConfig
+
+Finding = tuple[str, str]  # what contradicts, or disappoints, with settings as [section.key]; and the fix
+_SETTING = re.compile(r"\[([a-z_]+(?:\.[a-z_0-9]+)+)\]")
 LISTED = 40  # complaints written out; the rest is counted
 
 
@@ -20,21 +28,29 @@ class Problem:
         message: what was seen and what was expected.
         fix: an instruction, or a "did you mean".
         where: where they were given: "run.toml:14", "command line", "preset tiny".
+        keys: of a contradiction: the settings involved.
     """
 
     message: str
     fix: str
     where: str = ""
-
-    @property
-    def keys(self) -> list[str]:
-        """The settings involved: those that the message names."""
-        return _KEY.findall(self.message)
+    keys: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         fix = self.fix if self.fix.startswith("did you mean") else f"fix: {self.fix}"
         text = f"{self.where}: {self.message}" if self.where else self.message
         return f"{_printable(text)}\n  {_printable(fix)}"
+
+
+def problem_of(finding: Finding, config: RunConfig) -> Problem:
+    """The problem of a config, with the settings it names in the form key=value."""
+    message, fix = finding
+    keys = [key for key in _SETTING.findall(message) if tuple(key.split(".")) in leaves()]
+    for key in keys:
+        value = reduce(getattr, key.split("."), config)
+        shown = f"{value:g}" if isinstance(value, float) else toml_value(value)
+        message = message.replace(f"[{key}]", f"{key}={shown}")
+    return Problem(message, fix, keys=tuple(keys))
 
 
 def written(source: str) -> bool:

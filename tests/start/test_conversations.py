@@ -281,7 +281,7 @@ def test_cosine_decay_of_the_rate():
 
 def test_data_without_a_cold_start_is_pointed_out(capsys):
     problems = advice(load_config(None, ["sft.data=x.jsonl", "sft.enabled=false"], preset="tiny"))
-    assert [problem for problem in problems if "sft.data=x.jsonl is not read" in problem.message]
+    assert [problem for problem in problems if 'sft.data="x.jsonl" is not read' in problem.message]
 
 
 def test_sft_from_a_file_through_the_command_line(tmp_path):
