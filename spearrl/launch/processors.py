@@ -26,7 +26,8 @@ PREFILLED = 512  # tokens of a pass over prompts, measured beside one that decod
 GROUPS, SIBLINGS = 2, 4
 STEP_S = 100.0  # that a step's passes may take
 USED = 0.25  # of the speed of one product: attention, norms, the head, and cores that wait for each other
-CONTEXT = (1024, 4096)  # tokens of an episode, at least and at most
+CONTEXT = (1024, 2048)  # tokens of an episode, at least and at most
+REPLY = 64  # tokens, at most: sampling is no faster than some 50 tokens a second and core
 
 
 def with_sampling_dtype(config: RunConfig, report: Report) -> RunConfig:
@@ -68,7 +69,7 @@ def sizes(config: RunConfig, unset: Collection[str]) -> dict[str, Any]:
         "rollout.group_size": SIBLINGS,
         "rollout.slots": GROUPS * SIBLINGS,
         "rollout.context_tokens": context,
-        "rollout.max_reply_tokens": context // 16,
+        "rollout.max_reply_tokens": REPLY,
         "learner.micro_batch_tokens": 2048,
         "learner.lm_head_chunk": 512,
         "learner.gradient_checkpointing": True,
