@@ -156,3 +156,10 @@ class Environment:
         The agent never sees it.
         """
         return None
+
+
+def check_split(split: str, splits: Sequence[str], where: str, hint: str = "") -> None:
+    """Raise ConfigError unless the split is one of `splits`."""
+    if split not in splits:
+        reason = f"split {split!r} is not one of {', '.join(splits)}"
+        raise ConfigError(reason, where=where, hint=hint or f"use {' or '.join(splits)}")

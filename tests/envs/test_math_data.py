@@ -58,15 +58,15 @@ def test_a_file_of_any_usual_shape(tmp_path):
         {"question": "half?", "answer": "1,000/2 = <<1000/2=500>>500\n#### 500"},
         {"problem": "sum?", "answer": "72", "solution": "48/2 = <<48/2=24>>24\n48+24=<<48+24=72>>72\n#### 72"},
     ]
-    with pytest.warns(UserWarning, match="1 taken out of DAPO's instruction; 1 without an answer left out"):
+    with pytest.warns(
+        UserWarning,
+        match="1 taken out of DAPO's .*; 1 problems that came twice left out; 1 without an answer left out$",
+    ):
         problems = open_problems(written(tmp_path / "mine.jsonl", *rows), "aime")
-    tasks = {task.id: task.data for split in ("train", "val") for task in problems.splits[split]}
+    tasks = {task.id: task.data for split in ("train", "val") for task in problems[split]}
     assert WRAPPED.match(dapo)[1] == "What is $2+2$?"
     assert tasks["mine-0"] == {"problem": "What is $2+2$?", "answer": "4"} and tasks["mine-1"]["answer"] == "4.5"
-    assert set(tasks) == {"mine-0", "mine-1", "mine-3", "mine-5", "mine-6"} and (
-        problems.duplicates,
-        problems.contaminated,
-    ) == (1, 0)
+    assert set(tasks) == {"mine-0", "mine-1", "mine-3", "mine-5", "mine-6"}
     assert tasks["mine-5"] == {"problem": "half?", "answer": "500", "steps": ("print( 1000 / 2 )",)}
     assert tasks["mine-6"]["steps"] == ("print( 48 / 2 )", "print( 48 + 24 )")
 
@@ -76,7 +76,7 @@ def read(tmp_path, *rows):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         problems = open_problems.__wrapped__(written(tmp_path / "mine.jsonl", *rows), "")
-    tasks = sorted((t for tasks in problems.splits.values() for t in tasks), key=lambda t: int(t.id.rpartition("-")[2]))
+    tasks = sorted((t for tasks in problems.values() for t in tasks), key=lambda t: int(t.id.rpartition("-")[2]))
     told = [str(warning.message) for warning in caught]
     assert len(told) <= 1 and all(line.startswith(f"math data: {len(tasks)} problems in ") for line in told)
     return [task.data for task in tasks], told[0].partition("; ")[2] if told else ""
@@ -141,7 +141,7 @@ def test_a_test_problem_is_known_by_whatever_order_follows_it(tmp_path):
     question = "What is 2+2? Please reason step by step, and put your final answer within \\boxed{}."
     written(tmp_path / "own.jsonl", {"problem": question, "answer": "4"}, {"problem": "What is 3+2?", "answer": "5"})
     with pytest.warns(UserWarning, match="1 training problems that are in a test file too left out"):
-        assert len(open_problems(str(tmp_path), "own").splits["train"]) == 1
+        assert len(open_problems(str(tmp_path), "own")["train"]) == 1
 
 
 def test_problems_without_an_answer_are_left_out(tmp_path):
@@ -201,17 +201,15 @@ def test_punctuation_that_matters_tells_problems_apart(tmp_path, first, second, 
 def test_a_single_file_holds_some_out_and_the_same_ones_every_time(tmp_path):
     path = written(tmp_path / "mine.jsonl", *({"problem": f"What is {n} + 1?", "answer": n + 1} for n in range(400)))
     problems = open_problems(path, "aime")
-    assert 5 < len(problems.splits["val"]) < 60 and len(problems.splits["val"]) + len(problems.splits["train"]) == 400
-    assert [t.id for t in open_problems.__wrapped__(path, "aime").splits["val"]] == [
-        t.id for t in problems.splits["val"]
-    ]
+    assert 5 < len(problems["val"]) < 60 and len(problems["val"]) + len(problems["train"]) == 400
+    assert [t.id for t in open_problems.__wrapped__(path, "aime")["val"]] == [t.id for t in problems["val"]]
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 8])
 def test_a_small_file_still_holds_one_out(tmp_path, count):
     path = tmp_path / "own.jsonl"
     path.write_text("\n".join(f'{{"problem": "Compute {i}*{i}.", "answer": {i * i}}}' for i in range(count)))
-    splits = open_problems(str(path), "").splits
+    splits = open_problems(str(path), "")
     assert len(splits["val"]) == 1 and len(splits["train"]) == count - 1
 
 
@@ -229,13 +227,11 @@ def test_training_never_sees_a_test_problem(tmp_path):
     )
     with pytest.warns(UserWarning, match="1 training problems .* left out"):
         problems = open_problems(str(tmp_path), "aime, own")
-    assert [t.id for t in problems.splits["train"]] == ["aime_1983_2023_train-1", "own-0", "own-1"]
-    assert (problems.contaminated, problems.duplicates) == (1, 0) and [t.split for t in problems.splits["aime24"]] == [
-        "aime24"
-    ]
+    assert [t.id for t in problems["train"]] == ["aime_1983_2023_train-1", "own-0", "own-1"]
+    assert [t.split for t in problems["aime24"]] == ["aime24"]
     with pytest.warns(UserWarning, match="1 training problems .* left out"):
         beside = open_problems(str(tmp_path / "aime_1983_2023_train.jsonl"), "")
-    assert beside.contaminated == 1 and set(beside.splits) == {"train", "aime24"}
+    assert set(beside) == {"train", "aime24"}
 
 
 def test_integer_answers_only_where_the_source_says_so(tmp_path):
@@ -246,9 +242,9 @@ def test_integer_answers_only_where_the_source_says_so(tmp_path):
     )
     with pytest.warns(UserWarning, match="1 whose answer is no integer left out"):
         problems = open_problems(str(tmp_path), "math")
-    assert {"a"} == {t.data["problem"] for split in problems.splits.values() for t in split}
+    assert {"a"} == {t.data["problem"] for split in problems.values() for t in split}
     assert {"a", "b"} == {
-        t.data["problem"] for split in open_problems(str(tmp_path), "math_train").splits.values() for t in split
+        t.data["problem"] for split in open_problems(str(tmp_path), "math_train").values() for t in split
     }
 
 
@@ -262,7 +258,7 @@ def test_parquet(tmp_path, monkeypatch):
     import pyarrow
 
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    assert {t.data["answer"] for split in open_problems(str(path), "").splits.values() for t in split} == {
+    assert {t.data["answer"] for split in open_problems(str(path), "").values() for t in split} == {
         str(n) for n in range(40)
     }
 
@@ -315,23 +311,19 @@ def test_missing_data_is_named(tmp_path):
     with pytest.raises(ConfigError, match="gsm8k_train") as told:
         open_problems(str(tmp_path), "gsm8k")
     assert "(aime24)" in told.value.hint
-    assert {name: len(tasks) for name, tasks in open_problems(str(tmp_path), "").splits.items()} == {
+    assert {name: len(tasks) for name, tasks in open_problems(str(tmp_path), "").items()} == {
         "train": 0,
         "aime24": 1,
     }
 
 
 def test_the_real_files():
-    with pytest.warns(UserWarning, match="5 training problems .* left out"):
+    with pytest.warns(UserWarning, match="315 problems that came twice left out; 5 training problems .* left out"):
         problems = open_problems(str(shared("data/math")), "aime,math")
-    sizes = {name: len(tasks) for name, tasks in problems.splits.items()}
+    sizes = {name: len(tasks) for name, tasks in problems.items()}
     assert sizes == {"train": sizes["train"], "aime24": 30, "aime25": 30, "amc": 83, "math500": 500, "gsm8k_test": 1319}
-    assert (sizes["train"], problems.contaminated, problems.duplicates) == (
-        5356,
-        5,
-        315,
-    )  # of 975 AIME and 4701 MATH rows with an integer answer
-    steps = [t for t in open_problems(str(shared("data/math")), "gsm8k").splits["train"] if t.data.get("steps")]
+    assert sizes["train"] == 5356  # of 975 AIME and 4701 MATH rows with an integer answer
+    steps = [t for t in open_problems(str(shared("data/math")), "gsm8k")["train"] if t.data.get("steps")]
     assert len(steps) > 7000
 
 

@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -62,18 +61,9 @@ WHERE = "env.options.data"
 LAYOUT = "one JSON object a line, with problem and answer"
 
 
-@dataclass(frozen=True)
-class Problems:
-    """What a path holds. Counts are of training rows left out: the same problem again, and problems of a test file."""
-
-    splits: Mapping[str, tuple[Task, ...]]
-    duplicates: int
-    contaminated: int
-
-
 @lru_cache(maxsize=8)
-def open_problems(data: str, train: str) -> Problems:
-    """Read a folder, or a file and the test files beside it, once per process.
+def open_problems(data: str, train: str) -> Mapping[str, tuple[Task, ...]]:
+    """The splits of a folder, or of a file and the test files beside it; read once per process, told in a warning.
 
     Args:
         train: comma-separated sources of the training split in a folder: names of math.toml, or stems of files.
@@ -92,16 +82,13 @@ def open_problems(data: str, train: str) -> Problems:
     splits = {split: tuple(_tasks(file, split, told)) for split, file in tests.items() if file and file != path}
     test_marks = {_mark(task) for tasks in splits.values() for task in tasks}
     problems: dict[bytes, Task] = {}
-    duplicates = contaminated = 0
     for file, integers in sources:
         for task in _tasks(file, "train", told, integers=integers):
             mark = _mark(task)
-            contaminated += mark in test_marks
-            duplicates += mark in problems
+            told["problems that came twice left out"] += mark in problems
+            told["training problems that are in a test file too left out"] += mark in test_marks
             if mark not in test_marks:
                 problems.setdefault(mark, task)
-    told["problems that came twice left out"] = duplicates
-    told["training problems that are in a test file too left out"] = contaminated
     tell(f"math data: {len(problems) + sum(map(len, splits.values())):,} problems in {data}", told)
     if not (problems or splits):
         raise ConfigError(f"there are no problems in {data}", where=WHERE, hint=f"expected {LAYOUT}")
@@ -112,7 +99,7 @@ def open_problems(data: str, train: str) -> Problems:
             Task(problems[mark].id, "val", problems[mark].data) for mark in problems if mark in held_out
         )
         problems = {mark: task for mark, task in problems.items() if mark not in held_out}
-    return Problems({"train": tuple(problems.values()), **splits}, duplicates, contaminated)
+    return {"train": tuple(problems.values()), **splits}
 
 
 def _training_file(folder: Path, name: str) -> tuple[Path, bool]:

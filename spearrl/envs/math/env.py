@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from spearrl.config.tables import table
+from spearrl.envs.base import check_split
 from spearrl.envs.math.answers import boxed, number
 from spearrl.envs.math.data import open_problems
 from spearrl.envs.math.generate import generate_problems
@@ -100,14 +101,11 @@ class Math(ToolEnvironment):
 
     def tasks(self, split: str) -> Sequence[Task]:
         """Problems of a split. Raises ConfigError for an unknown one."""
-        splits = tuple(self._problems.splits) if self._problems else GENERATED
-        if split not in splits:
-            hint = f"use {splits[-1]} (eval.split={splits[-1]})" + (
-                "" if self._problems else ", or set env.options.data"
-            )
-            raise ConfigError(f"split {split!r} is not one of {', '.join(splits)}", where="env math", hint=hint)
+        splits = tuple(self._problems or GENERATED)
+        hint = f"use {splits[-1]} (eval.split={splits[-1]})" + ("" if self._problems else ", or set env.options.data")
+        check_split(split, splits, "env math", hint)
         if self._problems:
-            return self._problems.splits[split]
+            return self._problems[split]
         count = self.options.problems if split == "train" else max(1, self.options.problems // 8)
         return generate_problems(self.options.seed, self.options.digits, split, count)
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spearrl.envs.base import check_split
 from spearrl.envs.text.records import read_records, tell
 from spearrl.errors import ConfigError
 from spearrl.seeds import derive
@@ -76,11 +77,10 @@ def read_questions(data: str, split: str) -> tuple[Task, ...]:
         ConfigError: no such split or file, or a record that is no question.
     """
     single = not Path(data).is_dir()
-    if single and split not in ("train", "val"):
-        reason, hint = f"split {split!r} is not one of train, val", "a single file is divided into train and val"
-        raise ConfigError(reason, where="env search", hint=hint)
     files = data_files(data)
-    if not single:
+    if single:
+        check_split(split, ("train", "val"), "env search", "a single file is divided into train and val")
+    else:
         matching = [[file for file in files if word in file.name] for word in ALIASES.get(split, (split,))]
         files = next((named for named in matching if named), [])
         if len(files) != 1:
@@ -109,13 +109,13 @@ def _question(path: Path, number: int, record: Any) -> dict[str, Any]:
     question = fields.get("question", extra.get("question") if isinstance(extra, dict) else None)
     if isinstance(rewarded, dict):  # verl's rows
         fields = {"golden_answers": rewarded.get("ground_truth"), **fields}
-    given = [fields[name] for name in ("golden_answers", "answers", "answer") if name in fields]
+    present = [fields[name] for name in ("golden_answers", "answers", "answer") if name in fields]
     try:
-        answers = _answers(next((value for value in given if value is not None), None))
+        answers = _answers(next((value for value in present if value is not None), None))
         answers += _answers(fields.get("answer_aliases")) if answers else []  # MuSiQue's
     except ValueError:
-        given = []
-    if not isinstance(question, str) or not given:
+        present = []
+    if not isinstance(question, str) or not present:
         raise _misfit(path, number, "no question with an answer", _QUESTIONS)
     stratum = next((str(fields[name]) for name in ("data_source", "type") if fields.get(name)), None)
     answered = fields.get("answerable", True)  # MuSiQue has questions that are not

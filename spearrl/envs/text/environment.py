@@ -9,10 +9,10 @@ from typing import Any, Generic, Literal, Self, TypeVar
 
 from pydantic import Field
 
-from spearrl.envs.base import Environment
+from spearrl.envs.base import Environment, check_split
 from spearrl.envs.text.tagged_replies import PLAIN, TAGGED, projection
 from spearrl.envs.tool_calls import after_thought
-from spearrl.errors import ConfigError, ContractError
+from spearrl.errors import ContractError
 from spearrl.types import Action, Message, Observation, Reply
 
 Episode = TypeVar("Episode")
@@ -83,9 +83,7 @@ class TextEnvironment(Environment, Generic[Episode]):
         return self._episode
 
     def _check_split(self, split: str) -> None:
-        if split not in self.splits:
-            reason = f"split {split!r} is not one of {', '.join(self.splits)}"
-            raise ConfigError(reason, where=self._where(), hint=f"use {' or '.join(self.splits)}")
+        check_split(split, self.splits, self._where())
 
     def _recent(self, history: Sequence[tuple[Observation, Action]]) -> Sequence[tuple[Observation, Action]]:
         """The steps that a windowed prompt shows."""
