@@ -104,17 +104,17 @@ class _Main(_Base):
         if (match := api or file) is None:
             return self.refuse(404)
         name, revision = match["name"], match["revision"]
-        given, token = self.headers.get("Authorization"), f"Bearer {TOKEN}"
-        if given not in (None, token):
+        authorization, token = self.headers.get("Authorization"), f"Bearer {TOKEN}"
+        if authorization not in (None, token):
             return self.refuse(401, message="Invalid credentials in Authorization header")
-        if name not in hub.files or (name in hub.private and given != token):
-            return self.refuse(401 if given is None else 404, "RepoNotFound")
+        if name not in hub.files or (name in hub.private and authorization != token):
+            return self.refuse(401 if authorization is None else 404, "RepoNotFound")
         commit = hub.refs[name].get(revision, revision)
         if commit not in hub.files[name]:
             return self.refuse(404, "RevisionNotFound")
         if file is None:
             return self.describe(match["kind"], name, commit)
-        if name in hub.gated and given != token:
+        if name in hub.gated and authorization != token:
             return self.refuse(403, "GatedRepo")
         self.file(name, commit, match["file"])
 

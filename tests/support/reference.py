@@ -300,10 +300,10 @@ def covariances(logprobs: Table, advantages: Table, mask: Mask) -> dict[tuple[in
 def quantile(values: Row, q: float) -> float:
     """Linear interpolation between the two neighbours in rank."""
     ordered = sorted(values)
-    place = q * (len(ordered) - 1)
-    below = math.floor(place)
+    rank = q * (len(ordered) - 1)
+    below = math.floor(rank)
     above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+    return ordered[below] + (rank - below) * (ordered[above] - ordered[below])
 
 
 def bound(value: float | str, values: Row) -> float:
@@ -312,11 +312,11 @@ def bound(value: float | str, values: Row) -> float:
 
 def eligible(logprobs: Table, advantages: Table, mask: Mask, *, lower, upper, exclude: Mask) -> list[tuple[int, int]]:
     """Tokens that may be drawn, in row-major order."""
-    found = covariances(logprobs, advantages, mask)
-    if not found:
+    by_token = covariances(logprobs, advantages, mask)
+    if not by_token:
         return []
-    low, high = (bound(value, list(found.values())) for value in (lower, upper))
-    return [at for at in sorted(found) if low < found[at] < high and not exclude[at[0]][at[1]]]
+    low, high = (bound(value, list(by_token.values())) for value in (lower, upper))
+    return [at for at in sorted(by_token) if low < by_token[at] < high and not exclude[at[0]][at[1]]]
 
 
 def quota(ratio: float, mask: Mask, candidates: int) -> int:
@@ -327,8 +327,10 @@ def highest(
     logprobs: Table, advantages: Table, mask: Mask, *, ratio, keys: Sequence[Sequence[int]]
 ) -> set[tuple[int, int]]:
     """The tokens that kl_cov penalises; of equal ones those with the smallest key."""
-    found = covariances(logprobs, advantages, mask)
-    return set(sorted(found, key=lambda at: (-found[at], keys[at[0]][at[1]]))[: quota(ratio, mask, len(found))])
+    by_token = covariances(logprobs, advantages, mask)
+    return set(
+        sorted(by_token, key=lambda at: (-by_token[at], keys[at[0]][at[1]]))[: quota(ratio, mask, len(by_token))]
+    )
 
 
 # Engine against learner

@@ -131,12 +131,12 @@ def change_logprobs(
 
 def spy_on_updates(trainer: Trainer) -> list[tuple]:
     """The list that fills with (on_policy, replay, gamma) of every update."""
-    learner, seen = trainer.parts.learner, []
+    learner, updates = trainer.parts.learner, []
     update = learner.update
 
     def spy(on_policy, replay, *, gamma, objectives, seed):
-        seen.append((on_policy, replay, gamma))
+        updates.append((on_policy, replay, gamma))
         return update(on_policy, replay, gamma=gamma, objectives=objectives, seed=seed)
 
     learner.update = spy
-    return seen
+    return updates

@@ -125,15 +125,15 @@ def _group_part(config: RunConfig, members: list[Played]) -> None:
 
 def _step_part(config: RunConfig, members: list[Played]) -> None:
     """GiGPO: discounted return against the siblings' turns that saw the same."""
-    seen: dict[str, list[tuple[Credited, float]]] = defaultdict(list)
+    by_state: dict[str, list[tuple[Credited, float]]] = defaultdict(list)
     for played in members:
         later = 0.0
         for turn in reversed(played.turns):
             later = turn.turn.reward + config.algo.gigpo.discount * later
-            seen[turn.turn.observation].append(
+            by_state[turn.turn.observation].append(
                 (turn, later - config.algo.invalid_penalty * (not turn.turn.action.valid))
             )
-    for same in seen.values():
+    for same in by_state.values():
         values = [value for _, value in same]
         scale = (
             (statistics.stdev(values) if len(values) > 1 else 0.0) + 1e-6 if config.algo.groups.normalize_std else 1.0
@@ -193,8 +193,8 @@ def logprobs(model: torch.nn.Module, ids: tuple[int, ...], temperature: float) -
     """[len(ids)] of each token given those before it (0 for the first), from the model's own logits."""
     tokens = torch.tensor([ids])
     logits = model(input_ids=tokens, use_cache=False).logits[0, :-1] / temperature
-    found = torch.log_softmax(logits, -1).gather(-1, tokens[0, 1:, None])[:, 0]
-    return torch.cat([found.new_zeros(1), found])
+    logprobs = torch.log_softmax(logits, -1).gather(-1, tokens[0, 1:, None])[:, 0]
+    return torch.cat([logprobs.new_zeros(1), logprobs])
 
 
 def surrogate(

@@ -31,8 +31,8 @@ def episode(
 ) -> Trajectory:
     """A growing chat (one row, observation tokens between the replies), or "windowed": a row per turn."""
     prompt: tuple[int, ...] = ()
-    for place, played in enumerate(turns):
-        played.prompt_ids = (3 + place, *OBSERVATION) if style == "windowed" else prompt + OBSERVATION
+    for index, played in enumerate(turns):
+        played.prompt_ids = (3 + index, *OBSERVATION) if style == "windowed" else prompt + OBSERVATION
         prompt = played.prompt_ids + played.token_ids
     return Trajectory(Task(f"task-{group}", "train"), group, number, number, list(turns), status)
 

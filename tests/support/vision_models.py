@@ -45,17 +45,17 @@ def own_logprobs(model: Any, ids: Sequence[int], images: Sequence[Image]) -> tor
     import PIL.Image
 
     vision = model.vision
-    given: dict[str, Any] = {"input_ids": torch.tensor([list(ids)])}
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([list(ids)])}
     if images:
         done = vision.processor(
             images=[PIL.Image.open(io.BytesIO(image.data)).convert("RGB") for image in images], return_tensors="pt"
         )
-        given |= {"pixel_values": done["pixel_values"], "image_grid_thw": done["image_grid_thw"]}
-        given["mm_token_type_ids"] = (given["input_ids"] == vision.image_id).int()
+        inputs |= {"pixel_values": done["pixel_values"], "image_grid_thw": done["image_grid_thw"]}
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == vision.image_id).int()
     with torch.no_grad():
-        logits = model(**given, use_cache=False).logits[0].float()
+        logits = model(**inputs, use_cache=False).logits[0].float()
     logits[:, vision.forbidden] = -torch.inf
-    return logits.log_softmax(-1)[:-1].gather(1, given["input_ids"][0, 1:, None])[:, 0]
+    return logits.log_softmax(-1)[:-1].gather(1, inputs["input_ids"][0, 1:, None])[:, 0]
 
 
 COLOURS = {

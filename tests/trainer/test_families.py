@@ -55,8 +55,8 @@ def test_a_learner_saved_and_loaded_goes_on_alike(name: str, tmp_path):
 def test_the_engine_samples_what_the_model_says(name: str):
     """Requests that share beginnings, longer than a sliding window, turns that go on from a cache."""
     model = build_family(name)[0]
-    asked = requests(temperature=0.7)
-    for request, completion in zip(asked, serve(engine_of(model), *asked), strict=True):
+    sampled = requests(temperature=0.7)
+    for request, completion in zip(sampled, serve(engine_of(model), *sampled), strict=True):
         assert_matches(model, request, completion)
 
 

@@ -36,15 +36,15 @@ def warnings(trainer: Trainer) -> list[dict]:
 
 def keep_groups(trainer: Trainer) -> list[list]:
     """The list that fills with the groups of each step."""
-    kept, play = [], trainer.play
+    groups_of_steps, play = [], trainer.play
 
     def spy(step):
         groups, metrics = play(step)
-        kept.append(groups)
+        groups_of_steps.append(groups)
         return groups, metrics
 
     trainer.play = spy
-    return kept
+    return groups_of_steps
 
 
 def fail_requests(trainer: Trainer, wrong) -> None:
@@ -156,9 +156,11 @@ def stale(trainer: Trainer, by: float, *, alternating: bool = False) -> list[int
 )
 def test_replay_from_another_age_of_the_policy(model, tmp_path, algo, by, alternating):
     """Log ratios of ±1e4 are bounded: no number overflows, no step is skipped."""
-    seen = []
-    trainer = run(from_model(model, tmp_path, algo=algo), lambda t: seen.append(stale(t, by, alternating=alternating)))
-    assert sum(seen[0]) > 0
+    replays = []
+    trainer = run(
+        from_model(model, tmp_path, algo=algo), lambda t: replays.append(stale(t, by, alternating=alternating))
+    )
+    assert sum(replays[0]) > 0
     assert_sound(trainer)
 
 
@@ -185,10 +187,10 @@ def test_without_the_bound_an_overflow_costs_the_step_and_is_counted(model, tmp_
 def test_every_status_through_a_step(model, tmp_path, algo, status, filtered):
     """One episode of the first group ends so. Errors leave loss, statistics and buffer; what was cut off trains, or the
     overlong filter masks it."""
-    seen = []
+    updates = []
 
     def prepare(trainer):
-        seen.append(spy_on_updates(trainer))
+        updates.append(spy_on_updates(trainer))
         play = trainer.play
 
         def changed(step):
@@ -196,7 +198,7 @@ def test_every_status_through_a_step(model, tmp_path, algo, status, filtered):
             victim = groups[0].trajectories[1]
             victim.status = status
             victim.turns[-1].reward = 30.0  # the best of all, so that its absence shows
-            seen.append(groups)
+            updates.append(groups)
             return groups, metrics
 
         trainer.play = changed
@@ -209,7 +211,7 @@ def test_every_status_through_a_step(model, tmp_path, algo, status, filtered):
     )
     trainer = run(from_model(model, tmp_path, *settings, algo=algo), prepare)
     assert_sound(trainer)
-    (on_policy, _, _), groups = seen[0][0], seen[1]
+    (on_policy, _, _), groups = updates[0][0], updates[1]
     victim, siblings = groups[0].trajectories[1], groups[0].trajectories
     trained = set(on_policy.rows.trajectory.tolist())
     tokens = int(on_policy.action_mask[on_policy.rows.trajectory == victim.id].sum())
@@ -259,10 +261,10 @@ def test_errors_as_they_really_occur(model, tmp_path):
 
 def test_a_group_with_one_sound_sibling_is_dropped_and_counted(model, tmp_path):
     """Of the second group three are lost, of the third two."""
-    seen = []
+    updates = []
 
     def prepare(trainer):
-        seen.append(spy_on_updates(trainer))
+        updates.append(spy_on_updates(trainer))
         count = trainer.config.rollout.groups_per_step
         fail_requests(
             trainer,
@@ -271,7 +273,7 @@ def test_a_group_with_one_sound_sibling_is_dropped_and_counted(model, tmp_path):
 
     trainer = run(from_model(model, tmp_path, algo="grpo+sil"), prepare)
     assert_sound(trainer)
-    for line, (on_policy, _, _) in zip(events(trainer, "step"), seen[0], strict=True):
+    for line, (on_policy, _, _) in zip(events(trainer, "step"), updates[0], strict=True):
         assert (line["rollout/errors"], line["rollout/groups_lost"]) == (5, 1)
         assert sorted(g % 4 for g in on_policy.rows.group.unique().tolist()) == [0, 2, 3]
         assert len(on_policy.rows.trajectory.unique()) == 10
@@ -316,29 +318,32 @@ def test_a_step_whose_every_turn_is_filtered(model, tmp_path, algo):
 def test_dynamic_sampling_that_never_finds_a_mixed_group(model, tmp_path, algo):
     """Siblings that all play alike: the last round's groups train (to no effect), the others are counted; ids never
     repeat."""
-    seen = []
+    groups_of_runs = []
     trainer = run(
         from_model(
             model, tmp_path, "rollout.temperature=0.001", "algo.dynamic.rounds=3", "eval.temperature=0.4", algo=algo
         ),
-        lambda t: seen.extend((spy_on_updates(t), keep_groups(t))),
+        lambda t: groups_of_runs.extend((spy_on_updates(t), keep_groups(t))),
     )
     assert_sound(trainer)
     lines = events(trainer, "step")
     assert [(line["dynamic/rounds"], line["dynamic/groups_dropped"]) for line in lines] == [(3, 8)] * 3
     assert all(line["rollout/mixed_groups"] == 0 for line in lines)
-    assert all((batch.advantages == 0).all() and len(batch.rows.group.unique()) == 4 for batch, _, _ in seen[0])
-    ids = [t.id for groups in seen[1] for g in groups for t in g.trajectories]
+    assert all(
+        (batch.advantages == 0).all() and len(batch.rows.group.unique()) == 4 for batch, _, _ in groups_of_runs[0]
+    )
+    ids = [t.id for groups in groups_of_runs[1] for g in groups for t in g.trajectories]
     assert len(ids) == len(set(ids)) == 48
 
 
 def test_dynamic_sampling_trains_on_mixed_groups_only(model, tmp_path):
-    seen = []
+    groups_of_runs = []
     trainer = run(
-        from_model(model, tmp_path, "algo.dynamic.rounds=10", algo="dapo"), lambda t: seen.append(keep_groups(t))
+        from_model(model, tmp_path, "algo.dynamic.rounds=10", algo="dapo"),
+        lambda t: groups_of_runs.append(keep_groups(t)),
     )
     assert_sound(trainer)
-    for line, groups in zip(events(trainer, "step"), seen[0], strict=True):
+    for line, groups in zip(events(trainer, "step"), groups_of_runs[0], strict=True):
         assert 1 <= line["dynamic/rounds"] < 10 and len(groups) >= 4
         assert all(len({t.reward for t in g.trajectories}) > 1 for g in groups)
         assert len(groups) + line["dynamic/groups_dropped"] == 4 * line["dynamic/rounds"]
@@ -356,12 +361,12 @@ def test_alarms_are_warning_events_of_the_run(model, tmp_path):
         change_logprobs(trainer, lambda request, values: tuple(v - 0.5 for v in values))
 
     ill, well = (run(from_model(model, tmp_path, name=n), p) for n, p in (("ill", far_off), ("well", None)))
-    found = [w for w in warnings(ill) if w.get("flag") == "sampler_gap"]
+    gaps = [w for w in warnings(ill) if w.get("flag") == "sampler_gap"]
     assert (
-        len(found) == 1
-        and found[0]["step"] == 1
-        and found[0]["text"].startswith("step 1: ")
-        and "algo.correction" in found[0]["text"]
+        len(gaps) == 1
+        and gaps[0]["step"] == 1
+        and gaps[0]["text"].startswith("step 1: ")
+        and "algo.correction" in gaps[0]["text"]
     )
     assert not [w for w in warnings(well) if w.get("flag") == "sampler_gap"]
     assert whole_fingerprint(ill) == whole_fingerprint(well), "without a correction the engine's numbers are not used"
@@ -384,9 +389,9 @@ def test_a_return_counts_what_was_earned_in_rows_that_are_left_out():
     lengths = set()
     for seed in range(12):
         step = shaped(grouped(won, lost, *equal), algo, seed=seed)
-        place = step.rows.turns.trajectory_ids == 0
-        lengths.add(int(place.sum()))
-        assert len(step.rows) == 8 and set(step.step_returns[place].tolist()) <= {0.625, 1.25, 2.5, 5.0, 10.0}
+        of_winner = step.rows.turns.trajectory_ids == 0
+        lengths.add(int(of_winner.sum()))
+        assert len(step.rows) == 8 and set(step.step_returns[of_winner].tolist()) <= {0.625, 1.25, 2.5, 5.0, 10.0}
     assert 4 in lengths
 
 
