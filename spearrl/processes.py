@@ -77,6 +77,12 @@ class Child:
                     os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
 
+    def end(self, wait_s: float) -> None:
+        """Wait for it to end by itself, then end it by force."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(wait_s)
+        self.kill()
+
     def ending(self, wait_s: float = 0.0) -> str:
         """How it ended, in words, within `wait_s`; and the last lines of its log."""
         try:

@@ -54,7 +54,7 @@ class Curriculum:
     @property
     def needs_anchors(self) -> bool:
         """Whether some schedule follows the share of unseen states."""
-        return self._uses("curiosity")
+        return any(schedule.kind == "curiosity" for schedule in self._schedules.values())
 
     def observe(self, *, success: float | None, entropy: float | None, anchors: Iterable[int] | None) -> None:
         """Update the estimates by what a finished step showed.
@@ -66,9 +66,7 @@ class Curriculum:
             entropy: policy entropy of the step, nats. Schedules see it relative to the first one above 0.
             anchors: ids (int64) of the states of the step's turns. Each counts once per step.
         """
-        observed: dict[str, float | None] = {"entropy": self._relative(entropy), "success": success, "curiosity": None}
-        if self._uses("curiosity"):
-            observed["curiosity"] = self._unseen(anchors)
+        observed = {"entropy": self._relative(entropy), "success": success, "curiosity": self._unseen(anchors)}
         for name, schedule in self._schedules.items():
             value = observed.get(schedule.kind)
             if value is None or not math.isfinite(value):
@@ -113,9 +111,6 @@ class Curriculum:
             return 0.0
         return adaptive_progress(schedule.kind, estimate, low=schedule.low, high=schedule.high)
 
-    def _uses(self, kind: str) -> bool:
-        return any(schedule.kind == kind for schedule in self._schedules.values())
-
     def _relative(self, entropy: float | None) -> float | None:
         """Of the first one above 0, which is kept whatever the kinds are, for a run that is resumed with "entropy"."""
         if entropy is None or not math.isfinite(entropy):
@@ -126,7 +121,7 @@ class Curriculum:
 
     def _unseen(self, anchors: Iterable[int] | None) -> float | None:
         """Share of the step's distinct anchors that are new; they are known from now on."""
-        states = set() if anchors is None else {int(anchor) for anchor in anchors}
+        states = set() if anchors is None or not self.needs_anchors else {int(anchor) for anchor in anchors}
         if not states:
             return None
         new = states - self._anchors_met

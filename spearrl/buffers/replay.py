@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -189,12 +189,8 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and JSON values; `load_state_dict` restores them exactly."""
-        names = [field.name for field in fields(ReplayEntry)]
-        entries = [{name: getattr(entry, name) for name in names} for entry in self._entries]
-        return {
-            "last_step": self._last_step,
-            "entries": [{**entry, "rows": entry["rows"].state_dict()} for entry in entries],
-        }
+        entries = [{**vars(entry), "rows": entry.rows.state_dict()} for entry in self._entries]
+        return {"last_step": self._last_step, "entries": entries}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._last_step = state["last_step"]

@@ -86,8 +86,8 @@ class Assembly:
         """Before the learner works: engines that share its GPUs give their memory back, until the next `publish`."""
         placement = self.placement
         if placement.sleeps:
-            slept = put_to_sleep(list(self.players.receivers), placement.engines, expected=placement.engine_bytes)
-            for text in slept.warnings:
+            receivers = list(self.players.receivers)
+            for text in put_to_sleep(receivers, placement.engines, expected=placement.engine_bytes):
                 self.report("warning", {"text": text})
 
     def publish(self, version: int) -> dict[str, float]:

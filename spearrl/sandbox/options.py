@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import abc
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -54,8 +54,16 @@ class RunResult:
     cut: bool = False
 
 
-class Closing(abc.ABC):
-    """Closed at the end of a with block."""
+class CodeRunner(ABC):
+    """Runs Python code; closed at the end of a with block."""
+
+    @abstractmethod
+    def run(self, code: str, *, stdin: str = "", timeout_s: float | None = None) -> RunResult:
+        """Run code; never raises for what the code does."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End everything this started. May be called twice."""
 
     def __enter__(self) -> Self:
         return self
@@ -63,36 +71,26 @@ class Closing(abc.ABC):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    @abc.abstractmethod
-    def close(self) -> None:
-        """End everything this started. May be called twice."""
+
+class SandboxSession(CodeRunner):
+    """An interpreter that keeps its variables from run to run; for one thread at a time.
+
+    After a run that ends the interpreter (status "timeout" or "killed"), the next begins in a fresh one.
+    """
 
 
-class SandboxSession(Closing):
-    """An interpreter that keeps its variables from run to run; for one thread at a time."""
-
-    @abc.abstractmethod
-    def run(self, code: str, *, stdin: str = "", timeout_s: float | None = None) -> RunResult:
-        """Run code where the last run ended.
-
-        After a run that ends the interpreter (status "timeout" or "killed"), the next begins in a fresh one.
-        """
-
-
-class Sandbox(Closing):
-    """Runs Python code, `concurrency` runs at a time; others wait for their turn. Safe to share between threads."""
+class Sandbox(CodeRunner):
+    """Runs code in fresh interpreters, `concurrency` runs at a time; others wait for their turn. Safe to share between
+    threads.
+    """
 
     concurrency: int
 
-    @abc.abstractmethod
-    def run(self, code: str, *, stdin: str = "", timeout_s: float | None = None) -> RunResult:
-        """Run code in a fresh interpreter; never raises for what the code does."""
-
-    @abc.abstractmethod
+    @abstractmethod
     def session(self) -> SandboxSession:
         """A new interpreter for an episode."""
 
-    @abc.abstractmethod
+    @abstractmethod
     def describe(self) -> str:
         """What keeps code in, in words."""
 

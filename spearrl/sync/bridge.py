@@ -10,10 +10,10 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import wait
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -126,7 +126,7 @@ class Bridge:
         self._clock = self._paused_at = 0.0
         self._opening: list[Call] = []
         self._paused: list[Receiver] = []
-        self._sent = {"bytes": 0, "buckets": 0}
+        self._sent = Counter[str]()
         self._pause_s = 0.0
         self.laps: dict[str, float] = {}  # seconds of the phases of the last sync
 
@@ -164,7 +164,7 @@ class Bridge:
     def _publish(self, receivers: list[Receiver], version: int) -> dict[str, float]:
         started = time.perf_counter()
         group = ReceiverGroup(receivers, self.settings.timeout_s)
-        self._sent, self._pause_s, self.laps = {"bytes": 0, "buckets": 0}, 0.0, {}
+        self._sent, self._pause_s, self.laps = Counter(bytes=0, buckets=0), 0.0, {}
         self._expected: list[float] = []
         resent = 0
         try:
@@ -252,10 +252,9 @@ class Bridge:
                 self._native.close()
             self._native = Native(plan["transport"], self.learner, limit=self._limit // PORTIONS, dtype=self.dtype)
         received, sent = self._native.send(group, plan)
-        self._sent["bytes"] += self._native.source.bytes
-        self._sent["buckets"] += self._native.source.buckets
+        self._sent.update(bytes=self._native.source.bytes, buckets=self._native.source.buckets)
         self._lap("update")
-        return [line for receiver, digests in received for line in _changed(receiver, sent, digests)]
+        return _changed(received, sent)
 
     def _send_files(self, group: ReceiverGroup, portions: Iterable[dict[str, torch.Tensor]]) -> list[str]:
         """While receivers read one bucket, the next is gathered and written, and the digests of what was sent are
@@ -263,7 +262,6 @@ class Bridge:
         """
         problems: list[str] = []
         under_way: tuple[list[Call], dict[str, int], Path] | None = None
-        timeout = self.settings.timeout_s
         for number, bucket in enumerate(portions):
             tensors = {name: tensor.cpu() for name, tensor in bucket.items()}
             path = self.folder / f"{number}.safetensors"
@@ -271,13 +269,15 @@ class Bridge:
             self._lap("write")
             self._opened(group)
             problems += self._received(group, under_way)
-            take = partial(_take, {"path": str(path), "number": number}, timeout)
-            calls = group.start([(f"the update of bucket {number}", take)])
+            calls = self._offer(group, f"the update of bucket {number}", {"path": str(path), "number": number})
             under_way = (calls, {name: digest(tensor) for name, tensor in tensors.items()}, path)
-            self._sent["bytes"] += sum(tensor.nbytes for tensor in tensors.values())
-            self._sent["buckets"] += 1
+            self._sent.update(bytes=sum(tensor.nbytes for tensor in tensors.values()), buckets=1)
         self._learner_logprobs()
         return problems + self._received(group, under_way)
+
+    def _offer(self, group: ReceiverGroup, phase: str, bucket: dict[str, Any]) -> list[Call]:
+        """Have every receiver take a bucket."""
+        return group.start([(phase, lambda receiver: receiver.take(bucket, self.settings.timeout_s))])
 
     def _learner_logprobs(self) -> list[float]:
         """The learner's answer to the probe, once a sync; made while engines load what they took last."""
@@ -303,7 +303,7 @@ class Bridge:
         if under_way is None:
             return []
         calls, sent, path = under_way
-        problems = [line for receiver, digests in group.wait(calls) for line in _changed(receiver, sent, digests)]
+        problems = _changed(group.wait(calls), sent)
         if int(path.stem) >= PORTIONS:
             path.unlink(missing_ok=True)
         self._lap("update")
@@ -321,14 +321,11 @@ class Bridge:
         tensors = read_bucket(folder / "adapter_model.safetensors")
         sent = {name: digest(tensor) for name, tensor in tensors.items()}
         self._opened(group)
-        answers = group.call(
-            "the adapter", lambda receiver: receiver.take({"adapter": str(folder)}, self.settings.timeout_s)
-        )
+        answers = group.wait(self._offer(group, "the adapter", {"adapter": str(folder)}))
         shutil.rmtree(self.folder / f"adapter-{self._adapters_sent - ADAPTERS_KEPT}", ignore_errors=True)
-        self._sent["bytes"] += sum(tensor.nbytes for tensor in tensors.values())
-        self._sent["buckets"] += 1
+        self._sent.update(bytes=sum(tensor.nbytes for tensor in tensors.values()), buckets=1)
         self._lap("update")
-        return [line for receiver, digests in answers for line in _changed(receiver, sent, digests)]
+        return _changed(answers, sent)
 
     def _resume(self, group: ReceiverGroup) -> None:
         """Let every paused receiver go on, at most once a pause."""
@@ -370,16 +367,14 @@ class Bridge:
         raise ConfigError(text, where="sync.transport", hint='set sync.transport="auto"')
 
 
-def _take(bucket: dict[str, Any], timeout_s: float, receiver: Receiver) -> dict[str, int]:
-    return receiver.take(bucket, timeout_s)
-
-
-def _changed(receiver: Receiver, sent: dict[str, int], received: dict[str, int]) -> list[str]:
-    """Tensors whose bytes are not what was sent."""
-    wrong = [name for name in sent.keys() | received.keys() if sent.get(name) != received.get(name)]
-    if not wrong:
-        return []
-    return [f"{receiver.name} received {len(wrong)} tensors otherwise than they were sent, {min(wrong)} among them"]
+def _changed(answers: list[tuple[Receiver, dict[str, int]]], sent: dict[str, int]) -> list[str]:
+    """Receivers that got tensors whose bytes are not what was sent."""
+    problems = []
+    for receiver, received in answers:
+        if wrong := [name for name in sent.keys() | received.keys() if sent.get(name) != received.get(name)]:
+            text = f"received {len(wrong)} tensors otherwise than they were sent, {min(wrong)} among them"
+            problems.append(f"{receiver.name} {text}")
+    return problems
 
 
 def _unlike(answers: list[tuple[Receiver, list[int]]]) -> list[str]:

@@ -7,14 +7,15 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from spearrl.errors import StorageError
 
+T = TypeVar("T")
 SHARED_MEMORY = Path("/dev/shm")
 PORTIONS = 2  # buckets in sync.bucket_mib: one is written while another is read
 DTYPES = {  # as safetensors names them
@@ -36,21 +37,25 @@ def buckets(
     """Parameters in groups of at most `limit` bytes (a larger tensor goes alone), in their order; floating ones as
     `dtype`.
     """
-    bucket: dict[str, torch.Tensor] = {}
-    size = 0
+    pairs = ((name, cast(parameter, dtype)) for name, parameter in parameters)
     try:
-        for name, parameter in parameters:
-            tensor = cast(parameter, dtype)
-            if bucket and size + tensor.nbytes > limit:
-                yield bucket
-                bucket, size = {}, 0
-            bucket[name] = tensor
-            size += tensor.nbytes
-        if bucket:
-            yield bucket
+        yield from map(dict, grouped(pairs, lambda pair: pair[1].nbytes, limit))
     finally:
         if isinstance(parameters, Generator):  # a sharded learner holds gathered weights until its generator ends
             parameters.close()
+
+
+def grouped(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Items in order, in groups whose sizes add up to at most `limit`; a larger item is alone."""
+    group: list[T] = []
+    total = 0
+    for item in items:
+        if group and total + size(item) > limit:
+            yield group
+            group, total = [], 0
+        group, total = [*group, item], total + size(item)
+    if group:
+        yield group
 
 
 def cast(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 
 from spearrl.errors import WorkerLost
 from spearrl.sync.receivers import Receiver
@@ -15,23 +14,15 @@ GIB = 1 << 30
 RETURNED = 0.6
 
 
-@dataclass(frozen=True)
-class Slept:
-    """Bytes that came back over all GPUs, and a warning for each engine that kept its memory."""
-
-    freed: int
-    warnings: tuple[str, ...] = ()
-
-
 def put_to_sleep(
     receivers: Sequence[Receiver],
     gpus: Sequence[Sequence[int]],
     *,
     expected: float,
     free: Callable[[int], int | None] | None = None,
-) -> Slept:
-    """All engines at once to sleep at level 2 (weights and cache given up: only a sync wakes them again), and whether
-    memory really came back.
+) -> list[str]:
+    """All engines at once to sleep at level 2 (weights and cache given up: only a sync wakes them again); a warning for
+    each whose memory did not come back.
 
     Args:
         gpus: of each receiver's engine.
@@ -44,14 +35,13 @@ def put_to_sleep(
     gained = {
         gpu: after - held for gpu, held in before.items() if held is not None and (after := read(gpu)) is not None
     }
-    warnings = [
+    return [
         f"{receiver.name} sleeps, but GPU {gpu} got {gained[gpu] / GIB:.1f} GiB back "
         f"of at least {RETURNED * expected / GIB:.1f} GiB: the learner may run out of memory"
         for receiver, group in zip(receivers, gpus, strict=False)
         for gpu in group
         if gpu in gained and gained[gpu] < RETURNED * expected
     ]
-    return Slept(sum(gained.values()), tuple(warnings))
 
 
 def wake_up(receivers: Sequence[Receiver]) -> None:

@@ -127,11 +127,11 @@ def test_gradients_are_those_of_the_local_learner(ranks, folder, reference, stag
     for learner in (local, other):
         learner.update(on_policy, replay, gamma=0.3, objectives=EVERYTHING, seed=1)
         assert learner.steps == (1 if joint else 2)
-    found, wanted = weights(other) - before, weights(local) - before
+    moved, wanted = weights(other) - before, weights(local) - before
     if not joint:  # the second step starts where the first ended
-        assert float((found - wanted).norm()) <= 1e-4 * float(wanted.norm())
+        assert float((moved - wanted).norm()) <= 1e-4 * float(wanted.norm())
     else:
-        assert float((found - wanted).norm()) <= 1e-5 * float(wanted.norm())
+        assert float((moved - wanted).norm()) <= 1e-5 * float(wanted.norm())
     assert float(wanted.norm()) > 0.1
     critics = [
         torch.cat([p.detach().flatten() for p in critic.parameters()]) for critic in (local.critic, other.shard.critic)
@@ -153,8 +153,8 @@ def test_the_gradient_of_each_objective(ranks, folder, reference, stage, kind):
             objectives=[Objective(kind, clip_cov=RULE if kind == "policy" else None, weight=0.5)],
             seed=1,
         )
-    found, wanted = weights(other) - before, weights(local) - before
-    assert float((found - wanted).norm()) <= 1e-5 * float(wanted.norm()) and float(wanted.norm()) > 1e-2
+    moved, wanted = weights(other) - before, weights(local) - before
+    assert float((moved - wanted).norm()) <= 1e-5 * float(wanted.norm()) and float(wanted.norm()) > 1e-2
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -163,18 +163,18 @@ def test_five_steps_end_at_the_same_weights(ranks, folder, reference, stage):
         ranks, folder, settings(stage, lr=0.1, grad_clip=0.3, mini_batches=2), reference=reference, critic=head()
     )
     on_policy, replay = batches(local)
-    seen = []
+    metrics = []
     for learner in (local, other):
         for number in range(2):
             result = learner.update(
                 on_policy, replay if number else None, gamma=0.3, objectives=EVERYTHING, seed=number
             )
         assert learner.steps >= 5
-        seen.append(result.metrics)
+        metrics.append(result.metrics)
     assert gap(local, other) <= 1e-5
-    assert set(seen[0]) == set(seen[1])
-    for name in set(seen[0]) - {"update/seconds"}:
-        assert seen[1][name] == pytest.approx(seen[0][name], rel=1e-3, abs=1e-4), name
+    assert set(metrics[0]) == set(metrics[1])
+    for name in set(metrics[0]) - {"update/seconds"}:
+        assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-3, abs=1e-4), name
 
 
 def test_predictions_are_those_of_the_local_learner(ranks, folder, reference):
@@ -221,8 +221,8 @@ def test_replies_restricted_to_allowed_ids(ranks, folder, stage, packing):
     batch, before = full_batch(rows, local), weights(local)
     for learner in (local, other):
         learner.update(batch, None, gamma=0.0, objectives=[EVERYTHING[0], EVERYTHING[2]], seed=1)
-    found, wanted = weights(other) - before, weights(local) - before
-    assert float((found - wanted).norm()) <= 1e-5 * float(wanted.norm()) and float(wanted.norm()) > 0.1
+    moved, wanted = weights(other) - before, weights(local) - before
+    assert float((moved - wanted).norm()) <= 1e-5 * float(wanted.norm()) and float(wanted.norm()) > 0.1
 
 
 def batches_without_critic(learner: LocalLearner) -> tuple[Batch, Batch]:
@@ -337,11 +337,11 @@ def test_an_export_is_a_model_directory(ranks, tmp_path, stage, tied, monkeypatc
 
 
 def test_memory_that_is_not_in_use_is_given_back(ranks, folder, monkeypatch):
-    given: list[int] = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append(1))
+    freed: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(1))
     for learner in both(ranks, folder, settings(3)):
         learner.release()
-    assert len(given) == 2
+    assert len(freed) == 2
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

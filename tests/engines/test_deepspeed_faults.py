@@ -48,10 +48,10 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def learner(folder):
-    found = DeepSpeedLearner(folder, settings(3, processes=2, timeout_s=LONG_S))
-    yield found
-    found.close()
-    assert found.ranks.children[1].returncode is not None, "a process is left behind"
+    started = DeepSpeedLearner(folder, settings(3, processes=2, timeout_s=LONG_S))
+    yield started
+    started.close()
+    assert started.ranks.children[1].process.returncode is not None, "a process is left behind"
 
 
 def update(learner: DeepSpeedLearner, objective: Objective) -> None:
@@ -60,9 +60,9 @@ def update(learner: DeepSpeedLearner, objective: Objective) -> None:
 
 def test_a_killed_rank_is_named_at_once(learner):
     update(learner, Objective("policy"))
-    os.kill(learner.ranks.children[1].pid, signal.SIGKILL)
+    os.kill(learner.ranks.children[1].process.pid, signal.SIGKILL)
     started = time.monotonic()
-    with pytest.raises(WorkerError, match="rank 1: the process was killed by signal 9"):
+    with pytest.raises(WorkerError, match="rank 1: the process ended during .*signal SIGKILL"):
         update(learner, Objective("policy"))
     assert time.monotonic() - started < LONG_S / 2
     with pytest.raises(WorkerError, match="are gone"):
@@ -88,17 +88,17 @@ def test_what_torch_is_asked_for_holds_on_every_rank(folder):
 
 def test_a_rank_that_hangs_is_named_within_the_bound(folder):
     learner = DeepSpeedLearner(folder, settings(2, processes=2, timeout_s=SHORT_S))
-    os.kill(learner.ranks.children[1].pid, signal.SIGSTOP)
+    os.kill(learner.ranks.children[1].process.pid, signal.SIGSTOP)
     started = time.monotonic()
     with pytest.raises(WorkerError, match=r"rank 1: the process does not respond \(command 'probe'\)"):
         learner.probe([1, 2, 3])
     assert time.monotonic() - started < SHORT_S + LONG_S / 2
-    assert learner.ranks.children[1].returncode == -signal.SIGKILL
+    assert learner.ranks.children[1].process.returncode == -signal.SIGKILL
 
 
 def test_a_rank_that_cannot_start_is_named(folder):
     broken = [{}, {"PYTHONPATH": "", "PYTHONHOME": "/nowhere"}]
-    with pytest.raises(WorkerError, match="rank 1: the process ended with exit code"):
+    with pytest.raises(WorkerError, match="rank 1: the process ended: exit code"):
         DeepSpeedLearner(folder, settings(3, processes=2), environments=broken)
 
 
@@ -131,7 +131,7 @@ import time
 from spearrl.learner import DeepSpeedLearner
 from tests.engines.test_deepspeed import settings
 learner = DeepSpeedLearner({str(folder)!r}, settings(2, processes=2))
-print(learner.ranks.children[1].pid, flush=True)
+print(learner.ranks.children[1].process.pid, flush=True)
 time.sleep(600)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -155,7 +155,7 @@ def test_a_trainer_that_waits_on_its_gpu_for_a_dead_rank_ends_and_says_so():
 import os, time
 from spearrl.learner.deepspeed.ranks import Ranks
 ranks = Ranks(lambda name, common, part: time.sleep(600), 2, device="cpu", timeout_s=300)
-os.kill(ranks.children[1].pid, 9)
+os.kill(ranks.children[1].process.pid, 9)
 ranks.call("step")
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -169,7 +169,7 @@ ranks.call("step")
         check=False,
     )
     assert done.returncode == WorkerError.exit_code
-    assert "learner rank 1: the process was killed by signal 9 during 'step'" in done.stderr
+    assert "learner rank 1: the process ended during 'step': signal SIGKILL" in done.stderr
 
 
 def _first_number(process: subprocess.Popen[str]) -> int:
@@ -218,11 +218,11 @@ def test_a_second_one_beside_it_is_refused(learner, folder):
 
 
 def test_closing_leaves_room_for_another(folder):
-    seen = []
+    logprobs = []
     for processes in (1, 2):
         learner = DeepSpeedLearner(folder, settings(3, processes=processes))
-        seen.append(torch.tensor(learner.probe([4, 8, 15, 16])))
+        logprobs.append(torch.tensor(learner.probe([4, 8, 15, 16])))
         learner.close()
         learner.close()
-        assert all(child.returncode == 0 for child in learner.ranks.children.values())
-    torch.testing.assert_close(*seen)
+        assert all(child.process.returncode == 0 for child in learner.ranks.children.values())
+    torch.testing.assert_close(*logprobs)

@@ -37,9 +37,9 @@ def options(**changes):
 
 
 def batch(learner, seed: int = 0):
-    found = batch_of(make_rows(RUNS), learner, shift=0.2, seed=seed)
-    found.ref_logprobs = learner.logprobs(found.rows, reference=True)
-    return found
+    batch = batch_of(make_rows(RUNS), learner, shift=0.2, seed=seed)
+    batch.ref_logprobs = learner.logprobs(batch.rows, reference=True)
+    return batch
 
 
 def train(learner, data, steps: int = 3) -> None:
@@ -66,8 +66,8 @@ def test_two_ranks_with_adapters_are_the_local_learner(base, tmp_path, stage, pa
         assert set(merged) == set(wanted)
         assert all(torch.allclose(merged[name], wanted[name], atol=1e-4) for name in wanted)
         learner.save(tmp_path)
-        found = LocalLearner(load_model(str(tmp_path)), settings(), temperature=0.7).logprobs(rows)
-        assert torch.allclose(found, learner.logprobs(rows), atol=1e-5)
+        logprobs = LocalLearner(load_model(str(tmp_path)), settings(), temperature=0.7).logprobs(rows)
+        assert torch.allclose(logprobs, learner.logprobs(rows), atol=1e-5)
         train(learner, data, 1)
         after = dict(learner.adapter_parameters())
         learner.load(tmp_path)
@@ -78,9 +78,9 @@ def test_two_ranks_with_adapters_are_the_local_learner(base, tmp_path, stage, pa
     finally:
         learner.close()
     adapted = peft.PeftModel.from_pretrained(load_model(str(base)), tmp_path / "adapter").merge_and_unload()
-    found = LocalLearner(adapted.requires_grad_(True), settings(), temperature=0.7).logprobs(rows)
+    logprobs = LocalLearner(adapted.requires_grad_(True), settings(), temperature=0.7).logprobs(rows)
     assert torch.allclose(
-        found, LocalLearner(load_model(str(tmp_path)), settings(), temperature=0.7).logprobs(rows), atol=1e-5
+        logprobs, LocalLearner(load_model(str(tmp_path)), settings(), temperature=0.7).logprobs(rows), atol=1e-5
     )
     wrong = DeepSpeedLearner(tmp_path, options(zero_stage=stage, processes=1), temperature=0.7)
     try:

@@ -70,13 +70,13 @@ def test_the_local_learners_pass_and_gradient(ranks, scene, tmp_path, stage: int
     local.optimizer = make_optimizer(local.model.named_parameters(), options, critic=None, kind="sgd")
     other = DeepSpeedLearner(folder, options, _optimizer="sgd", _ranks=ranks)
     torch.testing.assert_close(other.logprobs(rows), local.logprobs(rows), atol=1e-5, rtol=0)
-    seen = [rows.select(index).images for index in other._deal(rows)[0]]
-    assert any(not images for part in seen for images in part) and any(images for part in seen for images in part)
+    dealt = [rows.select(index).images for index in other._deal(rows)[0]]
+    assert any(not images for part in dealt for images in part) and any(images for part in dealt for images in part)
     before = weights(local)
     for learner in (local, other):
         learner.update(batch_of(copy.deepcopy(rows)), None, gamma=0.0, objectives=[Objective("policy")], seed=1)
-    wanted, found = weights(local) - before, weights(other) - before
-    assert float(wanted.norm()) > 0 and float((found - wanted).norm()) <= 1e-4 * float(wanted.norm())
+    wanted, moved = weights(local) - before, weights(other) - before
+    assert float(wanted.norm()) > 0 and float((moved - wanted).norm()) <= 1e-4 * float(wanted.norm())
     other.export(tmp_path)
     again = load_model(str(tmp_path))
     assert again.vision is not None

@@ -95,7 +95,7 @@ def launched(command: tuple[str, ...], folder: Path, *settings: str) -> Iterator
 
 def ranks(process: subprocess.Popen) -> dict[int, psutil.Process]:
     """The ranks that a launcher started, by number."""
-    found = {}
+    ranks = {}
     for child in psutil.Process(process.pid).children(recursive=True):
         words = child.cmdline()
         if (
@@ -103,8 +103,8 @@ def ranks(process: subprocess.Popen) -> dict[int, psutil.Process]:
             and "RANK" in child.environ()
             and not any("torch.distributed.run" in word or "launcher" in word for word in words)
         ):
-            found.setdefault(int(child.environ()["RANK"]), child)
-    return found
+            ranks.setdefault(int(child.environ()["RANK"]), child)
+    return ranks
 
 
 def until_step(process: subprocess.Popen, folder: Path, step: int) -> None:

@@ -139,8 +139,8 @@ def test_bf16_weights_are_merged_in_float32():
     layer = learner.model.model.layers[0].self_attn.q_proj
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     exact = layer.base_layer.weight.double() + 2.0 * (b.double() @ a.double())  # alpha / rank
-    found = dict(learner.full_parameters())[name]
-    assert found.dtype == torch.bfloat16 and torch.equal(found, exact.float().bfloat16())
+    merged = dict(learner.full_parameters())[name]
+    assert merged.dtype == torch.bfloat16 and torch.equal(merged, exact.float().bfloat16())
 
 
 def test_saved_adapters_are_pefts(tmp_path):
@@ -157,8 +157,8 @@ def test_saved_adapters_are_pefts(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = peft.PeftModel.from_pretrained(tiny(), tmp_path / "adapter")
-    found = LocalLearner(loaded.merge_and_unload().requires_grad_(True), settings(), temperature=0.7).logprobs(rows)
-    assert float((found - learner.logprobs(rows)).abs().max()) <= 1e-5
+    logprobs = LocalLearner(loaded.merge_and_unload().requires_grad_(True), settings(), temperature=0.7).logprobs(rows)
+    assert float((logprobs - learner.logprobs(rows)).abs().max()) <= 1e-5
 
 
 def test_save_and_resume_are_bit_exact(tmp_path):
@@ -208,7 +208,7 @@ def test_peft_missing_names_the_extra(monkeypatch):
 
 
 def test_packing_and_checkpointing_leave_the_gradient_as_it_is():
-    found = []
+    gradients = []
     for changes in ({}, {"packing": True, "micro_batch_tokens": 30}, {"gradient_checkpointing": True}):
         learner = adapted(tiny().double(), grad_clip=1e9, **changes)
         with torch.no_grad():
@@ -216,9 +216,9 @@ def test_packing_and_checkpointing_leave_the_gradient_as_it_is():
                 if hasattr(layer, "lora_B") and "default" in layer.lora_B:
                     layer.lora_B["default"].weight.normal_(generator=torch.Generator().manual_seed(3))
         updated(learner, 1)
-        found.append(torch.cat([p.grad.flatten() for p in learner.model.parameters() if p.requires_grad]))
-    for other in found[1:]:
-        assert float((other - found[0]).norm()) <= 1e-9 * float(found[0].norm()) > 0
+        gradients.append(torch.cat([p.grad.flatten() for p in learner.model.parameters() if p.requires_grad]))
+    for other in gradients[1:]:
+        assert float((other - gradients[0]).norm()) <= 1e-9 * float(gradients[0].norm()) > 0
 
 
 def test_the_local_engine_samples_with_the_adapters():
@@ -280,8 +280,8 @@ def test_a_run_with_adapters_learns(model, tmp_path):
     after = trainer.train()
     trainer.close()
     assert after.success.rate > before.success.rate + 0.1
-    found = {name: tensor for name, tensor in load_model(str(model)).named_parameters()}
-    kept = {
+    exported = {name: tensor for name, tensor in load_model(str(model)).named_parameters()}
+    before = {
         name.replace(".base_layer", ""): p for name, p in trainer.parts.model.named_parameters() if ".lora_" not in name
     }
-    assert all(torch.equal(kept[name], tensor) for name, tensor in found.items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in exported.items())

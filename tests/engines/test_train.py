@@ -65,8 +65,8 @@ def events(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
 
 
-def steps(found: list[dict]) -> list[dict]:
-    return [event for event in found if event["event"] == "step"]
+def steps(logged: list[dict]) -> list[dict]:
+    return [event for event in logged if event["event"] == "step"]
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,9 @@ def trained(tmp_path_factory) -> Path:
 
 
 def test_vllm_and_zero_3_train_and_agree(trained: Path):
-    found = steps(events(trained))
-    assert [event["step"] for event in found] == [1, 2, 3]
-    for event in found:
+    logged = steps(events(trained))
+    assert [event["step"] for event in logged] == [1, 2, 3]
+    for event in logged:
         assert event["policy/updates"] >= 1 and event["policy/skipped"] == 0
         assert event["policy/sampler_gap_max"] <= GAP, "engine and learner give a token different log-probabilities"
         assert event["sync/bytes"] > 0 and event["sync/probe_gap"] <= GAP and event["sync/resent"] == 0
@@ -105,11 +105,11 @@ def test_two_workers_run_ahead_and_stay_within_the_bound(tmp_path: Path):
         "learner.precision=fp32",
         "run.steps=4",
     ]
-    found = steps(train(tmp_path, "ahead", *settings))
-    ages = [event["policy/staleness_max"] for event in found]
-    assert len(found) == 4 and max(ages) == 1, ages
-    assert ages[0] == 0 and found[0]["policy/sampler_gap_max"] <= GAP
-    assert all(event["policy/updates"] >= 1 and event["sync/probe_gap"] <= GAP for event in found)
+    logged = steps(train(tmp_path, "ahead", *settings))
+    ages = [event["policy/staleness_max"] for event in logged]
+    assert len(logged) == 4 and max(ages) == 1, ages
+    assert ages[0] == 0 and logged[0]["policy/sampler_gap_max"] <= GAP
+    assert all(event["policy/updates"] >= 1 and event["sync/probe_gap"] <= GAP for event in logged)
     config = (tmp_path / "ahead" / "config.toml").read_text()
     assert 'mode = "tis"' in config
 
@@ -162,21 +162,21 @@ def test_a_worker_killed_in_mid_episode_costs_nothing(tmp_path: Path):
     finally:
         process.kill()
     assert process.returncode == 0, log.read_text()[-3000:]
-    found = steps(events(folder))
-    assert [event["step"] for event in found] == [1, 2, 3, 4, 5]
-    assert sum(event["rollout/worker_deaths"] for event in found) == 1
+    logged = steps(events(folder))
+    assert [event["step"] for event in logged] == [1, 2, 3, 4, 5]
+    assert sum(event["rollout/worker_deaths"] for event in logged) == 1
     assert any("signal SIGKILL" in event.get("text", "") for event in events(folder)), (
         "the run's own record does not tell"
     )
     assert all(
         event["rollout/errors"] == 0 and event["policy/staleness_max"] == 0 and event["policy/sampler_gap_max"] <= GAP
-        for event in found
+        for event in logged
     )
 
 
 def _workers(parent: int) -> list[int]:
     """Rollout workers of a trainer."""
-    found = []
+    numbers = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
@@ -184,5 +184,5 @@ def _workers(parent: int) -> list[int]:
             except OSError:
                 continue
             if b"spearrl.launch.worker_process" in words and int(status.rsplit(")", 1)[1].split()[1]) == parent:
-                found.append(int(folder.name))
-    return sorted(found)
+                numbers.append(int(folder.name))
+    return sorted(numbers)

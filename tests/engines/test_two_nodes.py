@@ -60,8 +60,8 @@ def test_ray_places_the_workers_and_two_ranks_learn(tmp_path: Path):
     finally:
         nodes.shutdown()
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in (tmp_path / "two" / "events.jsonl").read_text().splitlines()]
-    steps = [event for event in found if event["event"] == "step"]
+    logged = [json.loads(line) for line in (tmp_path / "two" / "events.jsonl").read_text().splitlines()]
+    steps = [event for event in logged if event["event"] == "step"]
     assert [event["step"] for event in steps] == [1, 2]
     for event in steps:
         assert (

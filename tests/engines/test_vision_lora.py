@@ -29,11 +29,11 @@ def test_adapters_leave_the_vision_tower_alone(tmp_path):
     advantages = torch.where(rows.padded_mask, torch.linspace(-1, 1, len(rows))[:, None].expand_as(old), 0.0)
     for seed in range(3):
         learner.update(Batch(rows, advantages, old), None, gamma=0.0, objectives=[Objective("policy")], seed=seed)
-    found = learner.logprobs(rows)
-    assert not torch.equal(found, old) and torch.equal(learner.logprobs(rows, reference=True), old)
+    trained = learner.logprobs(rows)
+    assert not torch.equal(trained, old) and torch.equal(learner.logprobs(rows, reference=True), old)
     learner.export(tmp_path)  # adapters merged
     from spearrl.models import load_model
 
     torch.testing.assert_close(
-        LocalLearner(load_model(str(tmp_path)), LearnerSection(**SETTINGS)).logprobs(rows), found, atol=1e-4, rtol=0
+        LocalLearner(load_model(str(tmp_path)), LearnerSection(**SETTINGS)).logprobs(rows), trained, atol=1e-4, rtol=0
     )

@@ -116,9 +116,9 @@ def test_log_probabilities_are_the_learners(model, engine):
         *requests(temperature=0.7, allowed_ids=(2, 9, 33, 70)),
         *requests(temperature=0.7, allowed_ids=tuple(range(50))),
     ]
-    found = serve(engine, *wanted)
+    completions = serve(engine, *wanted)
     groups = []
-    for i, (request, completion) in enumerate(zip(wanted, found, strict=True)):
+    for i, (request, completion) in enumerate(zip(wanted, completions, strict=True)):
         turn = Turn(
             request.token_ids,
             completion.token_ids,
@@ -141,7 +141,7 @@ def test_log_probabilities_are_the_learners(model, engine):
         torch.testing.assert_close(
             logprobs[rows.padded_mask], rows.rollout_logprobs[rows.action_mask], atol=1e-4, rtol=0
         )
-    assert int(rows.action_mask.sum()) == sum(len(c.token_ids) for c in found)
+    assert int(rows.action_mask.sum()) == sum(len(c.token_ids) for c in completions)
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(engine):
@@ -236,7 +236,7 @@ def test_deadline(engine):
 
 def test_cancel_and_a_cancelled_caller(engine):
     async def play():
-        ours, others, kept = (asyncio.create_task(engine.generate(endless(i))) for i in range(3))
+        ours, others, finished = (asyncio.create_task(engine.generate(endless(i))) for i in range(3))
         await all_begun(engine, 3)
         await engine.cancel((9, 0))
         others.cancel()
@@ -244,7 +244,7 @@ def test_cancel_and_a_cancelled_caller(engine):
             await ours
         with pytest.raises(asyncio.CancelledError):
             await others
-        return await kept
+        return await finished
 
     assert len(asyncio.run(play()).token_ids) == CONTEXT - 5
     assert idle(engine)
@@ -314,17 +314,18 @@ def test_adapters_then_a_killed_core(folder, model, adapter):
     engine = VLLMEngine(folder, VllmSection(), ROLLOUT, threads=1, lora_rank=4, name="worker 3")
     try:
         plain = requests(6, temperature=0.7)
-        found = serve(engine, *plain)
+        completions = serve(engine, *plain)
         engine.receiver.begin({"version": 1, "transport": "adapter"}, 60)
         assert engine.receiver.take({"adapter": str(adapter)}, 60)
         engine.receiver.finish(1, 60)
-        found += serve(engine, *plain)
+        completions += serve(engine, *plain)
         merged = peft.PeftModel.from_pretrained(tiny(), adapter).merge_and_unload().eval()
         for i, request in enumerate(plain):
-            assert_matches(model, request, found[i])
-            assert_matches(merged, request, found[6 + i])
+            assert_matches(model, request, completions[i])
+            assert_matches(merged, request, completions[6 + i])
         assert (
-            max(abs(scores(model, r, c) - scores(merged, r, c)).max() for r, c in zip(plain, found, strict=False)) > 0.1
+            max(abs(scores(model, r, c) - scores(merged, r, c)).max() for r, c in zip(plain, completions, strict=False))
+            > 0.1
         )
 
         async def play():

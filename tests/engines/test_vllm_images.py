@@ -66,7 +66,7 @@ def test_log_probabilities_given_a_picture(tmp_path):
     model, tokenizer, pictures, image = build(tmp_path)
     prompt = tuple(tokenizer("what is in this picture")["input_ids"])
     engine = VLLMEngine(tmp_path, VllmSection(), RolloutSection(context_tokens=128, cache_mib=32), threads=1)
-    seen = []
+    replies = []
     try:
         for colour in ((200, 10, 10), (0, 250, 60)):
             file = io.BytesIO()
@@ -81,8 +81,8 @@ def test_log_probabilities_given_a_picture(tmp_path):
                 logits = model(input_ids=ids, pixel_values=pixels).logits[0].float()
             expected = torch.log_softmax(logits[-9:-1] / 0.8, dim=-1)[torch.arange(8), list(completion.token_ids)]
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
-            seen.append(completion.token_ids)
-        assert seen[0] != seen[1]
+            replies.append(completion.token_ids)
+        assert replies[0] != replies[1]
         with pytest.raises(EngineError, match="cannot identify image"):
             asyncio.run(engine.generate(Request((1,), prompt, (Image(b"no picture"),), Sampling(max_tokens=2))))
         assert engine.health()

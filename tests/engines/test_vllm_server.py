@@ -88,12 +88,12 @@ def server(tmp_path_factory):
 
 def test_a_server(server, monkeypatch, tmp_path):
     url, folder = server
-    for token, seen in (
+    for token, message in (
         ("", "wants a token, and SPEARRL_ENGINE_TOKEN is not set"),
         ("wrong", "refuses the token in SPEARRL_ENGINE_TOKEN"),
     ):
         monkeypatch.setenv("SPEARRL_ENGINE_TOKEN", token)
-        with pytest.raises(EngineError, match=seen) as refused:
+        with pytest.raises(EngineError, match=message) as refused:
             RemoteEngine(url, folder, VllmSection(), ROLLOUT)
         assert url in str(refused.value) and "wrong" not in str(refused.value)
     monkeypatch.setenv("OTHER", "right")
@@ -111,10 +111,10 @@ def test_a_server(server, monkeypatch, tmp_path):
         {"top_p": 0.6},
         {"stop_ids": tuple(range(48)), "max_tokens": 200},
     ):
-        found = serve(engine, *requests(**sampling))
-        for request, completion in zip(requests(**sampling), found, strict=True):
+        completions = serve(engine, *requests(**sampling))
+        for request, completion in zip(requests(**sampling), completions, strict=True):
             assert_matches(model, request, completion)
-        assert ({c.finish_reason for c in found} == {"stop"}) == ("stop_ids" in sampling)
+        assert ({c.finish_reason for c in completions} == {"stop"}) == ("stop_ids" in sampling)
     assert serve(engine, requests()[3])[0].token_ids == serve(engine, *requests())[3].token_ids
     repeated = Request((0, 0), prompt(901, 300), sampling=Sampling(max_tokens=2))
     assert [serve(engine, repeated)[0].cached_tokens for _ in range(2)] == [0, 256]

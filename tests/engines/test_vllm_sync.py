@@ -47,11 +47,11 @@ class FaultyReceiver(worker_extension.WeightReceiver):
             while fault.exists() and time.monotonic() < end:
                 time.sleep(0.05)
         if said == "stale head":  # what vLLM's own reload does to a tied head on processors
-            worker_extension.refresh_head, kept = (lambda model: None), worker_extension.refresh_head
+            worker_extension.refresh_head, original = (lambda model: None), worker_extension.refresh_head
             try:
                 return super().spearrl_finish(text)
             finally:
-                worker_extension.refresh_head = kept
+                worker_extension.refresh_head = original
         return super().spearrl_finish(text)
 
 
@@ -93,10 +93,10 @@ def folder(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    kept, arguments.EXTENSION = arguments.EXTENSION, "tests.engines.test_vllm_sync.FaultyReceiver"
+    original, arguments.EXTENSION = arguments.EXTENSION, "tests.engines.test_vllm_sync.FaultyReceiver"
     rollout = RolloutSection(context_tokens=CONTEXT, slots=16, cache_mib=64)
     engine = VLLMEngine(folder, VllmSection(), rollout, precision="fp32", name="worker 1 (vllm)", threads=1)
-    arguments.EXTENSION = kept
+    arguments.EXTENSION = original
     yield engine
     engine.close()
 
@@ -140,8 +140,10 @@ def gaps(model, request, completion) -> torch.Tensor:
     return (logprobs[-len(completion.token_ids) :] - torch.tensor(completion.logprobs)).abs()
 
 
-def request(place: int, tokens: int = 12) -> Request:
-    return Request((place, 0, 0), tuple(range(1 + place, 40 + place)), sampling=Sampling(max_tokens=tokens, seed=place))
+def request(number: int, tokens: int = 12) -> Request:
+    return Request(
+        (number, 0, 0), tuple(range(1 + number, 40 + number)), sampling=Sampling(max_tokens=tokens, seed=number)
+    )
 
 
 def test_every_sync_is_verified_and_engines_sample_with_the_new_weights(model, learner, engine, bridge):
@@ -149,16 +151,16 @@ def test_every_sync_is_verified_and_engines_sample_with_the_new_weights(model, l
         nudge(model, version)
         metrics = bridge.publish(version)
         assert metrics["sync/resent"] == 0 and metrics["sync/probe_gap"] <= 1e-4 and not bridge.said
-        for place, completion in enumerate(sample(engine, request(0), request(1))):
+        for number, completion in enumerate(sample(engine, request(0), request(1))):
             assert (completion.min_version, completion.max_version) == (version, version)
-            assert float(gaps(model, request(place), completion).max()) <= 1e-4
+            assert float(gaps(model, request(number), completion).max()) <= 1e-4
 
 
 def test_requests_in_flight_finish_with_both_versions_and_right_logprobs(model, engine, bridge):
     bridge.publish(10)
     before, wanted = (
         torch.nn.utils.parameters_to_vector(model.parameters()).clone(),
-        [request(place, LONG) for place in range(6)],
+        [request(number, LONG) for number in range(6)],
     )
 
     async def play():

@@ -67,12 +67,12 @@ def test_adapters_travel_alone_and_requests_in_flight_keep_theirs(learner, engin
         metrics = bridge.publish(version)
         assert metrics["sync/probe_gap"] <= 1e-4 and metrics["sync/resent"] == 0 and not said
         assert metrics["sync/bytes"] == sum(tensor.nbytes for _, tensor in learner.adapter_parameters()) < weights / 2
-        for place, completion in enumerate(sample(engine, request(0), request(1))):
+        for number, completion in enumerate(sample(engine, request(0), request(1))):
             assert completion.min_version == completion.max_version == version
-            assert float(gaps(learner.model, request(place), completion).max()) <= 1e-4
+            assert float(gaps(learner.model, request(number), completion).max()) <= 1e-4
 
     async def play():
-        tasks = [asyncio.create_task(engine.generate(request(place, LONG))) for place in range(3)]
+        tasks = [asyncio.create_task(engine.generate(request(number, LONG))) for number in range(3)]
         await all_begun(engine, 3)
         train(learner, 4)
         await asyncio.get_running_loop().run_in_executor(None, bridge.publish, 4)
@@ -83,9 +83,9 @@ def test_adapters_travel_alone_and_requests_in_flight_keep_theirs(learner, engin
     with torch.no_grad():
         for name, parameter in learner.adapter_parameters():
             parameter.copy_(old[name])
-    for place, completion in enumerate(completions):
+    for number, completion in enumerate(completions):
         assert (completion.min_version, completion.max_version, len(completion.token_ids)) == (3, 3, LONG)
-        assert float(gaps(learner.model, request(place), completion).max()) <= 1e-4
+        assert float(gaps(learner.model, request(number), completion).max()) <= 1e-4
 
     with pytest.raises(
         EngineError, match="sent twice: the probe's log-probabilities differ"
@@ -97,12 +97,12 @@ def test_adapters_travel_alone_and_requests_in_flight_keep_theirs(learner, engin
 
 def exported(learner, target) -> None:
     """Adapters that are not the learner's."""
-    kept = {name: tensor.detach().clone() for name, tensor in learner.adapter_parameters()}
+    trained = {name: tensor.detach().clone() for name, tensor in learner.adapter_parameters()}
     train(learner, 9)
     learner.export_adapter(target)
     with torch.no_grad():
         for name, parameter in learner.adapter_parameters():
-            parameter.copy_(kept[name])
+            parameter.copy_(trained[name])
 
 
 def test_merged_weights_reach_an_engine_that_also_takes_adapters(learner, engine, tmp_path):

@@ -34,10 +34,12 @@ def test_what_is_packed_arrives_as_it_was():
         "scalar": torch.tensor(7),
         "nothing": {},
     }
-    found = unpack(pack(tree))
-    assert found["names"] == tree["names"] and found["nothing"] == {} and int(found["scalar"]) == 7
+    copy = unpack(pack(tree))
+    assert copy["names"] == tree["names"] and copy["nothing"] == {} and int(copy["scalar"]) == 7
     for one, two in zip(
-        [*found["views"], found["flags"], found["bf16"]], [*tree["views"], tree["flags"], tree["bf16"]], strict=True
+        [*copy["views"], copy["flags"], copy["bf16"]],
+        [*tree["views"], tree["flags"], tree["bf16"]],
+        strict=True,
     ):
         assert one.dtype == two.dtype and torch.equal(one, two)
 

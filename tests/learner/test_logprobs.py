@@ -28,14 +28,14 @@ def plain(hidden, weight, bias, targets, temperature):
 @pytest.mark.parametrize("uses", ["logprobs", "entropy", "both"])
 def test_values_and_gradients(chunk, temperature, bias, uses):
     hidden, weight, shift, targets = problem(bias=bias)
-    found = token_logprobs(hidden, weight, targets, bias=shift, temperature=temperature, chunk=chunk)
+    computed = token_logprobs(hidden, weight, targets, bias=shift, temperature=temperature, chunk=chunk)
     expected = plain(hidden, weight, shift, targets, temperature)
-    for one, two in zip(found, expected, strict=True):
+    for one, two in zip(computed, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
     scale = torch.randn(len(targets), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     leaves = [x for x in (hidden, weight, shift) if x is not None]
     gradients = []
-    for logp, entropy in (found, expected):
+    for logp, entropy in (computed, expected):
         total = (scale * logp).sum() if uses != "entropy" else torch.zeros((), dtype=torch.float64)
         total = total + (scale.cos() * entropy).sum() if uses != "logprobs" else total
         gradients.append(torch.autograd.grad(total, leaves))
@@ -62,10 +62,10 @@ def test_half_precision_inputs_and_autocast_compute_in_float32():
     hidden, weight, shift, targets = problem(n=9, d=64, vocabulary=100)
     exact = plain(hidden.bfloat16().double(), weight.bfloat16().double(), None, targets, 1.0)[0].detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = token_logprobs(hidden.bfloat16(), weight.bfloat16(), targets, chunk=4)[0]
-    assert found.dtype == torch.float32
-    assert float((found.detach().double() - exact).abs().max()) < 1e-5
-    found.sum().backward()
+        computed = token_logprobs(hidden.bfloat16(), weight.bfloat16(), targets, chunk=4)[0]
+    assert computed.dtype == torch.float32
+    assert float((computed.detach().double() - exact).abs().max()) < 1e-5
+    computed.sum().backward()
     assert hidden.grad is not None and hidden.grad.dtype == torch.float64
 
 

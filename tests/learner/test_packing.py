@@ -81,13 +81,13 @@ def test_a_pack_holds_tokens_up_to_each_rows_last_prediction():
 @pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Llama"])
 def test_log_probabilities_are_those_of_padded_rows(kind, attention):
     rows = make_rows(RUNS)
-    found = [
+    logprobs = [
         learner_of(model_of(kind, attention), packed=packed, micro_batch_tokens=30).logprobs(rows)
         for packed in (False, True)
     ]
     # transformers' own eager attention takes its softmax in float32
-    assert float((found[1] - found[0]).abs().max()) <= (EXACT if attention == "sdpa" else 1e-6) and bool(
-        found[0][rows.padded_mask].all()
+    assert float((logprobs[1] - logprobs[0]).abs().max()) <= (EXACT if attention == "sdpa" else 1e-6) and bool(
+        logprobs[0][rows.padded_mask].all()
     )
     single = [
         LocalLearner(model_of(kind, attention), settings(packing=packed)).logprobs(rows) for packed in (False, True)
@@ -133,12 +133,12 @@ def test_gradients_are_those_of_padded_rows(scope, checkpointing):
 
 def test_bf16_stays_within_its_rounding():
     rows = make_rows(RUNS)
-    found = [
+    logprobs = [
         LocalLearner(tiny(), settings(packing=packed, precision="bf16")).logprobs(rows) for packed in (False, True)
     ]
-    assert float((found[1] - found[0]).abs().max()) < 0.2
+    assert float((logprobs[1] - logprobs[0]).abs().max()) < 0.2
     exact = LocalLearner(tiny(), settings()).logprobs(rows)
-    assert float((found[1] - exact).abs().mean()) < 2 * float((found[0] - exact).abs().mean()) + 1e-3
+    assert float((logprobs[1] - exact).abs().mean()) < 2 * float((logprobs[0] - exact).abs().mean()) + 1e-3
 
 
 def test_who_shares_the_model_is_not_disturbed():

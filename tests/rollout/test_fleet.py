@@ -45,7 +45,7 @@ def fleet_of(model: str, tmp_path: Path):
 
 def play(player, names: list[str], size: int = 4, *, first: int = 10):
     return player.collect(
-        [Task(name, "train", {"index": place}) for place, name in enumerate(names)],
+        [Task(name, "train", {"index": index}) for index, name in enumerate(names)],
         size,
         run_seed=3,
         step=2,
@@ -131,8 +131,8 @@ def test_a_worker_killed_in_mid_episode_costs_nothing(
         and 1 <= measures["rollout/reissued"] <= 12
         and measures["rollout/stale"] == 0
     )
-    found = episodes(groups)
-    assert found.keys() == wanted.keys() and found == wanted, "none lost, none twice, and the same seeds"
+    played = episodes(groups)
+    assert played.keys() == wanted.keys() and played == wanted, "none lost, none twice, and the same seeds"
     assert {turn.min_version for g in groups for t in g.trajectories for turn in t.turns} == {1}
     assert "signal SIGKILL" in capfd.readouterr().err
     until(lambda: len(list(fleet)) == 2, "the replacement is up")

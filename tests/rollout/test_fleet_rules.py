@@ -152,8 +152,8 @@ class Crew:
 
     def __call__(self, index: int) -> Pretender:
         with self._lock:
-            place = index if index not in self._first else self.workers + len(self._later)
-            made = Pretender(index, **(self.kinds[place] if place < len(self.kinds) else {}))
+            slot = index if index not in self._first else self.workers + len(self._later)
+            made = Pretender(index, **(self.kinds[slot] if slot < len(self.kinds) else {}))
             if index in self._first:
                 self._later.append(made)
             else:
@@ -191,7 +191,7 @@ def names(groups) -> list[tuple[int, int, str]]:
     return [(t.group, t.sibling, t.task.id) for g in groups for t in g.trajectories]
 
 
-WANTED = [(7 + place, sibling, f"t{place}") for place in range(4) for sibling in range(2)]
+WANTED = [(7 + position, sibling, f"t{position}") for position in range(4) for sibling in range(2)]
 
 
 def wait_for(condition) -> None:
@@ -250,8 +250,8 @@ def test_an_episode_goes_to_the_worker_with_the_fewest_tokens_in_flight(open_fle
     futures = []
     for number, task in enumerate(tasks(12)):
         futures.append(collector.submit(task, number, 0, seed=("rollout", 0, 1, number)))
-        seen = number + 1
-        wait_for(lambda seen=seen: sum(m.report.running for m in fleet) == seen)
+        count = number + 1
+        wait_for(lambda count=count: sum(m.report.running for m in fleet) == count)
     assert [len(worker.running) for worker in crew.launched] == [1, 11]
     for future in futures:
         future.cancel()
@@ -489,10 +489,10 @@ def test_commands_are_bounded_and_name_the_worker(open_fleet, monkeypatch):
     with pytest.raises(EngineError, match=r"worker 1 \(fake\): did not answer take within 0.2 s"):
         second.take({}, 0.2)
     assert not second.lost
-    asked = crew.launched[1]
+    silent = crew.launched[1]
     with (
         pytest.raises(WorkerLost, match=r"worker 1 \(fake\): ended before it answered resume"),
-        meanwhile(lambda: asked.commands[-1][0] == "resume", asked.kill),
+        meanwhile(lambda: silent.commands[-1][0] == "resume", silent.kill),
     ):
         second.resume(600.0)
     with pytest.raises(WorkerLost):

@@ -86,7 +86,7 @@ def test_a_request_gets_the_same_tokens_alone_and_in_any_batch(order: int):
         np.testing.assert_allclose(alone.logprobs, together[request.id].logprobs, atol=1e-5)
 
 
-def conversation(engine: LocalEngine, seen: list[tuple[Request, Completion]], group: int, sibling: int, turns: int = 4):
+def conversation(engine: LocalEngine, sampled: list, group: int, sibling: int, turns: int = 4):
     async def play() -> None:
         ids = prompt(group, 20)
         for turn in range(turns):
@@ -96,7 +96,7 @@ def conversation(engine: LocalEngine, seen: list[tuple[Request, Completion]], gr
                 sampling=Sampling(max_tokens=3 + (group + sibling + turn) % 4, seed=97 * sibling + turn),
             )
             completion = await engine.generate(request)
-            seen.append((request, completion))
+            sampled.append((request, completion))
             ids = (*ids, *completion.token_ids, *prompt(1000 + group + turn, 5))
 
     return play()
@@ -104,36 +104,36 @@ def conversation(engine: LocalEngine, seen: list[tuple[Request, Completion]], gr
 
 @pytest.mark.parametrize("slots", [32, 6])
 def test_conversations_reuse_their_prefix_and_stay_right(slots: int):
-    model, seen = tiny(), []
+    model, sampled = tiny(), []
     engine = engine_of(model, slots=slots)
 
     async def play() -> None:
-        await asyncio.gather(*(conversation(engine, seen, g, s) for g in range(4) for s in range(4)))
+        await asyncio.gather(*(conversation(engine, sampled, g, s) for g in range(4) for s in range(4)))
 
     asyncio.run(play())
-    for request, completion in seen:
+    for request, completion in sampled:
         assert_matches(model, request, completion)
-    total = sum(len(request.token_ids) for request, _ in seen)
+    total = sum(len(request.token_ids) for request, _ in sampled)
     counters = engine.counters
     assert counters["prefilled_tokens"] + counters["cached_tokens"] == total
     if (
         slots == 32
     ):  # a first turn is computed once for its siblings, a later one computes the last sampled token and what is new
         assert counters["prefilled_tokens"] == 4 * 20 + 16 * 3 * 6
-        assert all(c.cached_tokens >= len(r.token_ids) - 6 for r, c in seen if r.id[2])
+        assert all(c.cached_tokens >= len(r.token_ids) - 6 for r, c in sampled if r.id[2])
 
 
 def test_two_runs_are_bit_identical():
     results = []
     for _ in range(2):
-        model, seen = tiny(), []
+        model, sampled = tiny(), []
         engine = engine_of(model, slots=5)
 
-        async def play(engine=engine, seen=seen) -> None:
-            await asyncio.gather(*(conversation(engine, seen, g, s) for g in range(3) for s in range(3)))
+        async def play(engine=engine, sampled=sampled) -> None:
+            await asyncio.gather(*(conversation(engine, sampled, g, s) for g in range(3) for s in range(3)))
 
         asyncio.run(play())
-        results.append(sorted((r.id, c.token_ids, c.logprobs) for r, c in seen))
+        results.append(sorted((r.id, c.token_ids, c.logprobs) for r, c in sampled))
     assert results[0] == results[1]
 
 
@@ -223,9 +223,9 @@ def test_draws_follow_the_distribution_and_do_not_see_their_neighbours():
     ]
     logits = torch.randn(5, 300)
     together = draw(logits, mixed, [4] * 5)
-    for place, sampling in enumerate(mixed):
-        alone = draw(logits[place : place + 1], [sampling], [4])
-        assert (together[0][place], together[1][place]) == (alone[0][0], alone[1][0])
+    for index, sampling in enumerate(mixed):
+        alone = draw(logits[index : index + 1], [sampling], [4])
+        assert (together[0][index], together[1][index]) == (alone[0][0], alone[1][0])
 
 
 def test_uniform_numbers():

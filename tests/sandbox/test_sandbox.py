@@ -50,13 +50,13 @@ def processes(ancestor: int) -> dict[int, str]:
                 continue
             if stat.rpartition(")")[2].split()[0] != "Z":
                 parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
-    found, todo = {}, [ancestor]
+    descendants, todo = {}, [ancestor]
     while todo:
         pid = todo.pop()
         children = [child for child, parent in parents.items() if parent == pid]
-        found |= {child: words[child] for child in children}
+        descendants |= {child: words[child] for child in children}
         todo += children
-    return found
+    return descendants
 
 
 def eventually(true) -> bool:
@@ -99,7 +99,7 @@ def single():
     """A sandbox on a machine that lets bubblewrap make namespaces, but not what runs in it."""
     plain = jailed.jail_command
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jailed, "jail_command", lambda *given: plain(*given)[:-1] + ["--disable-userns", "--"])
+        patch.setattr(jailed, "jail_command", lambda *arguments: plain(*arguments)[:-1] + ["--disable-userns", "--"])
         opened = open_sandbox(SandboxOptions(timeout_s=PLENTY_S, concurrency=1, packages=()))
     with opened:
         assert opened.startup["fault"]
@@ -293,11 +293,13 @@ time.sleep(600)
     with subprocess.Popen([sys.executable, "-c", script, code], cwd=ROOT, stdout=subprocess.PIPE) as host:
         assert host.stdout.readline() == b"up\n"
         assert eventually(lambda: any("777001" in words for words in processes(host.pid).values()))
-        seen = processes(host.pid)
+        running = processes(host.pid)
         host.kill()
-    assert len(seen) > 4
+    assert len(running) > 4
     assert eventually(
-        lambda: not [pid for pid, words in seen.items() if Path(f"/proc/{pid}/cmdline").exists() and still(pid, words)]
+        lambda: (
+            not [pid for pid, words in running.items() if Path(f"/proc/{pid}/cmdline").exists() and still(pid, words)]
+        )
     )
     with open_sandbox(SandboxOptions(packages=())) as opened:
         pid = opened._jail._process.pid

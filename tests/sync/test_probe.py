@@ -66,8 +66,8 @@ def stale_head(engine, before):
 
 
 def half_an_update(engine, before):
-    kept = {name: tensor for name, tensor in before.items() if "layers.0" in name or "layers.1" in name}
-    engine.model.load_state_dict(kept, strict=False)
+    first_layers = {name: tensor for name, tensor in before.items() if "layers.0" in name or "layers.1" in name}
+    engine.model.load_state_dict(first_layers, strict=False)
 
 
 def grow(model, factor):

@@ -437,10 +437,10 @@ def test_in_process_only_the_version_travels():
 
 
 def test_bf16_is_judged_by_a_mean_and_fp32_by_the_worst():
-    wanted, found = [-1.0, -1.0, -1.0, -1.0], [-1.0, -1.0, -1.0, -1.12]
-    assert Probe(IDS, 0.05, float32=False).problem("e", found, wanted) is None
+    expected, answered = [-1.0, -1.0, -1.0, -1.0], [-1.0, -1.0, -1.0, -1.12]
+    assert Probe(IDS, 0.05, float32=False).problem("e", answered, expected) is None
     assert "position 4: -1.1200 on e, -1.0000 on the learner" in Probe(IDS, 0.05, float32=True).problem(
-        "e", found, wanted
+        "e", answered, expected
     )
     unlikely = Probe(IDS, 0.05, float32=False).difference([-1.0, -1.0, -7.0], [-1.0, -1.0, -8.0])
     assert unlikely == pytest.approx(math.exp(-8) / (2 * math.exp(-1) + math.exp(-8)))

@@ -56,9 +56,9 @@ def test_engines_sample_what_the_learners_model_would(pair):
         assert metrics["sync/probe_gap"] <= 1e-5 and metrics["sync/resent"] == 0 and not said
         wanted = serve(engine_of(model), *requests(4))
         for receiver in receivers:
-            found = serve(receiver.engine, *requests(4))
-            assert [(c.token_ids, c.logprobs) for c in found] == [(c.token_ids, c.logprobs) for c in wanted]
-            assert all(c.min_version == version for c in found)
+            completions = serve(receiver.engine, *requests(4))
+            assert [(c.token_ids, c.logprobs) for c in completions] == [(c.token_ids, c.logprobs) for c in wanted]
+            assert all(c.min_version == version for c in completions)
 
 
 def test_a_weight_left_as_it_was_is_caught_and_sent_again(pair):

@@ -278,8 +278,8 @@ def test_vllms_transfer_engines_load_through_the_recorder():
     worker = Worker()
     worker.spearrl_begin(json.dumps({**PLAN, "init": {"rank_offset": 1}}))
     worker.spearrl_begin(json.dumps(PLAN))
-    seen = worker.spearrl_take(json.dumps({"update": {"value": 2.0}}))
-    assert seen == {"norm": weights.digest(torch.full((4,), 2.0))} and float(worker.model.norm.detach().sum()) == 8
+    received = worker.spearrl_take(json.dumps({"update": {"value": 2.0}}))
+    assert received == {"norm": weights.digest(torch.full((4,), 2.0))} and float(worker.model.norm.detach().sum()) == 8
     assert worker.spearrl_finish(json.dumps({**PLAN, "digest": True})) == {"digest": weights.model_digest(worker.model)}
     names = [call[0] for call in worker.calls]
     assert names == [

@@ -8,7 +8,6 @@ that live in it; a thread worker takes any call.
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -170,10 +169,7 @@ class ProcessWorker:
     def stop(self) -> None:
         """Give the process a moment to close its environments."""
         self._child.connection.close()
-        try:
-            self._child.process.wait(CLOSE_S)
-        except subprocess.TimeoutExpired:
-            self.kill()
+        self._child.end(CLOSE_S)
 
     def _died(self) -> WorkerDied:
         return WorkerDied(f"the worker process ended ({self._child.ending(CLOSE_S)})")

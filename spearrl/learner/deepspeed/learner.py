@@ -27,6 +27,7 @@ from spearrl.learner.optimizer import MASTER, STATE, named_state, save_counters
 from spearrl.learner.updates import BaseLearner
 from spearrl.models.vision import vision_of
 from spearrl.models.weights import write_tensors
+from spearrl.sync.buckets import grouped
 
 BUCKET_BYTES = 512 << 20  # gathered at a time
 
@@ -160,7 +161,7 @@ class DeepSpeedLearner(BaseLearner):
         Args:
             sizes: bytes of each.
         """
-        for indices in _buckets(sizes):
+        for indices in grouped(range(len(sizes)), sizes.__getitem__, BUCKET_BYTES):
             tensors = self.ranks.call(command, {**arguments, "indices": indices})[0]
             yield from zip((names[index] for index in indices), tensors, strict=True)
 
@@ -209,16 +210,3 @@ class DeepSpeedLearner(BaseLearner):
         """Rows of each rank, and the passes that every rank makes: as many as the one that needs most."""
         dealt = deal(rows.lengths, self.ranks.size)
         return dealt, max(len(self.shard.passes.pieces(rows.lengths[index])) for index in dealt)
-
-
-def _buckets(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in order, in pieces of at most BUCKET_BYTES (a larger one goes alone)."""
-    indices: list[int] = []
-    total = 0
-    for index, size in enumerate(sizes):
-        if indices and total + size > BUCKET_BYTES:
-            yield indices
-            indices, total = [], 0
-        indices, total = [*indices, index], total + size
-    if indices:
-        yield indices

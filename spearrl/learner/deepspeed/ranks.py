@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -24,13 +23,11 @@ import torch.distributed as dist
 
 from spearrl.batching.nested_tensors import pack, unpack
 from spearrl.errors import ConfigError, SpearError, WorkerError
-from spearrl.processes import child_environment, under_launcher
+from spearrl.processes import Child, under_launcher
 
 Execute = Callable[[str, Any, Any], Any]  # (command, what all ranks are sent, this rank's part) → this rank's result
 HEARTBEAT_S, GRACE_S, START_S = 1.0, 5.0, 120.0
 RESUME = "resume the run from its last checkpoint"
-PARENT = "SPEARRL_LEARNER_PARENT"  # of a rank that no launcher started: the process that did
-CHILD = "from spearrl.learner import serve; raise SystemExit(serve())"
 CONNECTION_WORDS = ("gloo", "timed out", "connection", "socket")  # in errors of a broken collective
 
 
@@ -103,8 +100,7 @@ class Ranks:
             hint = "a process has one such learner at a time: close it first"
             raise ConfigError("this process is in a process group already", where="DeepSpeedLearner", hint=hint)
         self.execute, self.timeout_s = execute, timeout_s
-        # Not processes.Child: ranks meet in the store, as those of a launcher do, and need no socket of their own.
-        self.children: dict[int, subprocess.Popen[bytes]] = {}
+        self.children: dict[int, Child] = {}
         self.commands, self.closed = 0, False
         self.group: RankGroup | None = None
         threads = torch.get_num_threads()
@@ -151,11 +147,7 @@ class Ranks:
         if self.group is not None and not failed:
             self.group.store.set(f"command/{self.commands}", json.dumps({"name": "close"}))
         for child in self.children.values():
-            try:
-                child.wait(0 if failed else GRACE_S)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+            child.end(0 if failed else GRACE_S)
         if self.group is not None:
             self.group.close()
 
@@ -201,14 +193,12 @@ class Ranks:
         store = dist.TCPStore(
             "127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=limit, master_listen_fd=listener.detach()
         )
-        common = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, PARENT: os.getpid()}
+        common = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
         common |= {"OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR"}
         for rank in range(1, processes):
             variables = {key: str(value) for key, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            environment = child_environment() | variables | dict(environments[rank] if environments[rank:] else {})
-            command = [sys.executable, "-c", CHILD]
-            self.children[rank] = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr
+            self.children[rank] = Child(
+                "spearrl.learner", {**variables, **(environments[rank] if environments else {})}
             )
         return store
 
@@ -218,11 +208,13 @@ class Ranks:
         deadline, missing = time.monotonic() + limit, set(range(1, size))
         while missing:
             missing = {rank for rank in missing if not store.check([f"beat/{rank}"])}
-            dead = [rank for rank in missing if rank in self.children and self.children[rank].poll() is not None]
+            dead = [
+                rank for rank in missing if rank in self.children and self.children[rank].process.poll() is not None
+            ]
             if dead or time.monotonic() > deadline:
                 what = f"did not come up in {limit:g} s (learner.timeout_s)"
                 if dead:
-                    what = f"ended with exit code {self.children[dead[0]].returncode}"
+                    what = f"ended: {self.children[dead[0]].ending()}"
                 where = f"learner rank {(dead or sorted(missing))[0]}"
                 raise WorkerError(f"the process {what}", where=where, hint="its own output says why")
             time.sleep(0.05)
@@ -254,24 +246,22 @@ class Ranks:
                 text = f"{name!r} failed: {group.store.get(f'error/{rank}').decode()}"
                 return WorkerError(text, where=f"learner rank {rank}", hint=RESUME)
         for rank, child in self.children.items():
-            if (code := child.poll()) is not None:
-                ending = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-                text = f"the process {ending} during {name!r}"
+            if child.process.poll() is not None:
+                text = f"the process ended during {name!r}: {child.ending()}"
                 return WorkerError(text, where=f"learner rank {rank}", hint=RESUME)
         return None
 
 
 def serve_commands(execute: Execute) -> int:
     """Be a rank: wait for commands, run them, answer. Returns the exit code."""
-    # Ctrl-C reaches every process of the terminal; rank 0 decides when the run is over.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches every process of the terminal, and a launcher that is stopped sends SIGTERM to all ranks: rank 0
+    # decides when the run is over, and finishes its step with the others' help.
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)
     store, rank, size = next(dist.rendezvous("env://"))
     threading.Thread(target=_beat, args=(store.clone(), rank), daemon=True).start()
     _wait(store, "setup")
     group = RankGroup(store, rank, size, **json.loads(store.get("setup")))
-    if PARENT not in os.environ:
-        # A launcher that is stopped sends this to all ranks: rank 0 finishes its step, with the others' help.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     number = 0
     while True:
         _wait(store, f"command/{number}")
@@ -306,11 +296,10 @@ def _wait(store: Any, key: str) -> None:
 
 def _beat(store: Any, rank: int) -> None:
     """Write a heartbeat while this process lives, and end it once the trainer's is gone."""
-    parent = int(os.environ.get(PARENT, "0"))
     try:
-        while not parent or os.getppid() == parent:
+        while True:
             store.add(f"beat/{rank}", 1)
             time.sleep(HEARTBEAT_S)
     except RuntimeError:
         print(f"learner rank {rank}: the trainer's process is gone", file=sys.stderr)
-    os._exit(1)
+        os._exit(1)

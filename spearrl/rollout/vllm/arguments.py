@@ -104,15 +104,6 @@ def image_tokens(model_dir: str | Path) -> tuple[int, ...]:
     return (config["image_token_id"], config["video_token_id"]) if config.get("model_type") in KINDS else ()
 
 
-def single_image_tokens(token_ids: Sequence[int], image_token: int) -> list[int]:
-    """Prompt ids with one image token for each picture: vLLM makes as many of it as stand for the picture."""
-    return [
-        token
-        for token, before in zip(token_ids, (None, *token_ids), strict=False)
-        if token != image_token or before != image_token
-    ]
-
-
 def model_config(model_dir: str | Path) -> dict[str, Any]:
     """config.json of a model directory. Raises ConfigError where there is none."""
     try:

@@ -11,22 +11,15 @@ import io
 import logging
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from spearrl.config.sections import RolloutSection, VllmSection
 from spearrl.errors import EngineError
-from spearrl.rollout.protocol import Completion, Request, request_problem
-from spearrl.rollout.vllm.arguments import (
-    engine_arguments,
-    image_tokens,
-    installed_version,
-    process_environment,
-    sampling_arguments,
-    single_image_tokens,
-    takes_images,
-)
-from spearrl.rollout.vllm.engine_processes import Processes
+from spearrl.rollout.protocol import Completion, Request
+from spearrl.rollout.vllm.arguments import engine_arguments, installed_version, process_environment, sampling_arguments
+from spearrl.rollout.vllm.engine_processes import END_S, Processes
 from spearrl.rollout.vllm.event_loop import SYNC_S, BackgroundEngine, versions
 from spearrl.rollout.vllm.receiver import VLLMWeights
 
@@ -76,10 +69,9 @@ class VLLMEngine(BackgroundEngine):
         if lora_rank:
             ranks = [rank for rank in ADAPTER_RANKS if rank >= lora_rank] or [lora_rank]
             arguments |= {"enable_lora": True, "max_lora_rank": ranks[0], "max_loras": 2}
-        super().__init__(name, rollout.context_tokens)
+        super().__init__(name, rollout.context_tokens, model_dir)
         self.device, self.lora_rank, self.transfer_backend = device, lora_rank, transfer_backend
         self.shards, self.asleep, self._sleeps = settings.tensor_parallel, False, arguments["enable_sleep_mode"]
-        self.takes_images, self._image_tokens = takes_images(model_dir), image_tokens(model_dir)
         self._requests = self._adapters = 0
         self._processes = Processes()
         self.llm: Any = None
@@ -134,21 +126,12 @@ class VLLMEngine(BackgroundEngine):
                 timeout=CLOSE_S
             )  # on the loop: what reads the processes' output must not see them end before it is cancelled
 
-        try:
-            if llm is None:
-                self._processes.kill()  # it did not start
-            else:
+        wait_s = 0.0  # of one that did not start, or hangs
+        with suppress(EngineError):
+            if llm is not None:
                 self.run(shut, 2 * CLOSE_S, doing="close")
-        except EngineError:
-            self._processes.kill()  # it hangs
-        self._processes.close()
-
-    def _problem(self, request: Request) -> str | None:
-        if problem := super()._problem(request):
-            return problem
-        if request.images and not self.takes_images:
-            return "the model takes no images"
-        return request_problem(request, vocabulary=self._vocabulary, context_tokens=self.context_tokens)
+                wait_s = END_S
+        self._processes.close(wait_s)
 
     async def _complete(self, request: Request) -> Completion:
         from vllm import SamplingParams
@@ -158,12 +141,12 @@ class VLLMEngine(BackgroundEngine):
         parameters = SamplingParams(
             **sampling_arguments(request.sampling, self._image_tokens), output_kind=RequestOutputKind.FINAL_ONLY
         )
-        prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
+        prompt: dict[str, Any] = {"prompt_token_ids": self._prompt_ids(request)}
         if request.images:
+            if not self.takes_images:
+                raise EngineError("the model takes no images")
             from PIL import Image
 
-            if self._image_tokens:
-                prompt["prompt_token_ids"] = single_image_tokens(request.token_ids, self._image_tokens[0])
             prompt["multi_modal_data"] = {
                 "image": [Image.open(io.BytesIO(image.data)).convert("RGB") for image in request.images]
             }
@@ -178,10 +161,7 @@ class VLLMEngine(BackgroundEngine):
         ]
         reply, cached = outputs[-1].outputs[0], outputs[-1].num_cached_tokens or 0
         tokens, scored = tuple(reply.token_ids), reply.logprobs or ()
-        if reply.finish_reason not in ("stop", "length") or len(scored) != len(tokens):
-            counts = f"{len(tokens)} tokens and {len(scored)} log-probabilities"
-            raise EngineError(f'vLLM ended the request with "{reply.finish_reason}", {counts}')
-        logprobs = tuple(float(scores[token].logprob) for scores, token in zip(scored, tokens, strict=True))
+        logprobs = tuple(float(scores[token].logprob) for scores, token in zip(scored, tokens, strict=False))
         # A request keeps the adapter that it began with.
         span = (begun, begun) if adapter else versions(getattr(reply, "weight_versions", None), begun, self.version)
         return Completion(tokens, logprobs, reply.finish_reason, *span, cached)

@@ -87,22 +87,14 @@ class Processes:
                 continue
         return ids
 
-    def kill(self) -> None:
-        """Kill what is left of the engine, and what that starts meanwhile."""
-        limit = time.monotonic() + END_S
-        while (left := self.ids()) and time.monotonic() < limit:
-            for process in left:
+    def close(self, wait_s: float = END_S) -> None:
+        """Wait for the engine's processes to end, kill the others and what those start meanwhile, dismiss the watch."""
+        begun = time.monotonic()
+        while (left := self.ids()) and (late_s := time.monotonic() - begun - wait_s) < END_S:
+            for process in left if late_s >= 0 else ():
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
-            time.sleep(0.01)
-
-    def close(self) -> None:
-        """Wait for the engine's processes to end, kill the others, dismiss the watch."""
-        limit = time.monotonic() + END_S
-        while (left := self.ids()) and time.monotonic() < limit:
-            time.sleep(0.05)
-        if left:
-            self.kill()
+            time.sleep(0.02)
         if self._watch is not None and self._watch.stdin is not None:
             self._watch.stdin.close()
             self._watch.wait(END_S)

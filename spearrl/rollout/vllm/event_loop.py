@@ -9,11 +9,12 @@ import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from spearrl.errors import EngineError
-from spearrl.rollout.protocol import Completion, Request
-from spearrl.rollout.vllm.arguments import COLDEST
+from spearrl.rollout.protocol import Completion, Request, request_problem
+from spearrl.rollout.vllm.arguments import COLDEST, image_tokens, takes_images
 
 T = TypeVar("T")
 GRACE_S = 2.0  # beyond a call's own limit, for an event loop that does not run
@@ -26,9 +27,11 @@ class BackgroundEngine:
     """
 
     receiver: Any  # takes its weights
+    _vocabulary: int
 
-    def __init__(self, name: str, context_tokens: int):
+    def __init__(self, name: str, context_tokens: int, model_dir: str | Path):
         self.name, self.context_tokens, self.version = name, context_tokens, 0
+        self.takes_images, self._image_tokens = takes_images(model_dir), image_tokens(model_dir)
         self.adapter: Any = None  # what requests without an adapter of their own use
         self.counters: dict[str, float] = {
             "prefilled_tokens": 0,
@@ -37,7 +40,6 @@ class BackgroundEngine:
             "seconds": 0.0,
         }
         self._tasks: dict[asyncio.Task[Any], tuple[int, ...]] = {}
-        self._dropped: dict[asyncio.Task[Any], str] = {}
         self._since, self._closed = 0.0, False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
@@ -122,7 +124,15 @@ class BackgroundEngine:
             return f"{self.name} {'is closed' if self._closed else 'is dead'}"
         if 0 < request.sampling.temperature < COLDEST:
             return f"vLLM does not sample at temperature {request.sampling.temperature}: 0, or at least {COLDEST}"
-        return None
+        return request_problem(request, vocabulary=self._vocabulary, context_tokens=self.context_tokens)
+
+    def _prompt_ids(self, request: Request) -> list[int]:
+        """The prompt as vLLM takes it: one image token for each picture, of which it makes as many as stand for it."""
+        ids = request.token_ids
+        if not request.images or not self._image_tokens:
+            return list(ids)
+        image = self._image_tokens[0]
+        return [token for token, before in zip(ids, (None, *ids), strict=False) if token != image or before != image]
 
     async def _serve(self, request: Request) -> Completion:
         task: Any = asyncio.current_task()
@@ -132,9 +142,9 @@ class BackgroundEngine:
         try:
             async with asyncio.timeout(request.deadline_s) as limit:
                 completion = await self._complete(request)
-        except asyncio.CancelledError:
-            if reason := self._dropped.get(task):
-                raise EngineError(reason, where=where) from None
+        except asyncio.CancelledError as error:
+            if error.args:  # by `_drop`
+                raise EngineError(str(error), where=where) from None
             raise
         except EngineError as error:
             raise EngineError(error.message, where=where, hint=error.hint) from error
@@ -146,7 +156,9 @@ class BackgroundEngine:
         finally:
             self._tick(0)
             del self._tasks[task]
-            self._dropped.pop(task, None)
+        counts = f"{len(completion.token_ids)} tokens and {len(completion.logprobs)} log-probabilities"
+        if completion.finish_reason not in ("stop", "length") or len(completion.token_ids) != len(completion.logprobs):
+            raise EngineError(f'vLLM ended the request with "{completion.finish_reason}", {counts}', where=where)
         for token, logprob in zip(completion.token_ids, completion.logprobs, strict=True):
             if not math.isfinite(logprob):
                 raise EngineError(
@@ -161,8 +173,7 @@ class BackgroundEngine:
         """Cancel the requests of an id (None: all), on the loop."""
         for task, own in list(self._tasks.items()):
             if request_id in (None, own):
-                self._dropped[task] = reason
-                task.cancel()
+                task.cancel(reason)
 
     async def _drop_all(self) -> None:
         tasks = list(self._tasks)

@@ -9,7 +9,6 @@ whoever reaches the port.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import os
 from pathlib import Path
@@ -17,20 +16,13 @@ from typing import Any
 
 from spearrl.config.sections import RolloutSection, VllmSection
 from spearrl.errors import ConfigError, EngineError
-from spearrl.rollout.protocol import Completion, Request, Sampling, request_problem
-from spearrl.rollout.vllm.arguments import (
-    check_version,
-    image_tokens,
-    model_config,
-    sampling_arguments,
-    single_image_tokens,
-    takes_images,
-)
+from spearrl.rollout.protocol import Completion, Request, Sampling
+from spearrl.rollout.vllm.arguments import check_version, model_config, sampling_arguments
 from spearrl.rollout.vllm.event_loop import BackgroundEngine, versions
 from spearrl.rollout.vllm.receiver import ServerWeights
 
 CONNECT_S, HEALTH_S, ASK_S = 10.0, 5.0, 30.0
-TRIES, BETWEEN_S = 3, 0.5  # of connecting, which is all that is tried again
+RETRIES = 2  # of connecting
 GENERATE = "/inference/v1/generate"
 
 
@@ -54,20 +46,17 @@ class RemoteEngine(BackgroundEngine):
 
         config = model_config(model_dir)
         text_config = config.get("text_config", config)
-        super().__init__(name or f"server {url}", rollout.context_tokens)
+        super().__init__(name or f"server {url}", rollout.context_tokens, model_dir)
         self.url, self.asleep, self._variable = url.rstrip("/"), False, settings.token_variable
-        self._vocabulary, self._image_tokens, self.takes_images = (
-            text_config["vocab_size"],
-            image_tokens(model_dir),
-            takes_images(model_dir),
-        )
+        self._vocabulary = text_config["vocab_size"]
         token = os.environ.get(self._variable, "")
-        limits, bounds = httpx.Limits(max_connections=None), httpx.Timeout(None, connect=CONNECT_S)
+        # Connecting is tried again, with pauses; what the server may have begun is not.
+        transport = httpx.AsyncHTTPTransport(retries=RETRIES, limits=httpx.Limits(max_connections=None))
         self._client = httpx.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"} if token else {},
-            limits=limits,
-            timeout=bounds,
+            transport=transport,
+            timeout=httpx.Timeout(None, connect=CONNECT_S),
             trust_env=False,
         )
         try:
@@ -119,23 +108,16 @@ class RemoteEngine(BackgroundEngine):
         self.run(self._drop_all, ASK_S, doing="close")
         self.run(self._client.aclose, ASK_S, doing="close")
 
-    def _problem(self, request: Request) -> str | None:
-        return super()._problem(request) or request_problem(
-            request, vocabulary=self._vocabulary, context_tokens=self.context_tokens
-        )
-
     async def _complete(self, request: Request) -> Completion:
         begun = self.version
         body: dict[str, Any] = {
-            "token_ids": list(request.token_ids),
+            "token_ids": self._prompt_ids(request),
             "sampling_params": sampling_arguments(request.sampling, self._image_tokens),
         }
         if request.images:
             urls = (
                 f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}" for image in request.images
             )
-            if self._image_tokens:
-                body["token_ids"] = single_image_tokens(request.token_ids, self._image_tokens[0])
             body["content_parts"] = [{"type": "image_url", "url": url} for url in urls]
         answer = await self._ask("POST", GENERATE, body)
         try:
@@ -147,28 +129,19 @@ class RemoteEngine(BackgroundEngine):
             raise EngineError(
                 f"the server's answer has no {error}", hint=f"it must be vLLM with the route {GENERATE}"
             ) from error
-        if reply["finish_reason"] not in ("stop", "length") or len(logprobs) != len(tokens):
-            counts = f"{len(tokens)} tokens, {len(logprobs)} log-probabilities"
-            raise EngineError(f'the server ended the request with "{reply["finish_reason"]}", {counts}')
         span = versions(reply.get("weight_versions"), begun, self.version)
         return Completion(tokens, logprobs, reply["finish_reason"], *span, cached)
 
     async def _ask(self, method: str, route: str, body: dict[str, Any] | None) -> Any:
-        """Connecting is tried again; what the server may have begun is not."""
         import httpx
 
-        for attempt in range(1, TRIES + 1):
-            try:
-                response = await self._client.request(method, route, json=body)
-                break
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                if attempt == TRIES:
-                    raise EngineError(
-                        f"{self.url} cannot be reached: {error}", hint="start the server, or correct vllm.servers"
-                    ) from error
-                await asyncio.sleep(BETWEEN_S * attempt)
-            except httpx.HTTPError as error:
-                raise EngineError(f"{self.url} broke off: {type(error).__name__}: {error}") from error
+        try:
+            response = await self._client.request(method, route, json=body)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            hint = "start the server, or correct vllm.servers"
+            raise EngineError(f"{self.url} cannot be reached: {error}", hint=hint) from error
+        except httpx.HTTPError as error:
+            raise EngineError(f"{self.url} broke off: {type(error).__name__}: {error}") from error
         if response.status_code == 401:
             text = (
                 f"refuses the token in {self._variable}"

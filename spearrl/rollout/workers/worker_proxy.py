@@ -115,8 +115,7 @@ class WorkerProxy:
         """One bucket; its file travels along where the worker is on another machine."""
         if self._elsewhere and "path" in bucket:
             bucket = {**bucket, "data": Path(bucket["path"]).read_bytes()}
-        digests: dict[str, int] = self._call("take", timeout_s, bucket)
-        return digests
+        return self._call("take", timeout_s, bucket)
 
     def finish(self, version: int, timeout_s: float) -> list[int]:
         """The weights are live: from now on the worker gets episodes again."""
@@ -125,8 +124,7 @@ class WorkerProxy:
         return digests
 
     def probe(self, token_ids: list[int], timeout_s: float) -> list[float]:
-        logprobs: list[float] = self._call("probe", timeout_s, token_ids)
-        return logprobs
+        return self._call("probe", timeout_s, token_ids)
 
     def resume(self, timeout_s: float) -> None:
         self._call("resume", timeout_s)
