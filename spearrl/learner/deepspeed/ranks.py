@@ -197,9 +197,8 @@ class Ranks:
         common |= {"OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR"}
         for rank in range(1, processes):
             variables = {key: str(value) for key, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            self.children[rank] = Child(
-                "spearrl.learner", {**variables, **(environments[rank] if environments else {})}
-            )
+            variables |= environments[rank] if environments[rank:] else {}
+            self.children[rank] = Child("spearrl.learner.rank_process", variables)
         return store
 
     def _await_all(self, store: Any, size: int) -> None:
@@ -208,9 +207,7 @@ class Ranks:
         deadline, missing = time.monotonic() + limit, set(range(1, size))
         while missing:
             missing = {rank for rank in missing if not store.check([f"beat/{rank}"])}
-            dead = [
-                rank for rank in missing if rank in self.children and self.children[rank].process.poll() is not None
-            ]
+            dead = [rank for rank in missing & self.children.keys() if self.children[rank].process.poll() is not None]
             if dead or time.monotonic() > deadline:
                 what = f"did not come up in {limit:g} s (learner.timeout_s)"
                 if dead:
