@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from spearrl.errors import ConfigError
-from spearrl.models.chat_format import RESPONSE_TEMPLATE, SWITCHES, TEMPLATE, name_results
+from spearrl.models.chat_format import RESPONSE_TEMPLATE, SWITCHES, TEMPLATE, name_results, with_answers
 from spearrl.models.layouts import (
     HERMES,
     MARKS,
@@ -90,7 +90,7 @@ class ChatEncoder:
         Raises:
             ConfigError: images that the model or the template does not take. ContractError: bytes that are no image.
         """
-        key = self._key(messages)
+        key = self._key(with_answers(messages) if self._structured else messages)
         if tools:
             self._types = types_of(tools)
         return self._encode_whole(key, tools) if tools else self._whole(key)
@@ -103,6 +103,8 @@ class ChatEncoder:
         Args:
             sampled_ids: the reply as sampled; it may end with the end-of-turn token or not.
         """
+        if self._structured and any(message.role == "tool" for message in new_messages):
+            new_messages = with_answers([Message("assistant", self.reply_text(sampled_ids)), *new_messages])[1:]
         delta = self._delta(self._key(new_messages))
         last = sampled_ids[-1] if sampled_ids else None
         if last in self.stop_ids and last in delta and last == next(i for i in delta if i in self.stop_ids):

@@ -99,6 +99,16 @@ def next_prompt(
     return chat.start(conversation, tools) if grown is None else grown
 
 
+def with_answers(messages: Sequence[Message]) -> list[Message]:
+    """Messages, what follows a reply without calls said by the user: templates refuse results that nothing called."""
+    called, said = False, []
+    for message in messages:
+        if message.role == "assistant":
+            called = bool(parts_of(message.text)[2])
+        said.append(message if called or message.role != "tool" else Message("user", message.content))
+    return said
+
+
 def name_results(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Say of each tool's result which call it belongs to: several results are of the calls before them, in order."""
     calls: list[dict[str, Any]] = []

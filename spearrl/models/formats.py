@@ -3,7 +3,6 @@ result is rendered through the chat template, and the call is read back."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,15 +18,10 @@ from spearrl.models.layouts import THOUGHT as CLOSED
 from spearrl.models.renderers import INSTALL, LibraryFormat, known_models, recognised
 from spearrl.types import Message
 
-PROPERTIES = {
-    "place": {"type": "string", "description": "where"},
-    "times": {"type": "integer", "description": "how often"},
-}
-PARAMETERS = {"type": "object", "properties": PROPERTIES, "required": ["place", "times"]}
-TOOL = {
-    "type": "function",
-    "function": {"name": "look_around", "description": "Look at a place.", "parameters": PARAMETERS},
-}
+PLACE, TIMES = {"type": "string", "description": "where"}, {"type": "integer", "description": "how often"}
+PARAMETERS = {"type": "object", "properties": {"place": PLACE, "times": TIMES}, "required": ["place", "times"]}
+FUNCTION = {"name": "look_around", "description": "Look at a place.", "parameters": PARAMETERS}
+TOOL = {"type": "function", "function": FUNCTION}
 ARGUMENTS = {"place": 'the "red" room', "times": 2}
 ASKED, THOUGHT, RESULT = "what is there?", "let me look", "a lamp7"
 _ALSO = {**ARGUMENTS, "also": ["a", True, None, {"b": 1.5}]}
@@ -39,28 +33,23 @@ TRIED_CHAT: list[dict[str, Any]] = [  # by which a format of the library is reco
     {"role": "assistant", "content": "so"},
     {"role": "user", "content": "and now?"},
 ]
-WAYS_OUT = (
-    "set env.options.describe=prompt (the environment says in its own words what its tools are), or take another model"
-)
+WAYS_OUT = "set env.options.describe=prompt (the environment describes tools in its own words), or take another model"
 
 
 def probe_template(encoder: ChatEncoder, readers: Sequence[Reader] = LAYOUTS) -> tuple[Reader | None, str]:
     """Try a chat template: what reads the calls that it writes, and why tools cannot be used through it; empty: they
     can.
     """
-    asked, (prompt, _) = {"role": "user", "content": ASKED}, _render(encoder, TRIED_CHAT[:1], prompt=True)
-    said = rendered = fault = result_fault = ""
-    for arguments in (ARGUMENTS, json.dumps(ARGUMENTS)):  # a few templates take them as JSON text only
-        function = {"name": "look_around", "arguments": arguments}
-        calls = [{"type": "function", "id": "call00001", "function": function}]
-        call = {"role": "assistant", "content": "", "tool_calls": calls}
-        result = {"role": "tool", "name": "look_around", "tool_call_id": "call00001", "content": RESULT}
-        said, fault = _render(encoder, [asked, call | {"reasoning_content": THOUGHT}], prompt=False)
-        rendered, result_fault = _render(encoder, [asked, call, result], prompt=True)
-        if said:
-            break
+    asked, thought, result = TRIED_CHAT[:3]
+    function = {"name": "look_around", "arguments": ARGUMENTS}
+    calls = [{"type": "function", "id": "call00001", "function": function}]
+    call, result = {"role": "assistant", "content": "", "tool_calls": calls}, result | {"tool_call_id": "call00001"}
+    prompt, _ = _render(encoder, [asked], prompt=True)
+    said, fault = _render(encoder, [asked, thought | call], prompt=False)
+    rendered, result_fault = _render(encoder, [asked, call, result], prompt=True)
     reply = _without_end(encoder, said.rpartition(ASKED)[2].removeprefix(prompt.rpartition(ASKED)[2]))
-    reader = next((one for one in readers if _reads(one, reply)), None)
+    expected, types = [("look_around", ARGUMENTS)], types_of([TOOL])
+    reader = next((one for one in readers if parts_of(one.canonical(reply, types))[2] == expected), None)
     faults = (
         ("place" not in prompt or "look_around" not in prompt, "does not show the environment's tools"),
         (bool(fault), f"refuses tool calls: {fault}"),
@@ -226,7 +215,3 @@ def _without_end(encoder: ChatEncoder, reply: str) -> str:
     while end := next((end for end in ends if reply.rstrip().endswith(end)), ""):
         reply = reply.rstrip().removesuffix(end)
     return reply
-
-
-def _reads(layout: Reader, reply: str) -> bool:
-    return parts_of(layout.canonical(reply, types_of([TOOL])))[2] == [("look_around", ARGUMENTS)]

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from spearrl.errors import ConfigError
-from spearrl.models.chat_format import SWITCHES, name_results
+from spearrl.models.chat_format import SWITCHES, name_results, with_answers
 from spearrl.models.layouts import CLOSE, OPEN, THINK, THOUGHT, Call, named_call, parts_of, said_text, split_thought
 from spearrl.models.plain_text import PlainText
 from spearrl.models.stops import TurnEnds, find_stops
@@ -168,7 +168,7 @@ class LibraryFormat:
         """Messages as the library takes them, replies in their parts."""
         chat: list[dict[str, Any]] = []
         number = 0
-        for message in messages:
+        for message in with_answers(messages) if self._offered else messages:
             if message.images:
                 self.check_images()
             chat.append({"role": message.role, "content": self._text.hide(message.text)})

@@ -229,7 +229,11 @@ def test_a_conversation_with_tools_in_every_family_of_trl(name: str):
     conversation = [Message("user", "one"), Message("assistant", text), Message("tool", "R7")]
     whole = tokenizer.decode(encoder.start(conversation, [TOOL]))
     assert "R7" in whole and whole.count("look_around") >= 2
+    orphan = encoder.start([Message("user", "one"), Message("assistant", "no call"), Message("tool", "R7")], [TOOL])
+    assert "R7" in tokenizer.decode(orphan)
     if not encoder.rewrites_history:
+        nothing = encoder.reply_ids("no call")
+        assert encoder.extend(prompt, nothing, [Message("tool", "R7")]) == orphan
         assert tokenizer.decode(encoder.extend(prompt, reply, [Message("tool", "R7")])) == whole
 
 

@@ -102,6 +102,9 @@ def test_a_conversation_with_tools_there_and_back(name: str):
         assert "R7" in after and after.count("look_around") >= 2
         again = parse_reply(chat, chat.reply_ids("so"), grown or whole)
         assert (again.content.strip(), again.calls, again.ended) == ("so", (), True)
+    nothing = chat.reply_ids("no call")  # what comes back then is no result
+    chat.extend(prompt, nothing, [result])
+    assert "R7" in tokenizer.decode(chat.start([asked, Message("assistant", "no call"), result], [TOOL]))
     cut = parse_reply(chat, chat.reply_ids(said)[:-3], prompt)
     assert not cut.ended
 
