@@ -28,6 +28,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
@@ -125,15 +126,16 @@ class ToolEnvironment(Environment):
             return Outcome(Observation("the episode is over"), 0.0, True, info={"success": False})
         calls = read_calls(action.text)
         if not calls:
-            return self._outcome([self._guarded(self.answer_text, action.text)])
+            return self._outcome([self._guarded(partial(self.answer_text, action.text))])
         results: list[Any] = []
         ran = 0
         for tool_call in calls:
-            if isinstance(tool_call, str):
-                results.append(f"error: {tool_call}")
+            arguments = f"error: {tool_call}" if isinstance(tool_call, str) else self._arguments(tool_call)
+            if isinstance(tool_call, str) or isinstance(arguments, str):
+                results.append(arguments)
                 continue
-            ran += self._fits(tool_call)
-            result = self._guarded(self._run, tool_call)
+            ran += 1
+            result = self._guarded(partial(getattr(self, tool_call.name), **arguments))
             results.append(result)
             if isinstance(result, Done) or (isinstance(result, Outcome) and (result.terminated or result.truncated)):
                 break
@@ -151,7 +153,8 @@ class ToolEnvironment(Environment):
         whole = [tool_call for tool_call in calls if isinstance(tool_call, ToolCall)]
         if whole:
             text = "\n".join(tool_call.text for tool_call in whole) if len(whole) == len(calls) else text
-            return Action(text, valid=True, tool_calls=sum(map(self._fits, whole)))
+            fitting = sum(isinstance(self._arguments(tool_call), dict) for tool_call in whole)
+            return Action(text, valid=True, tool_calls=fitting)
         takes_text = not calls and type(self).answer_text is not ToolEnvironment.answer_text
         return Action(text if calls else reply.text.strip(), valid=takes_text and bool(reply.text.strip()))
 
@@ -186,33 +189,26 @@ class ToolEnvironment(Environment):
         """Every tool as an OpenAI-style function schema."""
         return [signature.schema(name) for name, signature in self._signatures.items()]
 
-    def _fits(self, tool_call: ToolCall) -> bool:
-        if tool_call.name not in self._signatures:
-            return False
-        try:
-            self._signatures[tool_call.name].arguments(tool_call.arguments)
-        except (ValidationError, RecursionError):
-            return False
-        return True
-
-    def _run(self, tool_call: ToolCall) -> Any:
+    def _arguments(self, tool_call: ToolCall) -> dict[str, Any] | str:
+        """What a tool is called with; a text says why it cannot be called."""
         name, signature = tool_call.name, self._signatures.get(tool_call.name)
         if signature is None:
             return f"error: there is no tool {name[:80]!r}; the tools are {', '.join(self._signatures)}"
         try:
-            arguments = signature.arguments(tool_call.arguments)
+            return signature.arguments(tool_call.arguments)
+        except RecursionError as error:
+            return f"error: RecursionError: {error}"
         except ValidationError as error:
             problems = [
                 f"{'.'.join(map(str, item['loc'])) or 'arguments'}: {item['msg']}"
                 for item in error.errors(include_url=False, include_input=False)[:4]
             ]
             return f"error: {name}: {'; '.join(problems)}; it is {signature.line(name)}"
-        return getattr(self, name)(**arguments)
 
-    def _guarded(self, function: Callable[[Any], Any], argument: Any) -> Any:
+    def _guarded(self, function: Callable[[], Any]) -> Any:
         """What a tool returned, as text unless it is a record; what it raised, as an error text."""
         try:
-            result = function(argument)
+            result = function()
             if isinstance(result, Done | Observation | Outcome | str):
                 return result
             if isinstance(result, BaseModel):

@@ -92,7 +92,7 @@ def check_environment(
     for rule in RULES:
         if rule is not interface.tasks and not checked.played:
             break  # without tasks nothing can be played
-        if rule is isolation.speed and not checked.seconds:
+        if rule is isolation.speed and not checked.seconds["step"]:
             break
         findings.append(_examine(rule, checked))
     return findings

@@ -119,11 +119,8 @@ def _cleaned(records: Iterable[Product], attributes: dict[str, Any], human: dict
         bullets = raw["small_description"]
         pricing, price = _price(raw.get("pricing"))
         yield {
-            "asin": asin,
-            "name": raw["name"],
-            "category": raw["category"],
+            **{name: raw[name] for name in ("asin", "name", "category", "product_category")},
             "query": raw["query"].lower().strip(),
-            "product_category": raw["product_category"],
             "Title": raw["name"],
             "Description": raw["full_description"],
             "BulletPoints": bullets if isinstance(bullets, list) else [bullets],

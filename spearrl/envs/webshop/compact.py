@@ -63,10 +63,8 @@ class CompactRenderer:
             As `render.show`, and the labels: what can be clicked -> the simulator's name for it.
         """
         body, labels = self._page(session)
-        choices = {}
-        for name, value in session.options.items():
-            label = self._short(session.product).value_labels.get(value, value)
-            choices[name] = f"chosen {plain_words(name)}: {label}"
+        shown = self._short(session.product).value_labels if session.options else {}
+        choices = {name: f"chosen {plain_words(name)}: {shown[value]}" for name, value in session.options.items()}
         picked = session.option_picked
         text = "invalid" if not changed else body if picked is None else choices[picked]
         instruction = f"{short_instruction(goal)}\n" if session.page == "index" and changed else ""
