@@ -12,9 +12,11 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from spearrl.errors import ContractError
 
-_ARGUMENTS = re.compile(r"^\s*(args|arguments|parameters|params):\s*$", re.IGNORECASE)
+_SECTION = re.compile(
+    r"^\s*(args|arguments|parameters|params|returns?|raises|yields?|examples?|notes?):\s*$",
+    re.IGNORECASE | re.MULTILINE,
+)
 _ARGUMENT = re.compile(r"^\s*(\w+)\s*(?:\([^)]*\))?\s*:\s*(.+)$")
-_OTHER_SECTION = re.compile(r"^\s*(returns?|raises|yields?|examples?|notes?):\s*$", re.IGNORECASE)
 
 
 class Signature:
@@ -97,22 +99,16 @@ def _source(parameter: inspect.Parameter) -> str:
 
 def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
     """The description, and what the "Args:" section says of each parameter."""
-    description: list[str] = []
+    description, *sections = _SECTION.split(text)
+    titled = zip(map(str.lower, sections[::2]), sections[1::2], strict=True)
+    arguments = next((body for title, body in titled if title.startswith(("arg", "param"))), "")
     described: dict[str, str] = {}
-    inside, name = False, ""
-    for line in text.splitlines():
-        if _ARGUMENTS.match(line):
-            inside = True
-        elif _OTHER_SECTION.match(line):
-            break
-        elif not inside:
-            description.append(line)
-        elif match := _ARGUMENT.match(line):
-            name = match[1]
-            described[name] = match[2].strip()
-        elif name and line.strip():
-            described[name] += f" {line.strip()}"
-    return "\n".join(description).strip(), described
+    for line in filter(str.strip, arguments.splitlines()):
+        if match := _ARGUMENT.match(line):
+            described[match[1]] = match[2].strip()
+        elif described:
+            described[list(described)[-1]] += f" {line.strip()}"
+    return description.strip(), described
 
 
 def _without_titles(value: Any, *, properties: bool = False) -> Any:

@@ -6,12 +6,12 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from spearrl.envs.alfworld.game import Facts, Game, Goal, compile_game, parse_problem
+from spearrl.envs.alfworld.game import Game, Source, compile_game, parse_problem
 from spearrl.envs.alfworld.generate import KINDS, household
 from spearrl.envs.text.records import read_records
 from spearrl.errors import ConfigError
@@ -28,17 +28,6 @@ TASK_LINE = re.compile(r"Your task is to: (.*?)\.(?:\\n|\"|\n)")
 SOLVABLE = re.compile(r'"solvable":\s*true')
 CACHED = 4096  # compiled games held in memory, about 30 KB each
 LAYOUTS = {"train": range(60), "valid_seen": range(60), "valid_unseen": range(60, 72)}  # generated rooms, in turn
-
-
-class Source(NamedTuple):
-    """What a game is compiled from. `record`: what the original engine needs; empty for a generated game."""
-
-    facts: Facts
-    goal: Goal
-    text: str  # of the task
-    where: str  # what errors call it
-    old: bool = False  # the grammar of the 2.1.1 files
-    record: Mapping[str, Any] = {}
 
 
 Listing = Iterator[tuple[Task, Callable[[], Source]]]
@@ -71,8 +60,7 @@ class Games:
         return self._compiled(task.split, task.id)
 
     def _compile(self, split: str, name: str) -> Game:
-        source = self.source(Task(name, split))
-        return compile_game(source.facts, source.goal, source.where, source.text, old=source.old)
+        return compile_game(self.source(Task(name, split)))
 
 
 def _packed_games(folder: Path, split: str) -> Listing:

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from spearrl.errors import ConfigError
 
@@ -32,6 +32,17 @@ class Goal:
     receptacle: str = ""
     state: str = ""
     lamp: str = ""
+
+
+class Source(NamedTuple):
+    """What a game is compiled from. `record`: what the original engine needs; empty for a generated game."""
+
+    facts: Facts
+    goal: Goal
+    task: str  # the text after "Your task is to: "
+    where: str  # what errors call it
+    old: bool = False  # the grammar of the 2.1.1 files
+    record: Mapping[str, Any] = {}
 
 
 @dataclass(slots=True, frozen=True)
@@ -92,16 +103,16 @@ def _parse_goal(text: str, where: str) -> Goal:
     raise ConfigError("the goal is none of ALFWorld's six kinds", where=where, hint=hint)
 
 
-def compile_game(facts: Facts, goal: Goal, where: str, task: str, *, old: bool = False) -> Game:
+def compile_game(source: Source) -> Game:
     """Number everything and index the facts. Raises ConfigError where a fact names something that does not exist."""
     try:
-        return _compile(facts, goal, task, old)
+        return _compile(source, source.facts)
     except (KeyError, ValueError, IndexError) as error:
         reason = f"the facts do not fit together: {error!r}"
-        raise ConfigError(reason, where=where, hint="give an unchanged ALFWorld game") from error
+        raise ConfigError(reason, where=source.where, hint="give an unchanged ALFWorld game") from error
 
 
-def _compile(facts: Facts, goal: Goal, task: str, old: bool) -> Game:
+def _compile(source: Source, facts: Facts) -> Game:
     kind_of, location_of = dict(facts["receptacleType"]), dict(facts["receptacleAtLocation"])
     # some things have no type, but a number
     type_of = {row[0]: "" for predicate in THINGS for row in facts.get(predicate, ())} | dict(facts["objectType"])
@@ -139,10 +150,10 @@ def _compile(facts: Facts, goal: Goal, task: str, old: bool) -> Game:
         lying=_grouped((pair for pair in lying if pair[1] in number_p), number_o, number_p),
         open=frozenset(number_r[identifier] for (identifier,) in facts.get("opened", ())),
         cool=frozenset(number_o[identifier] for (identifier,) in facts.get("isCool", ())),
-        goal=goal,
+        goal=source.goal,
         routes={f"go to {names[identifier]}": ("go", r, -1) for r, identifier in enumerate(receptacles)},
-        task=task,
-        old=old,
+        task=source.task,
+        old=source.old,
     )
 
 
