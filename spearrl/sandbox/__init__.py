@@ -24,32 +24,30 @@ def open_sandbox(options: SandboxOptions) -> Sandbox:
         ConfigError: there is none here, with the reason and the ways out: isolation is missing or does not hold, a
             package is not installed, the server does not answer.
     """
-    if options.kind == "fusion":
-        from spearrl.sandbox.fusion_client import FusionSandbox  # loads an HTTP client, which a jail does not need
-
-        return _tried(FusionSandbox(options))
-    if sys.platform != "linux":
+    if options.kind != "fusion" and sys.platform != "linux":
         complaint, hint = f"no sandbox on {sys.platform}: it is made of Linux namespaces", "use sandbox.kind=fusion"
         raise ConfigError(complaint, where="sandbox", hint=f"{hint} with a server")
-    if options.kind == "none":
-        if options.unsandboxed:
-            return _tried(JailedSandbox(options))
+    if options.kind == "none" and not options.unsandboxed:
         complaint = "sandbox.kind=none runs code as you, with your files and your network"
         hint = f"sandbox.unsandboxed=true, if you trust it; else {WAYS_OUT}"
         raise ConfigError(complaint, where="sandbox", hint=hint)
-    sandbox = JailedSandbox(options)
-    broken = [check for check in check_isolation(sandbox, options) if not check.held]
-    if broken:
+    if options.kind == "fusion":
+        from spearrl.sandbox.fusion_client import FusionSandbox  # loads an HTTP client, which a jail does not need
+
+        sandbox: Sandbox = FusionSandbox(options)
+    else:
+        sandbox = JailedSandbox(options)
+    if problem := _problem(sandbox, options):
         sandbox.close()
-        what = "; ".join(f"{check.what}: {check.output}" for check in broken)
-        raise ConfigError(f"isolation does not hold on this machine ({what})", where="sandbox", hint=WAYS_OUT)
+        raise ConfigError(problem, where="sandbox", hint=WAYS_OUT)
     return sandbox
 
 
-def _tried(sandbox: Sandbox) -> Sandbox:
+def _problem(sandbox: Sandbox, options: SandboxOptions) -> str | None:
+    """What a sandbox does not do as it should."""
+    if options.kind == "bubblewrap":
+        broken = [f"{check.what}: {check.output}" for check in check_isolation(sandbox, options) if not check.held]
+        return f"isolation does not hold on this machine ({'; '.join(broken)})" if broken else None
     result = sandbox.run("print(6 * 7)")
-    if result.stdout.strip() != "42":
-        sandbox.close()
-        complaint = f"the sandbox does not run code: {result.status}: {result.stderr.strip()[-500:]}"
-        raise ConfigError(complaint, where="sandbox", hint=WAYS_OUT)
-    return sandbox
+    failure = f"the sandbox does not run code: {result.status}: {result.stderr.strip()[-500:]}"
+    return None if result.stdout.strip() == "42" else failure

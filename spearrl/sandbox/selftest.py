@@ -14,14 +14,14 @@ from spearrl.sandbox.options import Sandbox, SandboxOptions
 
 NAMESPACES = ("pid", "net", "mnt", "ipc", "user")
 
-READ_FILE = """
+SNIPPETS = {
+    "files of this machine cannot be read": """
 try:
     print(open({file!r}).read())
 except OSError:
     print("held")
-"""
-
-WRITE_FILES = """
+""",
+    "nothing can be written outside /tmp": """
 import os, sys
 written = []
 for folder in ("/", "/usr", "/usr/lib", "/dev", "/home", os.path.dirname(os.__file__), *sys.path):
@@ -31,32 +31,28 @@ for folder in ("/", "/usr", "/usr/lib", "/dev", "/home", os.path.dirname(os.__fi
     except OSError:
         pass
 print(written or "held")
-"""
-
-CONNECT = """
+""",
+    "no network, this machine's own ports included": """
 import socket
 try:
     socket.create_connection(("127.0.0.1", {port}), timeout=2)
     print("connected")
 except OSError:
     print("held")
-"""
-
-COMPARE_NAMESPACES = """
+""",
+    "processes, network, mounts and users are in namespaces apart": """
 import os
 shared = [name for name, host in {namespaces!r}.items() if os.readlink("/proc/self/ns/" + name) == host]
 print(shared or "held")
-"""
-
-MAKE_NAMESPACES = """
+""",
+    "no new namespaces, no mounts": """
 import ctypes
 libc = ctypes.CDLL(None)
 refused = libc.unshare(0x10000000) < 0 and libc.unshare(0x20000) < 0
 refused = refused and libc.mount(b"none", b"/tmp", b"tmpfs", 0, None) < 0
 print("held" if refused else "made one")
-"""
-
-EXCEED_LIMITS = """
+""",
+    "memory and the number of processes are limited": """
 import resource
 kinds = (resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)
 limits = [resource.getrlimit(kind)[1] for kind in kinds]
@@ -67,15 +63,7 @@ try:
     print("more memory than the limit")
 except MemoryError:
     print("held" if min(limits) > 0 and limits[1] <= {processes} and powerless else (limits, status))
-"""
-
-SNIPPETS = {
-    "files of this machine cannot be read": READ_FILE,
-    "nothing can be written outside /tmp": WRITE_FILES,
-    "no network, this machine's own ports included": CONNECT,
-    "processes, network, mounts and users are in namespaces apart": COMPARE_NAMESPACES,
-    "no new namespaces, no mounts": MAKE_NAMESPACES,
-    "memory and the number of processes are limited": EXCEED_LIMITS,
+""",
 }
 
 
