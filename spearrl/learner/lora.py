@@ -19,10 +19,12 @@ import torch
 from spearrl.config.sections import LoraSection
 from spearrl.errors import CheckpointError, ConfigError
 from spearrl.models.vision import vision_of
-from spearrl.models.weights import Portion, TensorFiles, own_tensors, portions, write_file
+from spearrl.models.weights import Portion, TensorFiles, own_tensors, portions, whole_shape, write_file
 
 FOLDER = "adapter"  # of a checkpoint, in peft's format
 NAME = "default"  # of the adapter inside peft
+# Layers of fused experts are no linear layers; peft (0.21) would take their names for the fused weights.
+OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 TOWER = r"(.*\.)?visual\..*"  # the vision tower gets no adapters: vLLM would not sample with them
 
 
@@ -189,11 +191,13 @@ def _target_names(model: Any, targets: str) -> list[str]:
         for path, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head and not re.fullmatch(TOWER, path)
     }
+    if any(".experts." in name and len(whole_shape(p)) == 3 for name, p in model.named_parameters()):
+        linear -= OF_EXPERTS
     names = [name.strip() for name in targets.split(",") if name.strip()] or sorted(linear)
     unknown = [name for name in names if name not in linear]
     if unknown or not names:
         missing, listed = ", ".join(unknown) or "anything", ", ".join(sorted(linear)) or "none"
         text = f"no linear layer of {type(model).__name__} is called {missing}; there are {listed}"
-        hint = "name some of these (the head gets no adapter), or leave it empty for all of them"
+        hint = "name some of these (head and experts get no adapter), or leave it empty for all of them"
         raise ConfigError(text, where="learner.lora.targets", hint=hint)
     return names

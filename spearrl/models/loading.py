@@ -65,27 +65,25 @@ def model_config(path: str) -> Any:
     """transformers' configuration of a model, given by directory or name. Raises ConfigError where there is none."""
     from transformers import AutoConfig
 
-    path = str(directory_of(path, weights=False))
-    try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        hint = "give a transformers model directory"
-        raise ConfigError(f"no configuration can be read: {error}", where=path, hint=hint) from error
+    return _read(AutoConfig, path, "configuration", "the directory needs config.json")
 
 
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a model, given by directory or name. Raises ConfigError where there is none."""
     from transformers import AutoTokenizer
 
-    path = str(directory_of(path, weights=False))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no tokenizer can be loaded: {error}", where=path, hint="the directory needs tokenizer.json"
-        ) from error
-    tokenizer.vision, tokenizer.declared_stops = load_vision(path), declared_stops(path)
+    tokenizer = _read(AutoTokenizer, path, "tokenizer", "the directory needs tokenizer.json")
+    folder = str(directory_of(path))
+    tokenizer.vision, tokenizer.declared_stops = load_vision(folder), declared_stops(folder)
     return tokenizer
+
+
+def _read(kind: Any, path: str, what: str, hint: str) -> Any:
+    path = str(directory_of(path))
+    try:
+        return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no {what} can be loaded: {error}", where=path, hint=hint) from error
 
 
 def text_ids(tokenizer: Any) -> list[int]:

@@ -108,6 +108,11 @@ class Portion:
         return [made[name] for name in self.own]
 
 
+def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Also of a parameter that ZeRO-3 sharded."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
 def own_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters (tied ones once) and stored buffers by their names in the model."""
     stored = model.state_dict().keys()
@@ -124,9 +129,10 @@ def portions(model: Any, own: Mapping[str, torch.Tensor]) -> list[Portion]:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in own.items()}
+    shapes = {name: whole_shape(tensor) for name, tensor in own.items()}
     blank = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    if vision_of(model) is not None or _unchanged(blank, revert_weight_conversion(model, blank)):
+    whole = revert_weight_conversion(model, blank)
+    if vision_of(model) is not None or all(whole.get(name) is tensor for name, tensor in blank.items()):
         return [Portion((name,), {name: shape}) for name, shape in shapes.items()]
     made: list[Portion] = []
     for name, tensor in blank.items():
@@ -139,18 +145,11 @@ def portions(model: Any, own: Mapping[str, torch.Tensor]) -> list[Portion]:
         same = len(stored) == 1 and next(iter(stored.values())) is tensor
         made.append(Portion(names, {key: tuple(t.shape) for key, t in stored.items()}, None if same else model))
     for portion in made:
-        try:
-            back = portion.to_own([torch.empty(shape, device="meta") for shape in portion.stored.values()])
-        except (LookupError, RuntimeError, ValueError):
-            back = []
-        if [tuple(tensor.shape) for tensor in back] != [shapes[name] for name in portion.own]:
+        back = _converted(model, {name: torch.empty(shape, device="meta") for name, shape in portion.stored.items()})
+        if {name: tuple(t.shape) for name, t in back.items()} != {name: shapes[name] for name in portion.own}:
             text = f"transformers does not read back {portion.own[0]} of {type(model).__name__} as it writes it"
             raise ConfigError(text, where="model.path", hint="take another model")
     return made
-
-
-def _unchanged(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> bool:
-    return before.keys() == after.keys() and all(after[name] is tensor for name, tensor in before.items())
 
 
 def _converted(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -209,16 +208,13 @@ class WeightLoader:
     def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy tensors that fit into the model. What waits for others of its portion is kept as a copy."""
         for name, tensor in tensors.items():
-            portion = self._portion_of[name]
+            portion, self._pending[name] = self._portion_of[name], tensor
             self.missing.pop(name, None)
-            parts = [tensor]
-            if len(portion.stored) > 1:
-                self._pending[name] = tensor if portion.stored.keys() <= tensors.keys() else tensor.clone()
-                if not portion.stored.keys() <= self._pending.keys():
-                    continue
-                parts = [self._pending.pop(part) for part in portion.stored]
-            for target, whole in zip(portion.own, portion.to_own(parts), strict=True):
-                self.own[target].copy_(whole)
+            if portion.stored.keys() <= self._pending.keys():
+                parts = portion.to_own([self._pending.pop(part) for part in portion.stored])
+                for target, whole in zip(portion.own, parts, strict=True):
+                    self.own[target].copy_(whole)
+        self._pending |= {name: self._pending[name].clone() for name in tensors.keys() & self._pending.keys()}
 
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:

@@ -21,6 +21,7 @@ from spearrl.models import load_model
 from spearrl.trainer import Trainer
 from tests.batching.test_rows import make_rows
 from tests.learner.test_learner import RUNS, batch_of, settings, tiny
+from tests.support.families import FAMILIES, build_family, family_directory
 from tests.support.short_runs import from_model, run, stopped_and_resumed
 from tests.support.small_run import fingerprint
 
@@ -285,3 +286,26 @@ def test_a_run_with_adapters_learns(model, tmp_path):
         name.replace(".base_layer", ""): p for name, p in trainer.parts.model.named_parameters() if ".lora_" not in name
     }
     assert all(torch.equal(before[name], tensor) for name, tensor in exported.items())
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "moe" in name or name in ("phi3", "gpt_oss", "qwen3_5")])
+def test_adapters_of_other_families_are_saved_resumed_and_merged(name: str, tmp_path):
+    """In a mixture of experts they go beside the experts, which are no linear layers."""
+    folder = str(family_directory(name, tmp_path / "model"))
+    learner = updated(adapted(load_model(folder), lr=1e-3))
+    layers = {name.rsplit(".", 3)[0] for name, _ in learner.adapter_parameters()}
+    assert layers and not any(layer.endswith(("experts", "mlp.gate")) for layer in layers)
+    learner.save(tmp_path / "saved")
+    again, merged = (
+        adapted(load_model(folder), seed=8, lr=1e-3),
+        LocalLearner(load_model(str(tmp_path / "saved")), settings(), temperature=0.7),
+    )
+    again.load(tmp_path / "saved")
+    rows = make_rows(RUNS)
+    assert torch.equal(again.logprobs(rows), learner.logprobs(rows))
+    torch.testing.assert_close(merged.logprobs(rows), learner.logprobs(rows), atol=1e-4, rtol=0)
+
+
+def test_layers_named_like_those_of_fused_experts_get_no_adapters():
+    with pytest.raises(ConfigError, match="no linear layer of Glm4MoeForCausalLM is called down_proj"):
+        adapted(build_family("glm4_moe")[0], targets="q_proj,down_proj")

@@ -51,6 +51,19 @@ def test_a_learner_saved_and_loaded_goes_on_alike(name: str, tmp_path):
     assert fingerprint(other.model) == fingerprint(first.model) and first.steps == other.steps == 2
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_has_the_log_probabilities_of_a_plain_forward_whatever_it_is_padded_with(name: str):
+    model, rows = build_family(name)[0], make_rows(RUNS)
+    found = LocalLearner(model, learner_settings()).logprobs(rows)
+    for index in range(len(rows)):
+        row = rows.select(torch.tensor([index]))
+        with torch.no_grad():
+            expected = model(input_ids=row.token_ids[None]).logits[0, :-1].log_softmax(-1)
+        expected = expected.gather(1, row.token_ids[1:, None])[:, 0]
+        mask = row.action_mask[1:]
+        torch.testing.assert_close(found[index, 1 : len(row.token_ids)][mask], expected[mask], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", PLAYED)
 def test_the_engine_samples_what_the_model_says(name: str):
     """Requests that share beginnings, longer than a sliding window, turns that go on from a cache."""

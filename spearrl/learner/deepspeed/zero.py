@@ -14,6 +14,7 @@ import torch
 from spearrl.config.sections import LearnerSection
 from spearrl.errors import CheckpointError, ConfigError
 from spearrl.models import load_model
+from spearrl.models.weights import whole_shape
 
 BUCKET = 50_000_000  # numbers per collective
 PERSISTENT = 100_000  # ZeRO-3 keeps smaller parameters whole on a GPU
@@ -77,6 +78,8 @@ def load_sharded(path: str, config: dict[str, Any]) -> Any:
     alive = HfDeepSpeedConfig(config)  # while this object lives, transformers shards what it loads
     model = load_model(path, dtype=dtype)
     del alive
+    # Elsewhere transformers remembers only those that the directory's names needed (5.17): it saves by them.
+    model._weight_conversions = [one for one in getattr(model, "_weight_conversions", ()) if one.was_used()]
     return model
 
 
@@ -118,11 +121,11 @@ class Moments:
 
         master = key == "master"
         full = safe_get_full_fp32_param(parameter) if master else safe_get_full_optimizer_state(parameter, key)
-        return full.view(_shape(parameter))
+        return full.view(whole_shape(parameter))
 
     def write(self, parameter: torch.nn.Parameter, key: str, value: torch.Tensor) -> None:
         """The inverse of `read`, with the same value on every rank. Raises CheckpointError for another shape."""
-        shape = _shape(parameter)
+        shape = whole_shape(parameter)
         if tuple(value.shape) != shape:
             text = f"a stored {key} is {list(value.shape)}; the parameter is {list(shape)}"
             raise CheckpointError(text, hint="load it with the model it was saved with")
@@ -172,9 +175,4 @@ class Moments:
         from deepspeed.utils import safe_set_full_grad
 
         parameter = next(p for p in self.engine.module.parameters() if p.requires_grad)
-        safe_set_full_grad(parameter, torch.full(_shape(parameter), torch.nan, device=self.engine.device))
-
-
-def _shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """Of the whole parameter."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+        safe_set_full_grad(parameter, torch.full(whole_shape(parameter), torch.nan, device=self.engine.device))
