@@ -68,6 +68,7 @@ BREAKERS = [
     ("ListOfIds", "episode", "fail", "allowed_ids is [1, 2]"),
     ("TextObservation", "episode", "fail", "reset() returned str"),
     ("NoMessages", "episode", "fail", "messages() returned []"),
+    ("HiddenPictures", "episode", "fail", "holds pictures, and shows_images is False"),
     ("EmptyWindow", "episode", "fail", "window() returned messages without content"),
     ("OddTools", "episode", "fail", "tools() returned"),
     ("CrashingStep", "episode", "fail", "it raised KeyError: 'shelf'"),

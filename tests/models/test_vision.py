@@ -107,6 +107,8 @@ def test_a_template_that_leaves_pictures_out_is_refused():
     tokenizer.chat_template = tokenizer.chat_template.replace("<|image_pad|>", "")
     with pytest.raises(ConfigError, match="shows 0 of 1 pictures"):
         ChatEncoder(tokenizer).start([user("look", picture(1))])
+    with pytest.raises(ConfigError, match="shows 0 of 1 pictures"):
+        ChatEncoder(tokenizer).check_images()
 
 
 class Conversation:

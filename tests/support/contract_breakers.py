@@ -11,6 +11,7 @@ import random
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import numpy as np
@@ -18,7 +19,7 @@ from pydantic import Field
 
 from spearrl.envs import Done, Environment, ToolEnvironment, tool
 from spearrl.errors import ConfigError
-from spearrl.types import Action, Message, Observation, Outcome, Reply, Task
+from spearrl.types import Action, Image, Message, Observation, Outcome, Reply, Task
 
 counter = itertools.count()
 
@@ -146,6 +147,11 @@ class TextObservation(Sound):
 class NoMessages(Sound):
     def messages(self, observation, turn):
         return [] if turn else super().messages(observation, turn)
+
+
+class HiddenPictures(Sound):
+    def show(self):
+        return replace(super().show(), images=(Image(b"png"),))
 
 
 class EmptyWindow(Sound):

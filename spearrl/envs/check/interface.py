@@ -90,6 +90,8 @@ def episode(checked: CheckedEnvironment) -> str:
         window = checked.call(f"window, task {task.id}", partial(env.window, [], observation, task))
         if window is not None:
             check_messages(window, "window()")
+        seen, fix = "an observation holds pictures, and shows_images is False", "set shows_images = True on the class"
+        require(not observation.images or env.shows_images, seen, fix)
         turns += 1
     schemas = checked.call("tools", env.tools)
     sound = isinstance(schemas, list) and all(isinstance(s, dict) and s.get("type") == "function" for s in schemas)
