@@ -43,20 +43,17 @@ def nearest(key: Key) -> str:
     elsewhere = [text for text, k in known.items() if k[-1] == name]
     near = difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.75)
     corrected = (*parent, *near, *key[len(parent) + 1 :])
-    if corrected in leaves():
-        meant = [dotted(corrected)]
-    elif name in ALIASES and not any(_close(key, known[text]) for text in elsewhere):
-        meant = ALIASES[name]
-    elif elsewhere:
-        meant = elsewhere[:2]
-    elif near:
-        meant = [dotted((*parent, *near))]
-    elif alias := [part for part in reversed(key[len(parent) :]) if part in ALIASES] or _alias(name) or _alias(wrong):
-        meant = ALIASES[alias[0]]
-    else:
-        sibling = difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.55)
-        anywhere = difflib.get_close_matches(dotted(key)[:160], known, n=1, cutoff=0.7)
-        meant = anywhere or [dotted((*parent, name)) for name in sibling]
+    aliases = [part for part in reversed(key[len(parent) :]) if part in ALIASES] or _alias(name) or _alias(wrong)
+    guesses = (
+        [dotted(corrected)] if corrected in leaves() else [],
+        ALIASES.get(name, []) if not any(_close(key, known[text]) for text in elsewhere) else [],
+        elsewhere[:2],
+        [dotted((*parent, *near))] if near else [],
+        ALIASES[aliases[0]] if aliases else [],
+        difflib.get_close_matches(dotted(key)[:160], known, n=1, cutoff=0.7),
+        [dotted((*parent, sibling)) for sibling in difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.55)],
+    )
+    meant = next(filter(None, guesses), [])
     if meant:
         return f"did you mean {' or '.join(_described(known[text]) for text in meant)}?"
     where = f"{dotted(parent)} has" if parent else "the sections are"

@@ -83,7 +83,7 @@ def place(config: RunConfig, machine: Machine, *, derive: Collection[str] = (), 
     colocated = _colocated(config, total, per_machine)
     learner, engines, workers = _deal(config, machine, total, derive, colocated=colocated)
     for key, value in (("learner.processes", len(learner)), ("rollout.workers", workers)):
-        if key in derive and value != _value(config, key):
+        if key in derive and config.with_settings({key: value}) != config:
             derived[key] = value
     config = config.with_settings(derived)
     resident = resident_bytes(config, parameters)
@@ -114,11 +114,6 @@ def resident_bytes(config: RunConfig, parameters: int, *, stage: int | None = No
     if learner.lora.rank:
         sizes = (sizes[0], 0, 0)
     return round(parameters * sum(size / shard for size, shard in zip(sizes, shards, strict=True)))
-
-
-def _value(config: RunConfig, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name)
 
 
 def _total(config: RunConfig, machine: Machine) -> int:
