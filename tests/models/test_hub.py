@@ -179,7 +179,7 @@ def test_weights_come_only_once_the_format_is_known_to_do(hub: Hub, tmp_path: Pa
     with pytest.raises(ConfigError, match="does not show the environment's tools"):
         Trainer(from_model(Path(NAME), tmp_path / "runs", *tools))
     assert "tokenizer.json" in hub.downloaded()
-    assert not (tmp_path / "runs").exists() and main(["doctor", "--model", NAME]) == 0
+    assert not (tmp_path / "runs").exists() and main(["doctor", "--model", NAME, "--format", "template"]) == 0
     assert not any("model.safetensors" in path for _, path, _ in hub.asked)
     assert directory_of(NAME).is_dir() and any("model.safetensors" in path for _, path, _ in hub.asked)
 
