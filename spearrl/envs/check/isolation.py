@@ -12,6 +12,7 @@ import pickle
 import statistics
 import subprocess
 import sys
+from contextlib import suppress
 
 from spearrl.envs.check.checked_environment import (
     TURNS,
@@ -21,6 +22,7 @@ from spearrl.envs.check.checked_environment import (
     require,
 )
 from spearrl.envs.check.guards import GlobalRandom, no_network
+from spearrl.envs.check.interface import tasks
 from spearrl.envs.pool import open_pool
 from spearrl.errors import ConfigError, ContractError, EnvironmentFault
 from spearrl.processes import child_environment
@@ -51,7 +53,7 @@ def processes(checked: CheckedEnvironment) -> str:
     request = {name: getattr(checked, name) for name in REQUEST}
     answers = []
     for hash_seed in ("1", "2"):
-        command = [sys.executable, "-m", "spearrl.envs.check.traces"]
+        command = [sys.executable, "-c", f"from {__name__} import traces; traces()"]
         env = {**child_environment(), "PYTHONHASHSEED": hash_seed}
         told = json.dumps(request, default=str)
         child = subprocess.run(command, input=told, capture_output=True, text=True, env=env, timeout=CHILD_S)
@@ -66,6 +68,22 @@ def processes(checked: CheckedEnvironment) -> str:
         fix = "sort what comes from a set; do not use hash(), id() or the time"
         require(not where, f"two processes differ on task {task_id}, {where}", fix)
     return "two fresh processes play the same episodes"
+
+
+def traces() -> None:
+    """Play the tasks of a request, JSON on standard input, and print ids and episodes as one line of JSON."""
+    request = json.load(sys.stdin)
+    output, sys.stdout = sys.stdout, sys.stderr  # an environment may print
+    checked = CheckedEnvironment(**request)
+    with suppress(BrokenRule):  # the rule `tasks` has said it already
+        tasks(checked)
+    splits = dict.fromkeys(task.split for task in checked.played)
+    answer = {
+        "tasks": [[task.id for task in checked.root.tasks(split)][:1000] for split in splits],
+        "ids": [task.id for task in checked.played],
+        "traces": [checked.play(checked.spawn(), task) for task in checked.played],
+    }
+    output.write(json.dumps(answer) + "\n")
 
 
 def task_data(checked: CheckedEnvironment) -> str:

@@ -184,7 +184,6 @@ class ThreadPool(WorkerPool):
     def __init__(self, environment: Environment, **settings: Any):
         super().__init__(environment, **settings)
         self._calls: SimpleQueue[PoolCall | None] = SimpleQueue()  # one queue for all
-        self._names = count()
 
     def discard(self, slot: PooledSlot) -> None:
         """Close a slot, in a worker: closing may block, and wait for a call that hangs."""
@@ -195,7 +194,7 @@ class ThreadPool(WorkerPool):
 
     async def _call(self, slot: PooledSlot, method: str, arguments: tuple[Any, ...], what: str) -> Any:
         call = PoolCall(partial(getattr(slot.slot, method), *arguments), what)
-        workers = self._started(lambda: ThreadWorker(f"env-{next(self._names)}"), self._calls)
+        workers = self._started(ThreadWorker, self._calls)
         return (await self._submit(workers[0], call))[0]
 
 

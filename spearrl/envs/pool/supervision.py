@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -77,24 +76,18 @@ class RestartBudget:
 
 
 class ThreadWorker:
-    """Runs calls (functions without arguments) in one daemon thread; a thread that hangs is left behind."""
-
-    def __init__(self, name: str):
-        self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
-        self._results: deque[Future[Any]] = deque()
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+    """Runs each call (a function without arguments) in a daemon thread; one that hangs is left behind."""
 
     def send(self, payloads: list[Any]) -> None:
-        for payload in payloads:
-            self._results.append(Future())
-            self._calls.put((payload, self._results[-1]))
+        (function,) = payloads  # a thread has one call at a time
+        self._result: Future[Any] = Future()
+        threading.Thread(target=_resolve, args=(function, self._result), name="env-step", daemon=True).start()
 
     def receive(self, deadline_s: float) -> Any:
-        result = self._results.popleft()
         try:
-            return result.result(deadline_s)
+            return self._result.result(deadline_s)
         except TimeoutError as error:
-            if result.done():  # the environment's own TimeoutError
+            if self._result.done():  # the environment's own TimeoutError
                 raise
             raise CallTimeout(f"no answer within {deadline_s:g} s") from error
 
@@ -102,17 +95,16 @@ class ThreadWorker:
         return True
 
     def kill(self) -> None:
-        self._calls.put(None)
+        """A thread cannot be ended."""
 
     stop = interrupt = kill
 
-    def _run(self) -> None:
-        while (item := self._calls.get()) is not None:
-            function, result = item
-            try:
-                result.set_result(function())
-            except BaseException as error:
-                result.set_exception(error)
+
+def _resolve(function: Callable[[], Any], result: Future[Any]) -> None:
+    try:
+        result.set_result(function())
+    except BaseException as error:
+        result.set_exception(error)
 
 
 class ProcessWorker:

@@ -172,8 +172,8 @@ class Search(TextEnvironment[Task]):
 
     def format(self, text: str) -> str:
         """The reply that `parse` turns into `search …` or `answer …`."""
-        tagged = self._tagged and PLAIN_ACTION.fullmatch(text)
-        return f"<think>{self.thought}</think>{self._tags(text)}" if tagged else text
+        tags = self._tags(text)
+        return text if tags == text else f"<think>{self.thought}</think>{tags}"
 
     def expert(self) -> str | None:
         """The next step of one who looks things up link by link, in the embedded world.
