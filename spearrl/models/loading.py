@@ -73,13 +73,13 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = _read(AutoTokenizer, path, "tokenizer", "the directory needs tokenizer.json")
-    folder = str(directory_of(path))
+    folder = str(directory_of(path, weights=False))
     tokenizer.vision, tokenizer.declared_stops = load_vision(folder), declared_stops(folder)
     return tokenizer
 
 
 def _read(kind: Any, path: str, what: str, hint: str) -> Any:
-    path = str(directory_of(path))
+    path = str(directory_of(path, weights=False))
     try:
         return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
