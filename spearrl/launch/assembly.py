@@ -80,7 +80,7 @@ class Assembly:
     @property
     def model(self) -> Any:
         """The trained model, where it is whole in this process."""
-        return self.learner.model  # type: ignore[attr-defined]
+        return self.learner.model
 
     def sleep_engines(self) -> None:
         """Before the learner works: engines that share its GPUs give their memory back, until the next `publish`."""
@@ -217,7 +217,7 @@ def assemble(
         stack.callback(learner.close)
         if placement.colocated:  # a cold start's memory; an engine takes its share as it starts
             learner.release()
-        model = own or (learner.model if one_process else wiring.address)  # type: ignore[attr-defined]
+        model = own or (learner.model if one_process else wiring.address)
         bridge: Publisher  # made after the workers, which ask for weights only once episodes are played
         players = wiring.players(model, on_start=lambda receiver: bridge.catch_up(receiver))
         if one_process and players.engine is not None:

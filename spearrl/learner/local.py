@@ -18,12 +18,12 @@ from spearrl.learner.loss_inputs import LossInputs, Share, Tally
 from spearrl.learner.optimizer import load_optimizer, make_optimizer, save_optimizer, set_rate
 from spearrl.learner.passes import Outputs, Passes
 from spearrl.learner.policy import Policy, use_bf16
-from spearrl.learner.updates import BaseLearner
+from spearrl.learner.protocol import Learner
 from spearrl.models import save_weights
 from spearrl.models.weights import load_weights
 
 
-class LocalLearner(BaseLearner):
+class LocalLearner(Learner):
     """Trains a transformers causal language model in place.
 
     Args:

@@ -7,14 +7,22 @@ padded to the T tokens of the longest, and position t holding the value of (not:
 
 from __future__ import annotations
 
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 
 from spearrl.batching import Batch, Rows
+from spearrl.config.sections import LearnerSection
+from spearrl.errors import ContractError
+from spearrl.learner.lora import FOLDER, save_adapters
+from spearrl.learner.loss_inputs import Share, Tally, split_objectives
+from spearrl.learner.minibatches import plan
+from spearrl.learner.optimizer import learning_rate
 from spearrl.losses import Objective
 
 
@@ -33,8 +41,22 @@ class UpdateResult:
     skipped: int
 
 
-class Learner(Protocol):
-    """Owns the trained parameters, their optimiser state, and the critic and the reference model if there are any."""
+class Learner(ABC):
+    """Owns the trained parameters, their optimiser state, and the critic and the reference model if there are any.
+
+    Counts optimiser steps and gives each its rows and its rate; passes and parameters are a subclass's.
+
+    Args:
+        total_steps: optimiser steps over which the rate falls to 0, by the schedule `decay`; None: it stays.
+        joint: on-policy and replayed rows share optimiser steps.
+    """
+
+    model: Any  # transformers' model, with its config
+    has_reference: bool
+    has_critic: bool
+
+    def __init__(self, settings: LearnerSection, *, total_steps: int | None, decay: str, joint: bool):
+        self.settings, self.total_steps, self.decay, self.joint, self.steps = settings, total_steps, decay, joint, 0
 
     def logprobs(self, rows: Rows, *, reference: bool = False) -> torch.Tensor:
         """Log-probabilities in nats of action tokens, [B, T] on the CPU, float32 or wider; 0 elsewhere, no gradient.
@@ -47,7 +69,10 @@ class Learner(Protocol):
         Raises:
             ContractError: the learner has no reference model, or the rows hold images that the model does not take.
         """
-        ...
+        if reference and not self.has_reference:
+            hint = "build it with reference="
+            raise ContractError("this learner has no reference model", where="Learner.logprobs", hint=hint)
+        return self._predict(rows, reference=reference, values=False)
 
     def values(self, rows: Rows) -> torch.Tensor:
         """The critic's values, in units of reward, [B, T] on the CPU; 0 where there is no action token, no gradient.
@@ -57,7 +82,9 @@ class Learner(Protocol):
         Raises:
             ContractError: the learner has no critic.
         """
-        ...
+        if not self.has_critic:
+            raise ContractError("this learner has no critic", where="Learner.values", hint="build it with critic=")
+        return self._predict(rows, reference=False, values=True)
 
     def update(
         self, on_policy: Batch, replay: Batch | None, *, gamma: float, objectives: Sequence[Objective], seed: int
@@ -79,7 +106,24 @@ class Learner(Protocol):
             ContractError: an objective needs a tensor that its batch lacks.
             WorkerError: a process of the learner died, failed or did not answer; no call is accepted afterwards.
         """
-        ...
+        started, tally, skipped, before = time.monotonic(), Tally(), 0, self.steps
+        on_objectives, replay_objectives = split_objectives(objectives, gamma)
+        if not replay_objectives:
+            replay = None
+        parts = ((on_policy, on_objectives), (replay, replay_objectives))
+        for shares in plan(*parts, self.settings, joint=self.joint, seed=seed):
+            fresh = self.steps == before
+            made = self._step([replace(share, current=share.current and fresh) for share in shares], tally)
+            self.steps += made
+            skipped += not made
+        tokens = sum(len(batch.rows.token_ids) for batch in (on_policy, replay) if batch is not None)
+        metrics = tally.means() | {
+            "policy/updates": float(self.steps - before),
+            "policy/lr": self._rate(max(0, self.steps - 1)),
+            "update/tokens": float(tokens),
+            "update/seconds": time.monotonic() - started,
+        }
+        return UpdateResult(metrics, skipped)
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of every weight once: tied ones under their first name, adapters merged, none of the critic.
@@ -87,8 +131,13 @@ class Learner(Protocol):
         Names and shapes are those of a transformers model directory; tensors are whole and without gradient. They stay
         valid after the next one was taken, until the next update. All processes of the learner take part.
         """
-        ...
+        return self._weights(adapters=False)
 
+    def adapter_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of every weight of the adapters, as named in peft's files; none without adapters."""
+        return self._weights(adapters=True)
+
+    @abstractmethod
     def probe(self, token_ids: Sequence[int], dtype: torch.dtype | None = None) -> list[float]:
         """Log-probabilities in nats of token_ids[1:], each given the tokens before it, at temperature 1.
 
@@ -97,15 +146,14 @@ class Learner(Protocol):
         Args:
             dtype: to compute in (autocast), as an engine of that type does; None: in that of the weights.
         """
-        ...
 
+    @abstractmethod
     def export(self, folder: str | Path) -> None:
         """Write the weights as a transformers model directory, without the tokenizer."""
-        ...
 
     def export_adapter(self, folder: str | Path) -> None:
         """Write the adapters alone, as a directory of peft's format (`learner.lora.rank` above 0)."""
-        ...
+        save_adapters(Path(folder), self.model, dict(self.adapter_parameters()))
 
     def save(self, folder: str | Path) -> None:
         """Write everything an update depends on into an existing folder, as safetensors and JSON.
@@ -113,20 +161,46 @@ class Learner(Protocol):
         That is the weights (as `export`), the adapters below `adapter`, and below `training` the optimiser's state, the
         critic, and the number of optimiser steps made.
         """
-        ...
+        folder = Path(folder)
+        self.export(folder)
+        if self.settings.lora.rank:
+            self.export_adapter(folder / FOLDER)
+        self._save_training(folder)
 
+    @abstractmethod
     def load(self, folder: str | Path) -> None:
         """Restore exactly what `save` wrote: the next update is the one that would have followed.
 
         Raises:
             CheckpointError: files are missing or damaged, or belong to another model or other settings.
         """
-        ...
 
+    @abstractmethod
     def release(self) -> None:
         """Give device memory that is not in use back to the driver, for engines on the same device."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """End the learner's other processes. Nothing may be called afterwards."""
-        ...
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(step, self.settings, self.total_steps, decay=self.decay)
+
+    @abstractmethod
+    def _predict(self, rows: Rows, *, reference: bool, values: bool) -> torch.Tensor:
+        """[B, T] log-probabilities (or values) of action tokens, 0 elsewhere."""
+
+    @abstractmethod
+    def _step(self, shares: list[Share], tally: Tally) -> bool:
+        """One optimiser step on these shares at the rate of step `self.steps`.
+
+        Returns False where it was left out, because the loss or the gradient is not finite.
+        """
+
+    @abstractmethod
+    def _weights(self, *, adapters: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every weight of the model directory (or of the adapters), under its name there."""
+
+    @abstractmethod
+    def _save_training(self, folder: Path) -> None:
+        """Write the optimiser's state, the critic and the number of optimiser steps made."""

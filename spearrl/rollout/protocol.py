@@ -73,7 +73,6 @@ class Engine(Protocol):
 
     async def generate(self, request: Request) -> Completion:
         """Raises EngineError where the request cannot be served."""
-        ...
 
     async def cancel(self, request_id: tuple[int, ...]) -> None: ...
 
@@ -83,7 +82,6 @@ class Engine(Protocol):
 
     def publish(self, version: int) -> None:
         """The parameters shared with the learner changed in place; nothing cached before may be used again."""
-        ...
 
     def health(self) -> bool: ...
 

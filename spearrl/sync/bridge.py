@@ -56,11 +56,9 @@ class SharedEngine(Protocol):
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy them into a model of the engine's own."""
-        ...
 
     def publish(self, version: int) -> None:
         """The parameters changed in place; nothing cached before may be used again."""
-        ...
 
 
 class InProcess:

@@ -28,41 +28,34 @@ class Receiver(Protocol):
 
     def pause(self, timeout_s: float) -> None:
         """Freeze generation; requests in flight stay."""
-        ...
 
     def begin(self, plan: dict[str, Any], timeout_s: float) -> None:
         """Open an update: {"version", "transport", "digest"}, with "init" where a connection to the trainer has to be
         made first.
         """
-        ...
 
     def take(self, bucket: dict[str, Any], timeout_s: float) -> dict[str, int]:
         """Load {"path": a safetensors file}, {"update": what vLLM's transfer engine wants} or {"adapter": a folder};
         digests of what was received.
         """
-        ...
 
     def finish(self, version: int, timeout_s: float) -> list[int]:
         """Make the weights live and flush every cache; a digest of the loaded weights for each shard, where the plan
         calls for it.
         """
-        ...
 
     def probe(self, token_ids: list[int], timeout_s: float) -> list[float]:
         """Log-probabilities at temperature 1 of token_ids[1:], each given what precedes it; of a receiver that is not
         paused.
         """
-        ...
 
     def resume(self, timeout_s: float) -> None: ...
 
     def sleep(self) -> None:
         """Give device memory back, weights included; nothing to do where there is none."""
-        ...
 
     def wake(self) -> None:
         """Take memory for weights again; `finish` takes that of the caches."""
-        ...
 
 
 Phases = Sequence[tuple[str, Callable[[Receiver], Any]]]  # what is done, in words, and by which call

@@ -24,7 +24,7 @@ from spearrl.learner.deepspeed.zero import numel, require
 from spearrl.learner.loss_inputs import LossInputs, Share, Tally
 from spearrl.learner.minibatches import deal
 from spearrl.learner.optimizer import MASTER, STATE, named_state, save_counters
-from spearrl.learner.updates import BaseLearner
+from spearrl.learner.protocol import Learner
 from spearrl.models.vision import vision_of
 from spearrl.models.weights import write_tensors
 from spearrl.sync.buckets import grouped
@@ -32,7 +32,7 @@ from spearrl.sync.buckets import grouped
 BUCKET_BYTES = 512 << 20  # gathered at a time
 
 
-class DeepSpeedLearner(BaseLearner):
+class DeepSpeedLearner(Learner):
     """Front end of `settings.processes` ranks, of which this process is rank 0. One at a time in a process; close it.
 
     Args:

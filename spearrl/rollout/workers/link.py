@@ -17,22 +17,18 @@ class Link(Protocol):
 
     def send(self, data: bytes) -> None:
         """Raises ConnectionError where the worker is gone."""
-        ...
 
     def receive(self) -> bytes:
         """The next message, however long it takes.
 
         Raises ConnectionError where the worker is gone; `kill` from another thread has that effect.
         """
-        ...
 
     def kill(self) -> None:
         """End the worker and everything it started. May be called again."""
-        ...
 
     def ending(self) -> str:
         """Exit status and last log lines, once it has ended."""
-        ...
 
 
 Launcher = Callable[[int], Link]  # starts the worker of an index
