@@ -27,7 +27,7 @@ from spearrl.start.transcripts import Transcript
 from spearrl.types import Action, Group, Message, Trajectory, Turn
 
 LOG = logging.getLogger(__name__)
-REPORT_UPDATES = 50  # optimiser steps between two reports
+REPORT_UPDATES, REPORT_S = 50, 10.0  # optimiser steps, or seconds, between two reports
 
 
 @dataclass
@@ -138,7 +138,7 @@ def fit(
         total_steps=len(batches),
         decay=settings.decay,
     )
-    objectives, start, tokens, loss = [Objective("sft")], time.monotonic(), 0, math.nan
+    objectives, start, tokens, loss, told = [Objective("sft")], time.monotonic(), 0, math.nan, 0.0
     for number, indices in enumerate(batches, 1):
         batch = _batch(examples, indices)
         if not bool(batch.action_mask.any()):  # nothing here to imitate
@@ -147,8 +147,9 @@ def fit(
         LOG.info("cold start: update %d of %d, loss %.3f", number, len(batches), loss)
         result = learner.update(batch, None, gamma=0.0, objectives=objectives, seed=derive(seed, "sft", number))
         loss = result.metrics.get("sft/loss", math.nan)
-        if number % REPORT_UPDATES == 0 or number == len(batches):
-            seconds = time.monotonic() - start
+        seconds = time.monotonic() - start
+        if number % REPORT_UPDATES == 0 or number == len(batches) or seconds - told >= REPORT_S:
+            told = seconds
             progress = {"update": number, "updates": len(batches), "loss": loss}
             report(progress | {"tokens_per_s": tokens / seconds, "seconds": seconds})
 
