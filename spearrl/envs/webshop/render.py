@@ -74,14 +74,13 @@ def _item(product: Product, clicked: Collection[str], show_attrs: bool) -> Itera
 
 def _sub_page_texts(session: ShopSession) -> list[str]:
     product = session.product
-    if session.page == "description":
-        return [product["Description"]] if product["Description"] else []
-    if session.page == "features":
-        return [f" {bullet}" for bullet in product["BulletPoints"]]
-    if session.page == "attributes":
-        kinds = (product["category"], product["query"], product["product_category"])
-        return [*(f" {attribute}" for attribute in product["Attributes"]), *kinds]
-    return []
+    kinds = [product[name] for name in ("category", "query", "product_category")]
+    texts = {
+        "description": [product["Description"]] if product["Description"] else [],
+        "features": [f" {bullet}" for bullet in product["BulletPoints"]],
+        "attributes": [*(f" {attribute}" for attribute in product["Attributes"]), *kinds],
+    }
+    return texts.get(session.page, [])
 
 
 def _done_texts(session: ShopSession, score: float | None) -> list[str]:
