@@ -55,9 +55,9 @@ def near(*numbers: float):
 
 def three_episodes(style: str):
     """spear.md 10.3: two wins of 3 and 2 turns (one action invalid), a failure of 2; 2, 1 and 3 tokens a reply."""
-    first = [turn(2, seen="s0"), turn(1, seen="s1"), turn(3, 10.0, seen="s2")]
-    second = [turn(1, seen="s0"), turn(2, 10.0, seen="s1", valid=False)]
-    third = [turn(2, seen="s0"), turn(2, seen="s3")]
+    first = [turn(2, state="s0"), turn(1, state="s1"), turn(3, 10.0, state="s2")]
+    second = [turn(1, state="s0"), turn(2, 10.0, state="s1", valid=False)]
+    third = [turn(2, state="s0"), turn(2, state="s3")]
     made = zip((first, second, third), (Status.SUCCESS, Status.SUCCESS, Status.FAILURE), strict=True)
     return grouped(*(episode(i, 0, turns, status, style=style) for i, (turns, status) in enumerate(made)))
 

@@ -85,15 +85,15 @@ def test_logprobs_are_those_of_the_model():
     for tied in (True, False):
         learner = LocalLearner(tiny(tied=tied), settings(), temperature=0.5)
         rows = make_rows(RUNS)
-        found = learner.logprobs(rows)
+        computed = learner.logprobs(rows)
         for b in range(len(rows)):
             ids = rows.token_ids[rows.offsets[b] : rows.offsets[b + 1]]
             with torch.no_grad():
                 exact = (learner.model(input_ids=ids[None]).logits[0].double() / 0.5).log_softmax(-1)
             for t in range(1, len(ids)):
                 expected = float(exact[t - 1, ids[t]]) if rows.padded_mask[b, t] else 0.0
-                assert float(found[b, t]) == pytest.approx(expected, abs=2e-5)
-        assert found.shape == (len(rows), rows.width) and not found.requires_grad
+                assert float(computed[b, t]) == pytest.approx(expected, abs=2e-5)
+        assert computed.shape == (len(rows), rows.width) and not computed.requires_grad
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -276,13 +276,13 @@ def test_values_are_those_of_the_state_before_each_token():
     learner = LocalLearner(tiny().double(), settings(), critic=ValueHead(16, 3).double())
     torch.nn.init.normal_(learner.critic.outer.weight, generator=torch.Generator().manual_seed(1))
     rows = make_rows(RUNS)
-    found = learner.values(rows)
+    computed = learner.values(rows)
     for b in range(len(rows)):
         ids = rows.token_ids[rows.offsets[b] : rows.offsets[b + 1]]
         states = learner.model.base_model(input_ids=ids[None]).last_hidden_state[0]
         expected = learner.critic(states).detach()
         for t in range(1, len(ids)):
-            assert float(found[b, t]) == pytest.approx(
+            assert float(computed[b, t]) == pytest.approx(
                 float(expected[t - 1]) if rows.padded_mask[b, t] else 0.0, abs=1e-9
             )
 
@@ -318,7 +318,7 @@ def test_gradient_equals_plain_autograd():
     learner = double(micro_batch_tokens=30)
     rows = make_rows(RUNS)
     batch = batch_of(rows, learner, shift=0.3)
-    found = gradient(learner, batch, None, [Objective("policy", clip_high=0.28, weight=2.0)])
+    computed = gradient(learner, batch, None, [Objective("policy", clip_high=0.28, weight=2.0)])
     learner.model.zero_grad()
     logits = learner.model(input_ids=rows.pad(rows.token_ids)).logits / 0.7
     logprobs = _own_logprobs(logits, rows)
@@ -326,7 +326,7 @@ def test_gradient_equals_plain_autograd():
     surrogate = torch.minimum(ratio * batch.advantages, ratio.clamp(0.8, 1.28) * batch.advantages)
     (-2.0 * surrogate[rows.padded_mask].mean()).backward()
     expected = torch.cat([p.grad.flatten() for p in learner.model.parameters()])
-    assert float((found - expected).norm()) <= 1e-7 * float(expected.norm())
+    assert float((computed - expected).norm()) <= 1e-7 * float(expected.norm())
 
 
 def _own_logprobs(logits: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -516,10 +516,10 @@ def _bigger() -> LocalLearner:
 
 def test_norms_and_biases_are_not_decayed():
     learner = LocalLearner(tiny(), settings(weight_decay=0.5))
-    decayed, kept = learner.optimizer.param_groups
+    decayed, undecayed = learner.optimizer.param_groups
     assert decayed["weight_decay"] == 0.5 and all(p.ndim >= 2 for p in decayed["params"])
-    assert kept["weight_decay"] == 0.0 and all(p.ndim == 1 for p in kept["params"])
-    assert len(decayed["params"]) + len(kept["params"]) == len(list(learner.full_parameters()))
+    assert undecayed["weight_decay"] == 0.0 and all(p.ndim == 1 for p in undecayed["params"])
+    assert len(decayed["params"]) + len(undecayed["params"]) == len(list(learner.full_parameters()))
 
 
 def test_gradient_norm_is_clipped():
@@ -527,16 +527,16 @@ def test_gradient_norm_is_clipped():
     norms = []
     for bound in (1e9, 0.01):
         learner = LocalLearner(tiny(), settings(grad_clip=bound))
-        seen: list[float] = []
+        clipped: list[float] = []
         step = learner.optimizer.step
-        learner.optimizer.step = lambda step=step, learner=learner, seen=seen: (
-            seen.append(_grad_norm(learner)),
+        learner.optimizer.step = lambda step=step, learner=learner, clipped=clipped: (
+            clipped.append(_grad_norm(learner)),
             step(),
         )
         metrics = learner.update(
             batch_of(rows, learner), None, gamma=0.0, objectives=[Objective("policy")], seed=0
         ).metrics
-        norms.append((seen[0], metrics["policy/grad_norm"]))
+        norms.append((clipped[0], metrics["policy/grad_norm"]))
     assert norms[0][0] == pytest.approx(norms[0][1], rel=1e-5) == pytest.approx(norms[1][1], rel=1e-5)
     assert norms[1][0] == pytest.approx(0.01, rel=1e-3)
 
@@ -554,9 +554,9 @@ def test_learning_rate():
 
 def test_bf16_is_close_to_fp32():
     rows = make_rows(RUNS)
-    found = [LocalLearner(tiny(), settings(precision=p)).logprobs(rows) for p in ("fp32", "bf16")]
-    assert float((found[0] - found[1]).abs().max()) < 0.5 and found[1].dtype == torch.float32
-    assert float((found[0] - found[1]).abs().mean()) < 0.05
+    computed = [LocalLearner(tiny(), settings(precision=p)).logprobs(rows) for p in ("fp32", "bf16")]
+    assert float((computed[0] - computed[1]).abs().max()) < 0.5 and computed[1].dtype == torch.float32
+    assert float((computed[0] - computed[1]).abs().mean()) < 0.05
 
 
 def test_gradient_checkpointing_changes_nothing():

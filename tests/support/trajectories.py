@@ -18,12 +18,12 @@ def turn(
     *,
     valid: bool = True,
     tools: int = 1,
-    seen: str = "start",
+    state: str = "start",
     text: str = "<action>x</action>",
 ) -> Turn:
     """One reply of that many tokens; prompts are filled in by `episode`."""
     action = Action("x", valid=valid, tool_calls=tools)
-    return Turn(OBSERVATION, tuple(range(10, 10 + tokens)), (-1.0,) * tokens, "stop", text, seen, None, action, reward)
+    return Turn(OBSERVATION, tuple(range(10, 10 + tokens)), (-1.0,) * tokens, "stop", text, state, None, action, reward)
 
 
 def episode(

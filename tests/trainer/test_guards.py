@@ -382,9 +382,13 @@ def test_a_return_counts_what_was_earned_in_rows_that_are_left_out():
     }
     algo = AlgoSection.model_validate(settings)
     won = episode(
-        0, 0, [turn(seen=f"s{i}") for i in range(4)] + [turn(reward=10.0, seen="s4")], Status.SUCCESS, style="windowed"
+        0,
+        0,
+        [turn(state=f"s{i}") for i in range(4)] + [turn(reward=10.0, state="s4")],
+        Status.SUCCESS,
+        style="windowed",
     )
-    lost = episode(1, 0, [turn(seen="t") for _ in range(4)], style="windowed")
+    lost = episode(1, 0, [turn(state="t") for _ in range(4)], style="windowed")
     equal = [episode(2 + i, 1, [turn()], style="windowed") for i in range(2)]
     lengths = set()
     for seed in range(12):
