@@ -1,17 +1,21 @@
-"""Models of other families than the default one in DeepSpeed: sharded, trained, saved, resumed by any learner."""
+"""Families other than the default one in DeepSpeed (sharded, trained, saved, resumed) and in vLLM (synced)."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("deepspeed")
+pytest.importorskip("vllm")
 
-from spearrl.config.sections import LearnerSection  # noqa: E402
+from spearrl.config.sections import LearnerSection, RolloutSection, SyncSection, VllmSection  # noqa: E402
 from spearrl.learner import DeepSpeedLearner, LocalLearner  # noqa: E402
 from spearrl.learner.deepspeed.ranks import Ranks  # noqa: E402
 from spearrl.learner.deepspeed.shard import CommandRunner  # noqa: E402
 from spearrl.losses import Objective  # noqa: E402
 from spearrl.models import load_model  # noqa: E402
+from spearrl.rollout.vllm import VLLMEngine  # noqa: E402
+from spearrl.sync import Bridge  # noqa: E402
 from tests.batching.test_rows import make_rows  # noqa: E402
 from tests.learner.test_learner import RUNS, batch_of  # noqa: E402
 from tests.support.families import FAMILIES, family_directory  # noqa: E402
@@ -57,3 +61,29 @@ def gap(one, two) -> float:
     first, second = dict(one.full_parameters()), dict(two.full_parameters())
     assert first.keys() == second.keys()
     return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+# The narrowest layers that vLLM takes on processors.
+WIDE = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 96}
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gemma3"])
+def test_vllm_gets_the_learners_weights(name: str, tmp_path):
+    """vLLM keeps experts in a layout of its own, and packs them again at every sync."""
+    more = {"moe_intermediate_size": 32} if "moe" in name else {}
+    folder = family_directory(name, tmp_path / "model", **WIDE, **more)
+    learner = LocalLearner(load_model(str(folder)), LearnerSection(precision="fp32"))
+    rollout = RolloutSection(context_tokens=512, slots=16, cache_mib=64)
+    engine = VLLMEngine(folder, VllmSection(), rollout, precision="fp32", threads=1)
+    try:
+        settings, ids = SyncSection(timeout_s=LIMIT_S, bucket_mib=1), list(range(6, 60))
+        bridge = Bridge(learner, [engine.receiver], settings=settings, probe_ids=ids, run_folder=tmp_path / "run")
+        for version in (1, 2):
+            with torch.no_grad():
+                for parameter in learner.model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+            metrics = bridge.publish(version)
+            assert metrics["sync/probe_gap"] <= 1e-4 and metrics["sync/resent"] == 0
+        bridge.close()
+    finally:
+        engine.close()

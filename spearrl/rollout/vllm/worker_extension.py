@@ -28,6 +28,7 @@ class WeightReceiver:
         worker: Any = self
         plan = json.loads(text)
         if plan["transport"] == "shared_memory":
+            forget_kernels(worker.model_runner.get_model())
             _in_context(worker, "initialize_layerwise_reload", worker.model_runner.get_model())
         elif "init" in plan:
             if hasattr(
@@ -84,6 +85,16 @@ def _in_context(worker: Any, step: str, *arguments: Any) -> None:
     function: Callable[..., None] = getattr(reload, step)
     with set_current_vllm_config(worker.vllm_config):
         function(*arguments)
+
+
+def forget_kernels(model: Any) -> None:
+    """On processors experts are packed only where their layer has no kernel yet (vLLM 0.32): a reload would leave them
+    as they came.
+    """
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None and next(layer.parameters()).device.type == "cpu":
+            method.moe_kernel = None
 
 
 def refresh_head(model: Any) -> None:
