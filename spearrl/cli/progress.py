@@ -122,7 +122,7 @@ class Progress:
         _say(f"weights synced in {v['sync/seconds']:.1f}s: {agree}{own})")
 
     def _sft(self, v: dict[str, Any]) -> None:
-        speed = f"{v['tokens_per_s'] / 1000:.1f}k tok/s  {v['seconds']:.0f}s"
+        speed = f"{v['tokens_per_s']:,.0f} tok/s  {v['seconds']:.0f}s"
         _say(f"cold start {v['update']:>4}/{v['updates']}  loss {v['loss']:.3f}  {speed}")
 
     def _eval(self, v: dict[str, Any]) -> None:
