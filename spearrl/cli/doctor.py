@@ -81,9 +81,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"doctor knows no {', '.join(unknown)}", where="command line", hint=f"use {', '.join(known)}")
     diagnoses = [diagnosis for check in CHECKS.values() for diagnosis in check(args)]
     diagnoses += [_extra(name, purpose, extra) for name, (purpose, extra) in EXTRAS.items()]
-    bad = {d.name for d in diagnoses if d.state in ("fail", "none") and d.name in args.need}
-    bad |= {d.name for d in diagnoses if d.state == "fail" and d.name == "versions"}
-    missing = [d.name for d in diagnoses if d.name in bad]
+    needed = {"versions", *args.need}
+    missing = [d.name for d in diagnoses if d.state in ("fail", "none") and d.name in needed]
     if args.json:
         print(json.dumps({"ok": not missing, "findings": [asdict(diagnosis) for diagnosis in diagnoses]}, indent=1))
         return 1 if missing else 0

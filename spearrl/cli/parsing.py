@@ -49,15 +49,12 @@ def config_from(args: argparse.Namespace) -> RunConfig:
 
     Advice, and what was worked out, go to standard error. Raises ConfigError.
     """
+    from spearrl.launch.devices import detect
+
     fitting: dict[str, Any] = {}
 
     def derive(config: RunConfig, unset: Collection[str]) -> Mapping[str, Any]:
-        if config.model.path != "tiny":
-            from spearrl.launch.devices import detect
-            from spearrl.launch.processors import sizes
-
-            _check_format(config)
-            fitting.update({} if detect().gpus else sizes(config, unset))
+        fitting.update(_sizes(config, unset, detect()))
         return fitting
 
     resolved = resolved_from(args, derive)
@@ -88,14 +85,19 @@ def check_environment(resolved: Resolved) -> None:
         print(f"warning: {problem}", file=sys.stderr)
 
 
-def _check_format(config: RunConfig) -> None:
-    """Refuse a model of the hub whose chats cannot be used before its weights are downloaded. Raises ConfigError."""
+def _sizes(config: RunConfig, unset: Collection[str], machine: Machine) -> Mapping[str, Any]:
+    """Sizes that a large model gets on processors.
+
+    A model of the hub whose chats cannot be used is refused before its weights are downloaded. Raises ConfigError.
+    """
     from spearrl.launch.factories import make_environment
+    from spearrl.launch.processors import sizes
     from spearrl.models import is_hub_name
     from spearrl.start.origin import with_pinned_model
 
-    if is_hub_name(config.model.path):
+    if machine.present and is_hub_name(config.model.path):
         with_pinned_model(config, make_environment(config))
+    return sizes(config, unset) if machine.present and not machine.gpus else {}
 
 
 def placed_from(args: argparse.Namespace, machine: Callable[[], Machine]) -> tuple[Resolved, Placement]:
@@ -106,17 +108,14 @@ def placed_from(args: argparse.Namespace, machine: Callable[[], Machine]) -> tup
     """
     from spearrl.launch.devices import parameters_of
     from spearrl.launch.placement import place
-    from spearrl.launch.processors import sizes
     from spearrl.models import directory_of
 
     placements: list[Placement] = []
 
     def derive(config: RunConfig, unset: Collection[str]) -> Mapping[str, Any]:
         host, model = machine(), config.model.path
-        if host.present:
-            _check_format(config)
+        fitting = _sizes(config, unset, host)
         folder = directory_of(model) if host.present and model != "tiny" else model
-        fitting = {} if host.gpus or not host.present else sizes(config, unset)
         config = config.with_settings(fitting)
         placement = place(config, host, derive=unset, parameters=parameters_of(str(folder)))
         placements.append(replace(placement, derived={**fitting, **placement.derived}))
