@@ -51,24 +51,15 @@ class Publisher(Protocol):
     def close(self) -> None: ...
 
 
-class SharedEngine(Protocol):
-    """What the bridge asks of an engine in the learner's process."""
-
-    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy them into a model of the engine's own."""
-
-    def publish(self, version: int) -> None:
-        """The parameters changed in place; nothing cached before may be used again."""
-
-
 class InProcess:
     """An engine of the learner's process: it shares the learner's parameters, or copies them into another type.
 
     Args:
+        engine: a LocalEngine.
         learner: whose weights are copied; None: they are shared.
     """
 
-    def __init__(self, engine: SharedEngine, learner: WeightSource | None = None):
+    def __init__(self, engine: Any, learner: WeightSource | None = None):
         self.engine, self.learner = engine, learner
 
     def publish(self, version: int) -> dict[str, float]:

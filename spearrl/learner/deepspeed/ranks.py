@@ -106,7 +106,10 @@ class Ranks:
         threads = torch.get_num_threads()
         try:
             if under_launcher():
-                store, size = _launched(processes)
+                store, _, size = next(dist.rendezvous("env://"))
+                if processes not in (1, size):
+                    text = f"learner.processes={processes}, but the launcher started {size}"
+                    raise ConfigError(text, where="learner.processes", hint=f"use learner.processes={size}")
             else:
                 store, size = self._start(processes, environments, max(1, threads // processes)), processes
             # Of this process: between commands, and while every rank works.
@@ -276,15 +279,6 @@ def serve_commands(execute: Execute) -> int:
         except Exception as error:
             store.set(f"error/{rank}", f"{type(error).__name__}: {error}")
             raise
-
-
-def _launched(processes: int) -> tuple[Any, int]:
-    """(store, number of ranks) where a launcher started them."""
-    store, _, size = next(dist.rendezvous("env://"))
-    if processes not in (1, size):
-        text, hint = f"learner.processes={processes}, but the launcher started {size}", f"use learner.processes={size}"
-        raise ConfigError(text, where="learner.processes", hint=hint)
-    return store, size
 
 
 def _wait(store: Any, key: str) -> None:
