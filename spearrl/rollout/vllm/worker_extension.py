@@ -92,7 +92,7 @@ def forget_kernels(model: Any) -> None:
     as they came.
     """
     for layer in model.modules():
-        method = getattr(layer, "quant_method", None)
+        method: Any = getattr(layer, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None and next(layer.parameters()).device.type == "cpu":
             method.moe_kernel = None
 
