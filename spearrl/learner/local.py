@@ -122,7 +122,8 @@ class LocalLearner(Learner):
 
     def _backward(self, share: Share, tally: Tally) -> float:
         """Add a share's gradient; returns its loss."""
-        pieces, covariance = self.passes.pieces(share.batch.rows.lengths), {}
+        pieces = self.passes.pieces(share.batch.rows.lengths)
+        covariance = {i: tokens.to(self.device) for i, tokens in (share.covariance or {}).items()}
         computed: list[Outputs] = []
         if len(pieces) > 1 and share.has_mini_batch_rule:
             inputs = LossInputs.of(share.batch, self.device)

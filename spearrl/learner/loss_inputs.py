@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -46,6 +46,7 @@ class Share:
         denominators: of each objective, over the rows of all processes.
         rows: number of rows on all processes.
         current: no step was made since old_logprobs were computed, so they are the current ones.
+        covariance: `covariance_tokens` of the whole mini-batch, where `batch` is a part of it.
     """
 
     batch: Batch
@@ -54,6 +55,7 @@ class Share:
     denominators: tuple[float, ...]
     rows: int
     current: bool
+    covariance: Mapping[int, torch.Tensor] | None = None
 
     @classmethod
     def of(cls, batch: Batch, objectives: Weighted, seed: int, *, current: bool) -> Share:
@@ -61,10 +63,25 @@ class Share:
         denominators = [denominator(batch.action_mask, o.aggregation, o.horizon) for o, _ in objectives]
         return cls(batch, objectives, seed, tuple(denominators), len(batch), current)
 
+    def with_signal(self) -> Share:
+        """The share of the rows that can have a gradient; the others still count in denominators and covariances.
+
+        All or none are kept where means are those of micro-batches, and where a covariance rule needs all rows' current
+        log-probabilities.
+        """
+        rows = torch.stack([_signal(objective, self.batch) for objective, _ in self.objectives]).any(0)
+        released = any("micro_batch" in (o.denominator, o.scope) for o, _ in self.objectives)
+        if rows.all() or (rows.any() and (released or (self.has_mini_batch_rule and not self.current))):
+            return self
+        index, inputs = rows.nonzero()[:, 0], LossInputs.of(self.batch, torch.device("cpu"))
+        covariance = self.covariance_tokens(inputs, inputs.old_logprobs) if self.has_mini_batch_rule else {}
+        tokens = {i: chosen[index] for i, chosen in covariance.items()}
+        return replace(self, batch=self.batch.select(index), covariance=tokens)
+
     @property
     def has_mini_batch_rule(self) -> bool:
-        """Whether a covariance rule looks at the tokens of the whole mini-batch."""
-        return any(objective.scope == "mini_batch" for objective, _ in self.objectives)
+        """Whether a covariance rule has yet to look at the tokens of the whole mini-batch."""
+        return self.covariance is None and any(o.scope == "mini_batch" for o, _ in self.objectives)
 
     def covariance_tokens(self, inputs: LossInputs, logprobs: torch.Tensor) -> dict[int, torch.Tensor]:
         """bool [B, T] by index of the objective: tokens of the covariance rules over the whole mini-batch.
@@ -94,6 +111,17 @@ def split_objectives(objectives: Sequence[Objective], gamma: float) -> tuple[Wei
     weighted = [(objective, objective.weight * (gamma if objective.on_replay else 1.0)) for objective in objectives]
     live = [(objective, factor) for objective, factor in weighted if factor]
     return [item for item in live if not item[0].on_replay], [item for item in live if item[0].on_replay]
+
+
+def _signal(objective: Objective, batch: Batch) -> torch.Tensor:
+    """bool [B], rows that can have a gradient: of a built-in surrogate where an advantage is not 0 (of "sil": above 0).
+
+    KL, entropy and value have one of their own, KL-Cov's penalty too; what a user's loss has, nobody knows.
+    """
+    tokens = batch.action_mask
+    if objective.kind in ("policy", "sil", "sft") and objective.surrogate in ("clip", "gspo", "cispo"):
+        tokens = tokens & ((batch.advantages > 0) if objective.kind == "sil" else (batch.advantages != 0))
+    return tokens.any(1)
 
 
 def covariance_tokens(

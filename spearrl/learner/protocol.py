@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,23 +107,35 @@ class Learner(ABC):
             ContractError: an objective needs a tensor that its batch lacks.
             WorkerError: a process of the learner died, failed or did not answer; no call is accepted afterwards.
         """
-        started, tally, skipped, before = time.monotonic(), Tally(), 0, self.steps
+        started, tally, before = time.monotonic(), Tally(), self.steps
+        skipped, idle = 0, Counter({"policy/without_signal": 0})
         on_objectives, replay_objectives = split_objectives(objectives, gamma)
         if not replay_objectives:
             replay = None
         parts = ((on_policy, on_objectives), (replay, replay_objectives))
         for shares in plan(*parts, self.settings, joint=self.joint, seed=seed):
             fresh = self.steps == before
-            made = self._step([replace(share, current=share.current and fresh) for share in shares], tally)
+            kept = [replace(share, current=share.current and fresh).with_signal() for share in shares]
+            idle.update(_size(shares))
+            idle.subtract(_size(kept))
+            kept = [share for share in kept if len(share.batch)]
+            if not kept:  # a step would only decay weights and follow old moments
+                idle["policy/without_signal"] += 1
+                continue
+            made = self._step(kept, tally)
             self.steps += made
             skipped += not made
         tokens = sum(len(batch.rows.token_ids) for batch in (on_policy, replay) if batch is not None)
-        metrics = tally.means() | {
-            "policy/updates": float(self.steps - before),
-            "policy/lr": self._rate(max(0, self.steps - 1)),
-            "update/tokens": float(tokens),
-            "update/seconds": time.monotonic() - started,
-        }
+        metrics = (
+            tally.means()
+            | {name: float(count) for name, count in idle.items()}
+            | {
+                "policy/updates": float(self.steps - before),
+                "policy/lr": self._rate(max(0, self.steps - 1)),
+                "update/tokens": float(tokens),
+                "update/seconds": time.monotonic() - started,
+            }
+        )
         return UpdateResult(metrics, skipped)
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -204,3 +217,8 @@ class Learner(ABC):
     @abstractmethod
     def _save_training(self, folder: Path) -> None:
         """Write the optimiser's state, the critic and the number of optimiser steps made."""
+
+
+def _size(shares: Sequence[Share]) -> dict[str, int]:
+    tokens = sum(int(share.batch.rows.lengths.sum()) for share in shares)
+    return {"update/idle_rows": sum(len(share.batch) for share in shares), "update/idle_tokens": tokens}

@@ -131,7 +131,8 @@ def test_ranks_train_together(command, tmp_path):
     events = [json.loads(line) for line in (tmp_path / "r/events.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"]
     assert [event["step"] for event in steps] == [1, 2] and all(
-        event["policy/updates"] == 2 and event["policy/skipped"] == 0 for event in steps
+        event["policy/updates"] + event["policy/without_signal"] == 2 and event["policy/skipped"] == 0
+        for event in steps
     )
     assert text.count("2 ranks") == 1 and text.count("done: ") == 1  # rank 1 prints nothing of its own
     config = (tmp_path / "r/config.toml").read_text()

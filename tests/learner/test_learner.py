@@ -13,6 +13,7 @@ from spearrl.config.sections import LearnerSection
 from spearrl.errors import CheckpointError, ConfigError, ContractError
 from spearrl.learner import LocalLearner, ValueHead
 from spearrl.learner import minibatches as partition
+from spearrl.learner.loss_inputs import Share
 from spearrl.learner.optimizer import learning_rate
 from spearrl.losses import ClipCov, Correction, KlCov, Objective
 from tests.batching.test_rows import make_rows
@@ -358,9 +359,9 @@ def test_number_of_optimiser_steps():
         ({"mini_batches": 50}, True, 0.5, 7),
     ):
         learner = LocalLearner(tiny(), settings(**changes), joint=joint)
-        result = learner.update(
-            batch_of(rows, learner), batch_of(old, learner), gamma=gamma, objectives=objectives, seed=0
-        )
+        replay = batch_of(old, learner)
+        replay.advantages.abs_()  # a mini-batch with nothing above 0 would be left out
+        result = learner.update(batch_of(rows, learner), replay, gamma=gamma, objectives=objectives, seed=0)
         assert learner.steps == steps == result.metrics["policy/updates"] and result.skipped == 0
         assert ("sil/loss" in result.metrics) == (gamma > 0)
 
@@ -441,6 +442,73 @@ def test_non_finite_numbers_skip_the_step():
     assert result.skipped == 2 and learner.steps == 0
     assert all(torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())
     assert math.isnan(result.metrics["policy/loss"])
+
+
+def no_advantages(rows: Rows, learner: LocalLearner) -> Batch:
+    return Batch(rows, torch.zeros(len(rows), rows.width), learner.logprobs(rows) - 0.5)
+
+
+@pytest.mark.parametrize("surrogate", ["clip", "gspo", "cispo"])
+def test_equal_groups_cost_no_pass_and_change_no_weight(monkeypatch, surrogate):
+    learner = LocalLearner(tiny(), settings(mini_batches=2, weight_decay=0.1))
+    rows, objective = make_rows(RUNS), Objective("policy", surrogate=surrogate)
+    learner.update(batch_of(rows, learner), None, gamma=0.0, objectives=[objective], seed=0)  # moments that would go on
+    batch, before = no_advantages(rows, learner), copy.deepcopy(learner.model.state_dict())
+    monkeypatch.setattr(learner.passes, "forward", None)
+    result = learner.update(batch, None, gamma=0.0, objectives=[objective], seed=1)
+    assert (result.metrics["policy/without_signal"], result.metrics["policy/updates"], result.skipped) == (2, 0, 0)
+    assert learner.steps == 2
+    assert all(torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("kind", ["plain", *EVERYTHING])
+def test_rows_without_signal_are_left_out_and_change_no_gradient(monkeypatch, kind, joint, mode):
+    """Denominators, and the tokens that covariance rules choose, stay those of all rows; float64."""
+    shape, quiet = {"aggregation": mode, "horizon": 20}, torch.tensor([0, 2, 3, 5])
+    rule = EVERYTHING.get(kind, {})
+    objectives = [Objective(name, **rule, **shape) for name in ("policy", "sil")]
+    found = {}
+    for left_out in (True, False):
+        if not left_out:
+            monkeypatch.setattr(Share, "with_signal", lambda share: share)
+        learner = LocalLearner(tiny().double(), settings(grad_clip=1e9), temperature=0.7, joint=joint)
+        on_policy = full_batch(make_rows(RUNS), LocalLearner(tiny().double(), settings(), critic=ValueHead(16, 3)))
+        replay = on_policy.select(torch.arange(len(on_policy)))
+        replay.rows.trajectory += 100
+        on_policy.advantages[quiet] = 0.0
+        replay.advantages[quiet] = -1.0
+        passes, forward = [], learner.passes.forward
+        monkeypatch.setattr(
+            learner.passes, "forward", lambda rows, policy=None, f=forward, n=passes: n.append(len(rows)) or f(rows)
+        )
+        found[left_out] = gradient(learner, on_policy, replay, objectives, gamma=0.3), sum(passes)
+    (kept, fewer), (whole, all_rows) = found[True], found[False]
+    assert float((kept - whole).norm()) <= 1e-12 * float(whole.norm()) and float(whole.norm()) > 1e-4
+    needed = {"plain": 5, "gspo, corrected by sequence": 5, "kl_cov": 14}.get(kind, 10)
+    assert (fewer, all_rows) == (needed, 14), "replay after a step needs all rows' current log-probabilities"
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_rows_without_advantages_train_where_another_term_has_a_gradient(joint):
+    rows, replayed = make_rows(RUNS), make_rows([[2]] * 4, first_trajectory=100)
+    policy, sil = Objective("policy"), Objective("sil")
+    for others, updates in (
+        ([Objective("entropy", weight=0.01)], 1),
+        ([Objective("policy", surrogate="kl_cov", kl_cov=KlCov(ratio=0.5))], 1),
+        ([], 0),
+    ):
+        learner = LocalLearner(tiny(), settings())
+        batch = no_advantages(rows, learner)
+        result = learner.update(batch, None, gamma=0.0, objectives=[policy, *others], seed=0)
+        assert result.metrics["policy/updates"] == updates
+    for sign, updates in ((1, 1), (-1, 0)):  # self-imitation learns from what is above 0 alone
+        learner = LocalLearner(tiny(), settings(), joint=joint)
+        replay = no_advantages(replayed, learner)
+        replay.advantages[:] = float(sign)
+        result = learner.update(no_advantages(rows, learner), replay, gamma=0.5, objectives=[policy, sil], seed=0)
+        assert result.metrics["policy/updates"] == updates == len({"sil/loss"} & set(result.metrics))
 
 
 def test_nothing_to_train_on():

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 
 from spearrl.batching import Batch
 from spearrl.config import RunConfig
+from spearrl.learner.loss_inputs import Share
 from spearrl.losses import Objective
 from spearrl.trainer import Trainer
 from spearrl.types import Action, Group, Outcome
@@ -46,6 +48,7 @@ class Pass:
     """One optimiser step."""
 
     losses: list[tuple[str, tuple[int, ...]]]  # kind and row uids of each loss in it
+    mini_batches: list[tuple[str, tuple[int, ...]]]  # the same with rows that were left out for want of a signal
     weights: Weights  # before it
     gradient: Weights
 
@@ -75,7 +78,18 @@ class Recording:
 def record(config: RunConfig) -> Recording:
     """Train to the end."""
     steps: list[Step] = []
-    trainer = run(config, lambda trainer: _watch(trainer, steps))
+    mini_batches: list[tuple[str, tuple[int, ...]]] = []
+    with_signal = Share.with_signal
+
+    def spy_with_signal(share: Share) -> Share:
+        kept = with_signal(share)
+        if len(kept.batch):
+            mini_batches.extend((o.kind, tuple(share.batch.rows.uid.tolist())) for o, _ in share.objectives)
+        return kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Share, "with_signal", spy_with_signal)
+        trainer = run(config, lambda trainer: _watch(trainer, steps, mini_batches))
     return Recording(config, trainer.parts.model, steps)
 
 
@@ -93,7 +107,7 @@ class _Watched:
         return self._objective.loss(batch, logprobs, **options)
 
 
-def _watch(trainer: Trainer, steps: list[Step]) -> None:
+def _watch(trainer: Trainer, steps: list[Step], mini_batches: list[tuple[str, tuple[int, ...]]]) -> None:
     learner, model, calls = trainer.parts.learner, trainer.parts.model, []
     learn, update = trainer.learn, learner.update
 
@@ -110,8 +124,9 @@ def _watch(trainer: Trainer, steps: list[Step]) -> None:
 
     def before_optimiser_step(*_):
         gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        steps[-1].passes.append(Pass(list(calls), _copy(model.state_dict()), _copy(gradient)))
+        steps[-1].passes.append(Pass(list(calls), list(mini_batches), _copy(model.state_dict()), _copy(gradient)))
         calls.clear()
+        mini_batches.clear()
 
     change_logprobs(trainer, lambda _, values: tuple(value + ENGINE_OFFSET for value in values))
     trainer.learn, learner.update = spy_learn, spy_update

@@ -99,7 +99,7 @@ def assert_sound(trainer: Trainer, *, updates: bool = True) -> None:
         }
         assert not broken, broken
         assert line.get("policy/skipped", 0) == 0
-        assert not updates or line["policy/updates"] >= 1
+        assert not updates or line["policy/updates"] + line["policy/without_signal"] >= 1
     parameters = [
         *trainer.parts.model.parameters(),
         *(trainer.parts.learner.critic.parameters() if trainer.parts.learner.critic else ()),

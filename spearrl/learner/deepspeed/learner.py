@@ -201,7 +201,7 @@ class DeepSpeedLearner(Learner):
     def _covariance_tokens(self, share: Share) -> dict[int, torch.Tensor]:
         """As `Share.covariance_tokens`, at the current log-probabilities of all rows."""
         if not share.has_mini_batch_rule:
-            return {}
+            return dict(share.covariance or {})
         inputs = LossInputs.of(share.batch, torch.device("cpu"))
         logprobs = inputs.old_logprobs if share.current else self.logprobs(share.batch.rows)
         return share.covariance_tokens(inputs, logprobs)
