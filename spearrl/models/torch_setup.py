@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 import torch
 
 from spearrl.config import RunConfig
 from spearrl.errors import ConfigError
+from spearrl.models.hub import is_hub_name, made_here
 from spearrl.seeds import derive
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEEP_BYTES = -1, -3, 1 << 30  # glibc malloc.h
@@ -27,7 +29,8 @@ def prepare_torch(config: RunConfig, *, share: int = 1) -> str:
     own = 0 if config.run.threads else _own_threads()
     torch.set_num_threads(own or max(1, threads_of(config) // share))
     ask_for_determinism(config.run.deterministic)
-    _keep_freed_memory()
+    if _is_small(config.model.path):
+        _keep_freed_memory()
     torch.manual_seed(derive(config.run.seed, "torch") % 2**31)
     device = config.run.device
     if device == "cuda" and not torch.cuda.is_available():
@@ -58,6 +61,13 @@ def ask_for_determinism(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     # Nothing here reads memory it did not write.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _is_small(model: str) -> bool:
+    """Whether its weights are few beside what is kept: around a large model's buffers, gaps would take gigabytes."""
+    folder = Path(model) if Path(model).is_dir() else made_here(model)
+    files = [] if is_hub_name(model) else list(folder.glob("*.safetensors"))
+    return model == "tiny" or 0 < sum(file.stat().st_size for file in files) < KEEP_BYTES // 8
 
 
 def _keep_freed_memory() -> None:
