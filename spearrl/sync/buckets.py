@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -66,17 +67,28 @@ def cast(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 def bucket_folder(run_folder: Path, limit: int) -> Path:
     """An empty folder for bucket files: in shared memory where `limit` bytes fit, else in the run's directory.
 
-    Its name is the run's, so that what a killed run left behind is removed when the run goes on.
+    What killed runs left behind is removed: a living one holds a lock on its folder.
     """
-    name = "spearrl-" + hashlib.blake2b(str(run_folder.resolve()).encode(), digest_size=8).hexdigest()
+    name = "spearrl-run-" + hashlib.blake2b(str(run_folder.resolve()).encode(), digest_size=8).hexdigest()
     roomy = (
         SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK) and shutil.disk_usage(SHARED_MEMORY).free >= limit
     )
-    for base in (SHARED_MEMORY, run_folder):
-        shutil.rmtree(base / name, ignore_errors=True)
+    for other in (*SHARED_MEMORY.glob("spearrl-run-*"), *run_folder.glob("spearrl-run-*")):
+        if other.name == name or _lock(other):
+            shutil.rmtree(other, ignore_errors=True)
     folder = (SHARED_MEMORY if roomy else run_folder) / name
     folder.mkdir(mode=0o700, parents=True)
+    _lock(folder)
     return folder
+
+
+def _lock(folder: Path) -> bool:
+    """Lock a folder until this process ends; False where another one has, or may not be asked."""
+    try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def digest(tensor: torch.Tensor) -> int:

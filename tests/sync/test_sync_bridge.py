@@ -5,8 +5,11 @@ are for, engines never left paused.
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -453,3 +456,29 @@ def test_digests_see_bytes_and_places():
     for other in (tensor.flip(0), -tensor, tensor * (1 + 1e-7), tensor[:4]):
         assert weights.digest(other) != weights.digest(tensor)
     assert weights.digest(torch.tensor(1.0, dtype=torch.bfloat16)) != weights.digest(torch.tensor(1.0))
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next_one_and_a_living_ones_files_stay(tmp_path):
+    program = (
+        "import pathlib, sys, spearrl.sync.buckets as b; b.SHARED_MEMORY = pathlib.Path(sys.argv[1]);"
+        "f = b.bucket_folder(pathlib.Path(sys.argv[2]), 1); (f / '0.safetensors').write_bytes(b'x');"
+        "print(f, flush=True); sys.stdin.read()"
+    )
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(buckets_module.SHARED_MEMORY), str(tmp_path / name)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("killed", "living")
+    ]
+    killed, living = (Path(other.stdout.readline().strip()) for other in others)
+    others[0].kill()
+    others[0].wait()
+    assert killed.is_dir() and living.is_dir()
+    own = bucket_folder(tmp_path / "own", 1)
+    assert not killed.exists() and (living / "0.safetensors").exists() and own.is_dir()
+    for other in others:
+        other.kill()
+        other.communicate()
