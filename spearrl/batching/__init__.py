@@ -6,7 +6,8 @@ from spearrl.batching.allowed_tokens import AllowedIds
 from spearrl.batching.anchors import anchor_id
 from spearrl.batching.batch import Batch
 from spearrl.batching.build_rows import rows_from_groups
-from spearrl.batching.forward_inputs import ForwardInputs, forward_inputs
+from spearrl.batching.forward_inputs import ForwardInputs, forward_inputs, sequences
+from spearrl.batching.prefix_tree import PrefixTree, prefix_tree, tree_passes, tree_shares
 from spearrl.batching.rows import Rows
 from spearrl.batching.turn_table import TurnTable
 from spearrl.losses import denominator
@@ -20,5 +21,10 @@ __all__ = [
     "anchor_id",
     "denominator",
     "forward_inputs",
+    "PrefixTree",
+    "prefix_tree",
+    "sequences",
+    "tree_passes",
+    "tree_shares",
     "rows_from_groups",
 ]

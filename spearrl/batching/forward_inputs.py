@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from spearrl.batching.prefix_tree import PrefixTree, prefix_tree
 from spearrl.batching.rows import Rows
 
 
@@ -14,11 +16,11 @@ class ForwardInputs:
     """One forward pass over b rows: what goes in, and which outputs predict which action tokens.
 
     Args:
-        token_ids: int64 [b, L], right-padded, nothing behind the last prediction; packed: [1, L], rows end to end.
+        token_ids: int64 [b, L], right-padded, nothing behind the last prediction; packed: [1, L], the tree's tokens.
         source: int64 [n], position in the flattened output that predicts the action token.
         target: int64 [n], the action token.
         padded: int64 [n], where its number belongs in the flattened [b, T].
-        lengths: packed: tokens of each row that is there; padded: empty.
+        tree: packed: how the tokens attend to each other; padded: None.
         allowed: set of each target [n], then owner and ids of the sets (`AllowedIds`); empty: no target is restricted.
     """
 
@@ -26,26 +28,40 @@ class ForwardInputs:
     source: torch.Tensor
     target: torch.Tensor
     padded: torch.Tensor
-    lengths: tuple[int, ...] = ()
+    tree: PrefixTree | None = None
     allowed: tuple[torch.Tensor, ...] = ()
 
 
-def forward_inputs(rows: Rows, *, packed: bool = False) -> ForwardInputs:
-    """The one place where tokens are shifted: the output at position t - 1 predicts the token at t."""
+def forward_inputs(rows: Rows, packing: str = "padded") -> ForwardInputs:
+    """The one place where tokens are shifted: the output at position t - 1 predicts the token at t.
+
+    Args:
+        packing: "padded", "rows" (end to end) or "tree" (beginnings that rows share stand there once).
+    """
     tokens = rows.action_mask.nonzero().flatten()
     row, position = rows.row_index[tokens], rows.positions[tokens]
     target, padded = rows.token_ids[tokens], row * rows.width + position
     sets = None if rows.allowed is None else rows.allowed.select(rows.turn_index[tokens])
     allowed = () if sets is None else tuple(sets.tensors().values())
-    if not packed:
+    if packing == "padded":
         length = int(position.max()) if len(tokens) else 1
         length = rows.width if rows.pictures else length  # no picture is cut in two
         token_ids = rows.pad(rows.token_ids)[:, :length]
         return ForwardInputs(token_ids, row * length + position - 1, target, padded, allowed=allowed)
-    needed = torch.zeros(len(rows), dtype=torch.int64).scatter_reduce(0, row, position, "amax")
+    parts = sequences(rows)
     if not len(tokens):  # every process runs a pass, whatever there is to predict
-        needed[:1] = 1
-    starts = needed.cumsum(0) - needed
-    token_ids = rows.token_ids[rows.positions < needed[rows.row_index]].unsqueeze(0)
-    lengths = tuple(needed[needed > 0].tolist())
-    return ForwardInputs(token_ids, starts[row] + position - 1, target, padded, lengths, allowed)
+        parts[:1] = [rows.token_ids[:1].numpy()] if len(rows) else [np.zeros(1, dtype=np.int64)]
+    tree, index = prefix_tree(parts, share=packing == "tree")
+    flat = torch.from_numpy(np.concatenate(parts))
+    distinct = torch.zeros(tree.bounds[-1], dtype=torch.int64).index_copy(0, index, flat)
+    starts = torch.tensor([0, *map(len, parts)]).cumsum(0)
+    return ForwardInputs(distinct.unsqueeze(0), index[starts[row] + position - 1], target, padded, tree, allowed)
+
+
+def sequences(rows: Rows) -> list[np.ndarray]:
+    """The tokens of each row that its predictions need: all before its last action token."""
+    tokens = rows.action_mask.nonzero().flatten()
+    last = torch.zeros(len(rows), dtype=torch.int64)
+    needed = last.scatter_reduce(0, rows.row_index[tokens], rows.positions[tokens], "amax").tolist()
+    ids, begins = rows.token_ids.numpy(), rows.offsets.tolist()
+    return [ids[begin : begin + length] for begin, length in zip(begins, needed, strict=False)]

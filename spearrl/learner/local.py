@@ -96,7 +96,7 @@ class LocalLearner(Learner):
         save_optimizer(folder, self.optimizer, self._names(), self.steps)
 
     def _predict(self, rows: Rows, *, reference: bool, values: bool) -> torch.Tensor:
-        return self.passes.predict(rows, self.passes.pieces(rows.lengths), reference=reference, values=values)
+        return self.passes.predict(rows, self.passes.pieces(rows), reference=reference, values=values)
 
     def _weights(self, *, adapters: bool) -> Iterator[tuple[str, torch.Tensor]]:
         for export in adapter_weights(self.model) if adapters else self._model_weights:
@@ -122,7 +122,7 @@ class LocalLearner(Learner):
 
     def _backward(self, share: Share, tally: Tally) -> float:
         """Add a share's gradient; returns its loss."""
-        pieces = self.passes.pieces(share.batch.rows.lengths)
+        pieces = self.passes.pieces(share.batch.rows)
         covariance = {i: tokens.to(self.device) for i, tokens in (share.covariance or {}).items()}
         computed: list[Outputs] = []
         if len(pieces) > 1 and share.has_mini_batch_rule:
@@ -141,8 +141,8 @@ class LocalLearner(Learner):
 
         None where its passes do not fit together into the memory of one micro-batch.
         """
-        padded = sum(len(index) * int(share.batch.rows.lengths[index].max()) for index in pieces)
-        if padded > self.settings.micro_batch_tokens:
+        limit = self.settings.micro_batch_tokens
+        if sum(self.passes.tokens(share.batch.rows.select(index)) for index in pieces) > limit:
             return []
         return [self.passes.forward(share.batch.rows.select(index)) for index in pieces]
 

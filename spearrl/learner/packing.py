@@ -1,7 +1,8 @@
-"""Models run over rows end to end in one sequence: attention stays inside a row, positions start again with each.
+"""Models run over many rows in one sequence: end to end, or as a prefix tree in which shared beginnings stand once.
 
-Flash attention takes the rows' bounds itself. For torch's attention, transformers would make a mask of all tokens x all
-tokens, which costs more than the padding saves: here it runs row by row instead, without a mask.
+Each token attends to its own row up to itself. transformers would make a mask of all tokens x all tokens; here
+attention goes piece by piece instead, without a mask (`learner/tree_attention.py`). Flash attention takes the bounds of
+rows itself.
 """
 
 from __future__ import annotations
@@ -10,39 +11,45 @@ from typing import Any
 
 import torch
 
+from spearrl.batching import PrefixTree, prefix_tree
 from spearrl.errors import ConfigError
+from spearrl.learner.tree_attention import AttentionPlan, attend
 
-ATTENTION = "spearrl_rows"  # its name among transformers' attention functions
-PROBE_LENGTHS = (7, 4, 9)  # of the rows on which packed and padded passes are compared
+ATTENTION = "spearrl_tree"  # its name among transformers' attention functions
+# On which packed and padded passes are compared; of some, the beginning is shared.
+PROBE_ROWS = ((1, 6, 11, 0, 5, 10, 15), (4, 9, 14, 3), (4, 9, 14, 3, 8, 13, 2, 7, 12), (4, 9, 1, 6))
 # Largest relative difference of their outputs in float32 and bfloat16. Rows that see each other are off by a tenth and
 # more in a trained model.
 EXACT, ROUNDED = 1e-3, 0.03
-HINT = "set learner.packing=false"
+HINT = "set learner.packing=padded"
 
 
-def packed_arguments(model: Any, lengths: tuple[int, ...], device: torch.device | str) -> dict[str, Any]:
-    """What a packed pass passes to the model besides token ids; nothing where `lengths` is empty (a padded pass)."""
-    if not lengths:
+def packed_arguments(model: Any, tree: PrefixTree | None, device: torch.device | str) -> dict[str, Any]:
+    """What a packed pass passes to the model besides token ids; nothing without a tree (a padded pass)."""
+    if tree is None:
         return {}
-    bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    positions = {"position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0).to(device)}
+    positions = {"position_ids": tree.positions.unsqueeze(0).to(device)}
     if model.config._attn_implementation == ATTENTION:
-        # transformers takes a mask of four axes for a finished one and makes none; bounds on the host cost no wait in
-        # every layer.
+        # transformers takes a mask of four axes for a finished one and makes none.
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-        return {**positions, "cu_seq_lens_q": bounds, "attention_mask": mask}
-    bounds, longest = bounds.to(device), max(lengths)
+        return {**positions, "cu_seq_lens_q": AttentionPlan.of(tree, torch.device(device)), "attention_mask": mask}
+    bounds = torch.tensor(tree.bounds, dtype=torch.int32)
+    longest = int(bounds.diff().max())
+    bounds = bounds.to(device)
     ends = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
     return positions | ends
 
 
-def attend_by_rows(model: Any) -> None:
+def attend_by_tree(model: Any, packing: str) -> None:
     """Give a model that uses torch's attention one for packed passes; whoever else shares the model goes on as before.
 
     Raises:
-        ConfigError: its layers do not attend to all tokens before.
+        ConfigError: its layers do not attend to all tokens before, or shared prefixes with another attention.
     """
-    if model.config._attn_implementation != "sdpa":
+    if model.config._attn_implementation not in ("sdpa", ATTENTION):
+        if packing == "tree":
+            text = f"shared prefixes with attention {model.config._attn_implementation!r}; expected 'sdpa'"
+            raise ConfigError(text, where="learner.packing", hint="set learner.packing=rows")
         return
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
@@ -54,32 +61,34 @@ def attend_by_rows(model: Any) -> None:
     if others := ", ".join(sorted(kinds - {"full_attention"})):
         text = f"{type(model).__name__} has layers that do not attend to all tokens before ({others})"
         raise ConfigError(text, where="learner.packing", hint=HINT)
-    AttentionInterface.register(ATTENTION, lambda *inputs, **options: _attend(inputs, options))
+    AttentionInterface.register(ATTENTION, lambda *inputs, **options: attend(inputs, options))
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     model.set_attn_implementation(ATTENTION)
 
 
-def check_packing(policy: Any, name: str, device: torch.device) -> None:
+def check_packing(policy: Any, name: str, packing: str, device: torch.device) -> None:
     """Compare a packed pass with a padded one: a model with masks of its own kind would mix rows unseen.
 
     Args:
         policy: a Policy, or what wraps one.
         name: of the model, for the error.
+        packing: "rows" or "tree".
     Raises:
         ConfigError: they differ, or the model takes no packed rows.
     """
-    ids = [(5 * torch.arange(n, device=device) + 3 * row + 1) % 16 for row, n in enumerate(PROBE_LENGTHS)]
-    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-    source = torch.cat(
-        [row * max(PROBE_LENGTHS) + torch.arange(n, device=device) for row, n in enumerate(PROBE_LENGTHS)]
-    )
-    target, every = torch.zeros_like(source), torch.arange(len(source), device=device)
+    rows = [torch.tensor(row) for row in PROBE_ROWS]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    width, flat = padded.shape[1], torch.cat(rows)
+    source = torch.cat([number * width + torch.arange(len(row)) for number, row in enumerate(rows)]).to(device)
+    tree, index = prefix_tree([row.numpy() for row in rows], share=packing == "tree")
+    tokens = torch.zeros(tree.bounds[-1], dtype=torch.int64).index_copy(0, index, flat)
+    target = torch.zeros_like(source)
     errors = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
     policy.eval()
     with torch.no_grad():
         expected = policy(padded, source, target)[2].float()
         try:
-            hidden = policy(torch.cat(ids).unsqueeze(0), every, target, PROBE_LENGTHS)[2].float()
+            hidden = policy(tokens.unsqueeze(0).to(device), index.to(device), target, tree)[2].float()
         except errors as error:
             text = f"{name} takes no packed rows: {type(error).__name__}: {error}"
             raise ConfigError(text, where="learner.packing", hint=HINT) from error
@@ -88,15 +97,3 @@ def check_packing(policy: Any, name: str, device: torch.device) -> None:
     if not difference <= (EXACT if full_precision else ROUNDED):
         text = f"{name}: packed rows see each other (its outputs are off by {difference:.1%})"
         raise ConfigError(text, where="learner.packing", hint=HINT)
-
-
-def _attend(inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[torch.Tensor, None]:
-    """transformers' attention function. Inputs are the module, query, key and value [1, heads, L, d], and the mask."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    bounds = options.pop("cu_seq_lens_q", None)
-    if bounds is None:
-        return sdpa_attention_forward(*inputs, **options)
-    lengths, options["attention_mask"] = bounds.diff().tolist(), None
-    rows = zip(*(tensor.split(lengths, dim=2) for tensor in inputs[1:4]), strict=True)
-    return torch.cat([sdpa_attention_forward(inputs[0], *row, **options)[0] for row in rows], dim=1), None

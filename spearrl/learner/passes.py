@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spearrl.batching import Rows, forward_inputs
+from spearrl.batching import Rows, forward_inputs, sequences, tree_passes
 from spearrl.config.sections import LearnerSection
 from spearrl.errors import ContractError
 from spearrl.learner.critic import ValueHead
@@ -58,12 +58,18 @@ class Passes:
         self.policy, self.model, self.settings, self.device = policy, model, settings, device
         self.reference, self.critic, self.vision, self._backward = reference, critic, vision_of(model), backward
         check_head(policy, type(model).__name__, device)
-        if settings.packing:
-            check_packing(policy, type(model).__name__, device)
+        if settings.packing != "padded":
+            check_packing(policy, type(model).__name__, settings.packing, device)
 
-    def pieces(self, lengths: torch.Tensor) -> list[torch.Tensor]:
-        """Row indices of each pass, of rows of these lengths."""
-        return micro_batches(lengths, self.settings.micro_batch_tokens, packed=self.settings.packing)
+    def pieces(self, rows: Rows) -> list[torch.Tensor]:
+        """Row indices of each pass."""
+        if self.settings.packing == "tree":
+            return tree_passes(sequences(rows), self.settings.micro_batch_tokens)
+        return micro_batches(rows.lengths, self.settings.micro_batch_tokens, packed=self.settings.packing == "rows")
+
+    def tokens(self, rows: Rows) -> int:
+        """Tokens that one pass over all rows computes, padding included."""
+        return forward_inputs(rows, self.settings.packing).token_ids.numel()
 
     def forward(self, rows: Rows, policy: Any = None) -> Outputs:
         """One pass over all rows at once.
@@ -76,7 +82,7 @@ class Passes:
         if self.vision is None and rows.pictures:
             hint = "train a vision model of the Qwen2-VL family"
             raise ContractError("rows with pictures", where="learner", hint=hint)
-        inputs = forward_inputs(rows, packed=self.settings.packing)
+        inputs = forward_inputs(rows, self.settings.packing)
         # Without rows the pass is still made: all processes take part in gathering sharded weights.
         token_ids = inputs.token_ids if len(rows) else torch.zeros(1, 1, dtype=torch.int64)
         tensors = (tensor.to(self.device) for tensor in (token_ids, inputs.source, inputs.target))
@@ -85,7 +91,7 @@ class Passes:
         if self.vision is not None:
             images = self.vision.inputs(token_ids, rows.images, rows.pictures).to(self.device)
         policy = self.policy if policy is None else policy
-        logprobs, entropy, hidden = policy(*tensors, inputs.lengths, allowed, images=images)
+        logprobs, entropy, hidden = policy(*tensors, inputs.tree, allowed, images=images)
         outputs = [logprobs, entropy] if self.critic is None else [logprobs, entropy, self.critic(hidden)]
         index, shape = inputs.padded.to(self.device), (len(rows), rows.width)
         flat = (output.new_zeros(len(rows) * rows.width).index_copy(0, index, output) for output in outputs)

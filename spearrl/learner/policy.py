@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from spearrl.batching import PrefixTree
 from spearrl.config.sections import LearnerSection
 from spearrl.errors import ConfigError
 from spearrl.learner.attention import Float32Attention
 from spearrl.learner.logprobs import token_logprobs
-from spearrl.learner.packing import HINT, attend_by_rows, packed_arguments
+from spearrl.learner.packing import HINT, attend_by_tree, packed_arguments
 from spearrl.models.vision import FORBIDDEN_LOGIT, ImageInputs, vision_of
 
 
@@ -30,14 +31,14 @@ class Policy(torch.nn.Module):
     def __init__(self, model: Any, settings: LearnerSection, *, temperature: float, bf16: bool = False):
         super().__init__()
         self.model, self.vision = model, vision_of(model)
-        if settings.packing and self.vision is not None:
+        if settings.packing != "padded" and self.vision is not None:
             raise ConfigError("rows with pictures are not packed", where="learner.packing", hint=HINT)
         self.bf16, self.checkpointing = bf16, settings.gradient_checkpointing
         _without_dropout(model)
         if self.checkpointing:
             model.gradient_checkpointing_enable()
-        if settings.packing:
-            attend_by_rows(model)
+        if settings.packing != "padded":
+            attend_by_tree(model, settings.packing)
         forbidden = () if self.vision is None else self.vision.forbidden
         self.scorer = _Scorer(model.get_output_embeddings(), temperature, settings.lm_head_chunk, forbidden)
 
@@ -51,7 +52,7 @@ class Policy(torch.nn.Module):
         token_ids: torch.Tensor,
         source: torch.Tensor | None,
         target: torch.Tensor | None,
-        lengths: tuple[int, ...] = (),
+        tree: PrefixTree | None = None,
         allowed: tuple[torch.Tensor, ...] = (),
         *,
         images: ImageInputs | None = None,
@@ -66,7 +67,7 @@ class Policy(torch.nn.Module):
             token_ids: int64 [b, L].
             source: int64 [n], index into the flattened [b, L] of the token before each target.
             target: int64 [n], token ids.
-            lengths: of the rows, where they lie end to end in one sequence [1, L].
+            tree: of the rows, where they lie packed in one sequence [1, L].
             allowed: as `token_logprobs` takes it.
             images: of a vision model.
             dtype: that the probe is computed in; None: the weights'.
@@ -81,7 +82,7 @@ class Policy(torch.nn.Module):
         wide = self.bf16 and device == "cpu" and not self.checkpointing
         autocast = torch.autocast(device, dtype=torch.bfloat16) if self.bf16 else nullcontext()
         with autocast, Float32Attention() if wide else nullcontext():
-            inputs = {"input_ids": token_ids, **packed_arguments(self.model, lengths, token_ids.device)}
+            inputs = {"input_ids": token_ids, **packed_arguments(self.model, tree, token_ids.device)}
             if self.vision is not None and images is not None:
                 embedded = self.vision.embed(self.model, token_ids, *images[1:])
                 inputs = {"inputs_embeds": embedded, "position_ids": images.positions}

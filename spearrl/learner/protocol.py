@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from spearrl.batching import Batch, Rows
+from spearrl.batching import Batch, Rows, prefix_tree, sequences
 from spearrl.config.sections import LearnerSection
 from spearrl.errors import ContractError
 from spearrl.learner.lora import FOLDER, save_adapters
@@ -34,7 +34,7 @@ class UpdateResult:
     Args:
         metrics: means over the update, by name (docs/metrics.md): those of each objective, "policy/grad_norm",
             "policy/updates" (optimiser steps made), "policy/lr" (rate of the last one), "update/tokens",
-            "update/seconds".
+            "update/unique_tokens" (what rows begin with in common counted once), "update/seconds".
         skipped: optimiser steps that were left out because a loss or a gradient was not finite.
     """
 
@@ -125,7 +125,9 @@ class Learner(ABC):
             made = self._step(kept, tally)
             self.steps += made
             skipped += not made
-        tokens = sum(len(batch.rows.token_ids) for batch in (on_policy, replay) if batch is not None)
+        trained = [batch.rows for batch in (on_policy, replay) if batch is not None]
+        tokens = sum(len(rows.token_ids) for rows in trained)
+        distinct = sum(prefix_tree(sequences(rows))[0].bounds[-1] for rows in trained)
         metrics = (
             tally.means()
             | {name: float(count) for name, count in idle.items()}
@@ -133,6 +135,7 @@ class Learner(ABC):
                 "policy/updates": float(self.steps - before),
                 "policy/lr": self._rate(max(0, self.steps - 1)),
                 "update/tokens": float(tokens),
+                "update/unique_tokens": float(distinct),
                 "update/seconds": time.monotonic() - started,
             }
         )

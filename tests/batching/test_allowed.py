@@ -233,13 +233,13 @@ def test_the_learner_renormalises_over_the_set():
 
 def test_the_gradient_does_not_depend_on_passes_packing_or_order():
     results = []
-    for packed, budget, chunk, order in (
-        (False, 10**6, 100, None),
-        (True, 10**6, 5, None),
-        (True, 25, 100, None),
-        (False, 20, 3, torch.tensor([6, 2, 0, 1, 5, 4, 3])),
+    for packing, budget, chunk, order in (
+        ("padded", 10**6, 100, None),
+        ("rows", 10**6, 5, None),
+        ("tree", 25, 100, None),
+        ("padded", 20, 3, torch.tensor([6, 2, 0, 1, 5, 4, 3])),
     ):
-        learner = learner_of(model_of("Qwen3"), packed=packed, micro_batch_tokens=budget, lm_head_chunk=chunk)
+        learner = learner_of(model_of("Starcoder2"), packing=packing, micro_batch_tokens=budget, lm_head_chunk=chunk)
         on_policy, replay = (
             batch_of(restricted(make_rows(RUNS, first_trajectory=at, seed=at), at), learner, shift=0.2)
             for at in (0, 100)
@@ -248,7 +248,7 @@ def test_the_gradient_does_not_depend_on_passes_packing_or_order():
         results.append(gradient(learner, given_batch, replay, EVERYTHING, gamma=0.3))
     for other in results[1:]:
         assert float((other - results[0]).norm()) <= 1e-9 * float(results[0].norm())
-    free = learner_of(model_of("Qwen3"), packed=False)
+    free = learner_of(model_of("Starcoder2"), packing="padded")
     plain_batches = [batch_of(make_rows(RUNS, first_trajectory=at, seed=at), free, shift=0.2) for at in (0, 100)]
     assert float((gradient(free, *plain_batches, EVERYTHING, gamma=0.3) - results[0]).norm()) > 0.1 * float(
         results[0].norm()
@@ -290,8 +290,10 @@ def test_what_an_observation_allows_reaches_engine_rows_and_learner(style):
     rows = rows_from_groups(groups)
     assert rows.allowed.sets == 2 and len(rows) == (12 if style == "chat" else 48)  # siblings share sets
     assert sets_of(rows) == [None if turn.allowed_ids is None else set(turn.allowed_ids) for turn in turns]
-    for packed in (False, True):
-        logprobs = LocalLearner(model, LearnerSection(precision="fp32", packing=packed), temperature=0.6).logprobs(rows)
+    for packing in ("padded", "rows", "tree"):
+        logprobs = LocalLearner(model, LearnerSection(precision="fp32", packing=packing), temperature=0.6).logprobs(
+            rows
+        )
         torch.testing.assert_close(
             logprobs[rows.padded_mask], rows.rollout_logprobs[rows.action_mask], rtol=0, atol=1e-4
         )

@@ -194,7 +194,13 @@ def test_predictions_are_those_of_the_local_learner(ranks, folder, reference):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"gradient_checkpointing": True}, {"packing": True}, {"offload": "optimizer"}, {"offload": "all"}],
+    [
+        {"gradient_checkpointing": True},
+        {"packing": "rows"},
+        {"packing": "tree"},
+        {"offload": "optimizer"},
+        {"offload": "all"},
+    ],
     ids=str,
 )
 def test_what_saves_memory_changes_nothing(ranks, folder, changes):
@@ -212,7 +218,7 @@ def test_what_saves_memory_changes_nothing(ranks, folder, changes):
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", ["padded", "tree"])
 def test_replies_restricted_to_allowed_ids(ranks, folder, stage, packing):
     local, other = both(ranks, folder, settings(stage, lr=1.0, packing=packing, lm_head_chunk=3), critic=head())
     rows = restricted(make_rows(RUNS))

@@ -10,7 +10,7 @@ from spearrl.errors import CheckpointError
 from spearrl.learner import DeepSpeedLearner, LocalLearner
 from spearrl.losses import ClipCov, Objective
 from spearrl.models import load_model, save_weights
-from tests.batching.test_rows import make_rows
+from tests.batching.test_prefix_tree import sharing_rows
 from tests.learner.test_learner import RUNS, batch_of, settings, tiny
 
 pytest.importorskip("deepspeed")
@@ -37,7 +37,7 @@ def options(**changes):
 
 
 def batch(learner, seed: int = 0):
-    batch = batch_of(make_rows(RUNS), learner, shift=0.2, seed=seed)
+    batch = batch_of(sharing_rows(RUNS), learner, shift=0.2, seed=seed)
     batch.ref_logprobs = learner.logprobs(batch.rows, reference=True)
     return batch
 
@@ -47,9 +47,9 @@ def train(learner, data, steps: int = 3) -> None:
         learner.update(data, None, gamma=0.0, objectives=KINDS, seed=seed)
 
 
-@pytest.mark.parametrize(("stage", "packing"), [(3, True), (2, False)])
+@pytest.mark.parametrize(("stage", "packing"), [(3, "tree"), (2, "padded")])
 def test_two_ranks_with_adapters_are_the_local_learner(base, tmp_path, stage, packing):
-    rows = make_rows(RUNS)
+    rows = sharing_rows(RUNS)
     local = LocalLearner(load_model(str(base)), options(packing=packing), temperature=0.7, seed=7)
     data = batch(local)
     start, reference = local.logprobs(rows), data.ref_logprobs

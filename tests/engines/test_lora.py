@@ -210,7 +210,7 @@ def test_peft_missing_names_the_extra(monkeypatch):
 
 def test_packing_and_checkpointing_leave_the_gradient_as_it_is():
     gradients = []
-    for changes in ({}, {"packing": True, "micro_batch_tokens": 30}, {"gradient_checkpointing": True}):
+    for changes in ({}, {"packing": "rows", "micro_batch_tokens": 30}, {"gradient_checkpointing": True}):
         learner = adapted(tiny().double(), grad_clip=1e9, **changes)
         with torch.no_grad():
             for layer in learner.model.modules():

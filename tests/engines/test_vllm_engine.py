@@ -134,7 +134,7 @@ def test_log_probabilities_are_the_learners(model, engine):
         groups.append(Group(i, task, [Trajectory(task, i, i, i, [turn], Status.FAILURE)]))
     rows = rows_from_groups(groups)
     assert rows.allowed is not None and rows.allowed.sets == 2
-    for packing in (False, True):
+    for packing in ("padded", "tree"):
         logprobs = LocalLearner(model, LearnerSection(precision="fp32", packing=packing), temperature=0.7).logprobs(
             rows
         )

@@ -1,4 +1,4 @@
-"""Rows end to end in one sequence: nothing but the padding goes away."""
+"""Rows end to end in one sequence, or as a prefix tree: nothing but padding and repetition goes away."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spearrl.batching import forward_inputs
+from spearrl.batching import forward_inputs, prefix_tree, sequences
 from spearrl.config.sections import LearnerSection
 from spearrl.errors import ConfigError
 from spearrl.learner import LocalLearner, ValueHead
-from spearrl.learner import packing as packing
+from spearrl.learner import packing as packed_models
 from spearrl.learner.minibatches import micro_batches
+from spearrl.learner.tree_attention import AttentionPlan, tree_attention
 from spearrl.losses import ClipCov, KlCov, Objective
+from tests.batching.test_prefix_tree import sharing_rows
 from tests.batching.test_rows import make_rows
 from tests.learner.test_learner import RUNS, full_batch, gradient, settings, tiny
 from tests.support.random_inputs import checked
@@ -43,10 +45,10 @@ def model_of(kind: str, attention: str = "sdpa", **shape) -> torch.nn.Module:
     return model
 
 
-def learner_of(model: torch.nn.Module, *, packed: bool, **changes) -> LocalLearner:
+def learner_of(model: torch.nn.Module, *, packing: str, **changes) -> LocalLearner:
     critic = ValueHead(16, 3).double()
     torch.nn.init.normal_(critic.outer.weight, generator=torch.Generator().manual_seed(1))
-    options = settings(packing=packed, grad_clip=1e9, **changes)
+    options = settings(packing=packing, grad_clip=1e9, **changes)
     return LocalLearner(model.double(), options, temperature=0.7, critic=critic)
 
 
@@ -66,40 +68,41 @@ def test_a_pack_holds_tokens_up_to_each_rows_last_prediction():
     rows = make_rows([[1], [2, 1], [1]])
     clear = rows.turn_index != 0  # the first row predicts nothing: it is not there at all
     rows = rows.with_action_mask(rows.action_mask & clear)
-    inputs = forward_inputs(rows, packed=True)
-    assert inputs.lengths == (6, 2) and inputs.token_ids.shape == (1, 8)
+    inputs = forward_inputs(rows, "rows")
+    assert inputs.tree.bounds == (0, 0, 6, 8) and not inputs.tree.shared and inputs.token_ids.shape == (1, 8)
     flat = inputs.token_ids[0].tolist()
     assert flat == rows.token_ids[3:9].tolist() + rows.token_ids[10:12].tolist()
     assert inputs.target.tolist() == rows.token_ids[rows.action_mask].tolist()
     assert inputs.source.tolist() == [1, 2, 5, 7]
     assert inputs.padded.tolist() == rows.padded_mask.flatten().nonzero().flatten().tolist()
-    nothing = forward_inputs(rows.with_action_mask(torch.zeros_like(clear)), packed=True)
-    assert nothing.lengths == (1,) and nothing.token_ids.shape == (1, 1) and not len(nothing.target)
+    nothing = forward_inputs(rows.with_action_mask(torch.zeros_like(clear)), "rows")
+    assert nothing.tree.bounds[-1] == 1 and nothing.token_ids.shape == (1, 1) and not len(nothing.target)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("attention", "packing"), [("sdpa", "rows"), ("sdpa", "tree"), ("eager", "rows")])
 @pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Llama"])
-def test_log_probabilities_are_those_of_padded_rows(kind, attention):
-    rows = make_rows(RUNS)
+def test_log_probabilities_are_those_of_padded_rows(kind, attention, packing):
+    rows = sharing_rows(RUNS)
     logprobs = [
-        learner_of(model_of(kind, attention), packed=packed, micro_batch_tokens=30).logprobs(rows)
-        for packed in (False, True)
+        learner_of(model_of(kind, attention), packing=name, micro_batch_tokens=30).logprobs(rows)
+        for name in ("padded", packing)
     ]
     # transformers' own eager attention takes its softmax in float32
     assert float((logprobs[1] - logprobs[0]).abs().max()) <= (EXACT if attention == "sdpa" else 1e-6) and bool(
         logprobs[0][rows.padded_mask].all()
     )
     single = [
-        LocalLearner(model_of(kind, attention), settings(packing=packed)).logprobs(rows) for packed in (False, True)
+        LocalLearner(model_of(kind, attention), settings(packing=name)).logprobs(rows) for name in ("padded", packing)
     ]
     assert float((single[1] - single[0]).abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize("scope", ["mini_batch", "plain"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_those_of_padded_rows(scope, checkpointing):
+@pytest.mark.parametrize(("kind", "packing"), [("Qwen3", "rows"), ("Starcoder2", "tree")])
+def test_gradients_are_those_of_padded_rows(scope, checkpointing, kind, packing):
     """Every kind of objective, on-policy and replayed, in one pass and in many; also where layers run again in the
-    backward pass.
+    backward pass. (Norms in float32, as Qwen3's, round the sum of two rows' gradients otherwise than each of them.)
     """
     rules = {
         "mini_batch": {"clip_cov": ClipCov(0.3, -60.0, 60.0)},
@@ -113,17 +116,17 @@ def test_gradients_are_those_of_padded_rows(scope, checkpointing):
         Objective("value", weight=0.5),
     ]
     results = []
-    for packed, budget in ((False, 10**6), (True, 10**6), (True, 25), (True, 1)):
+    for name, budget in (("padded", 10**6), (packing, 10**6), (packing, 25), (packing, 1)):
         learner = learner_of(
-            model_of("Qwen3"),
-            packed=packed,
+            model_of(kind),
+            packing=name,
             micro_batch_tokens=budget,
             mini_batches=2,
             gradient_checkpointing=checkpointing,
         )
         on_policy, replay = (
-            full_batch(make_rows(RUNS), learner),
-            full_batch(make_rows(RUNS, first_trajectory=100, seed=5), learner, seed=4),
+            full_batch(sharing_rows(RUNS), learner),
+            full_batch(sharing_rows(RUNS, first_trajectory=100, seed=5), learner, seed=4),
         )
         results.append(gradient(learner, on_policy, replay, objectives, gamma=0.3))
     assert float(results[0].norm()) > 1e-3
@@ -132,9 +135,10 @@ def test_gradients_are_those_of_padded_rows(scope, checkpointing):
 
 
 def test_bf16_stays_within_its_rounding():
-    rows = make_rows(RUNS)
+    rows = sharing_rows(RUNS)
     logprobs = [
-        LocalLearner(tiny(), settings(packing=packed, precision="bf16")).logprobs(rows) for packed in (False, True)
+        LocalLearner(tiny(), settings(packing=packing, precision="bf16")).logprobs(rows)
+        for packing in ("padded", "tree")
     ]
     assert float((logprobs[1] - logprobs[0]).abs().max()) < 0.2
     exact = LocalLearner(tiny(), settings()).logprobs(rows)
@@ -151,7 +155,7 @@ def test_who_shares_the_model_is_not_disturbed():
         model(input_ids=ids, use_cache=False).logits,
         model(input_ids=ids, attention_mask=mask, use_cache=False).logits,
     ]
-    LocalLearner(model, LearnerSection(packing=True, precision="fp32"))
+    LocalLearner(model, LearnerSection(packing="rows", precision="fp32"))
     after = [
         model(input_ids=ids, use_cache=False).logits,
         model(input_ids=ids, attention_mask=mask, use_cache=False).logits,
@@ -171,14 +175,14 @@ def test_who_shares_the_model_is_not_disturbed():
 def test_models_that_cannot_be_packed_are_refused(kind, attention, complaint):
     extra = {"pad_token_id": 0, "eos_token_id": 1} if kind == "Gemma2" else {}
     with pytest.raises(ConfigError, match=complaint) as raised:
-        LocalLearner(model_of(kind, attention, **extra), settings(packing=True))
-    assert raised.value.hint == "set learner.packing=false"
+        LocalLearner(model_of(kind, attention, **extra), settings(packing="rows"))
+    assert raised.value.hint == "set learner.packing=padded"
 
 
 def test_the_check_notices_attention_across_rows(monkeypatch):
-    monkeypatch.setattr(packing, "_attend", lambda inputs, options: _blind(inputs, options))
+    monkeypatch.setattr(packed_models, "attend", lambda inputs, options: _blind(inputs, options))
     with pytest.raises(ConfigError, match="see each other"):
-        LocalLearner(model_of("Qwen2"), settings(packing=True))
+        LocalLearner(model_of("Qwen2"), settings(packing="rows"))
 
 
 def _blind(inputs, options):
@@ -190,5 +194,38 @@ def _blind(inputs, options):
 
 def test_a_packed_learners_directory_loads_anywhere(tmp_path):
     """The attention it uses is this process's own affair."""
-    LocalLearner(model_of("Qwen3"), settings(packing=True)).save(tmp_path)
-    assert packing.ATTENTION not in (tmp_path / "config.json").read_text()
+    LocalLearner(model_of("Qwen3"), settings(packing="rows")).save(tmp_path)
+    assert packed_models.ATTENTION not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_attention_over_a_tree_is_that_of_a_dense_mask(heads):
+    """Outputs and gradients, in float64 and with a score scale of the model's own."""
+    tree, _ = prefix_tree(sequences(sharing_rows([[9, 30], [40], [5, 5, 5], [17], [3, 60], [20]])))
+    size = tree.bounds[-1]
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(1, heads[0], size, 8), (1, heads[1], size, 8), (1, heads[1], size, 8), (1, heads[0], size, 8)]
+    query, key, value, upstream = (torch.randn(shape, dtype=torch.float64, generator=draw) for shape in shapes)
+    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+    out = tree_attention(query, key, value, AttentionPlan(tree), 0.3)
+    scores = (query @ key.repeat_interleave(heads[0] // heads[1], 1).mT * 0.3).masked_fill(
+        ~tree.dense_mask(), -torch.inf
+    )
+    expected = scores.softmax(-1) @ value.repeat_interleave(heads[0] // heads[1], 1)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    grads, expected_grads = (torch.autograd.grad(o, inputs, upstream, retain_graph=True) for o in (out, expected))
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
+
+
+def test_a_tree_computes_what_rows_share_once():
+    rows = sharing_rows(RUNS)
+    padded, tree = forward_inputs(rows), forward_inputs(rows, "tree")
+    assert tree.token_ids.numel() < len(rows.token_ids) <= padded.token_ids.numel()
+    assert torch.equal(tree.target, padded.target) and torch.equal(tree.padded, padded.padded)
+
+
+def test_shared_prefixes_need_torchs_attention():
+    with pytest.raises(ConfigError, match="eager") as raised:
+        LocalLearner(model_of("Qwen2", "eager"), settings(packing="tree"))
+    assert raised.value.hint == "set learner.packing=rows"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from spearrl.batching import Rows
+from spearrl.batching import Rows, sequences, tree_shares
 from spearrl.config.sections import LearnerSection
 from spearrl.errors import CheckpointError
 from spearrl.learner.critic import ValueHead
@@ -208,5 +208,6 @@ class DeepSpeedLearner(Learner):
 
     def _deal(self, rows: Rows) -> tuple[list[torch.Tensor], int]:
         """Rows of each rank, and the passes that every rank makes: as many as the one that needs most."""
-        dealt = deal(rows.lengths, self.ranks.size)
-        return dealt, max(len(self.shard.passes.pieces(rows.lengths[index])) for index in dealt)
+        tree = self.settings.packing == "tree"
+        dealt = tree_shares(sequences(rows), self.ranks.size) if tree else deal(rows.lengths, self.ranks.size)
+        return dealt, max(len(self.shard.passes.pieces(rows.select(index))) for index in dealt)

@@ -176,7 +176,7 @@ class Shard:
     def _rows(self, state: dict[str, Any], passes: int) -> tuple[Rows, list[torch.Tensor]]:
         """A rank's rows and those of each pass; ranks with less to do add passes without a row."""
         rows = Rows.from_state(state)
-        pieces = self.passes.pieces(rows.lengths)
+        pieces = self.passes.pieces(rows)
         return rows, pieces + [torch.zeros(0, dtype=torch.int64)] * (passes - len(pieces))
 
     def _backward(self, loss: torch.Tensor) -> None:
