@@ -6,19 +6,25 @@ import logging
 import sys
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 
 class Column(NamedTuple):
-    """A column of the progress line. `template` takes the step's metrics; one that was not logged counts as 0."""
+    """A column of the progress line. `template` takes the step's metrics; "-" where one of them was not logged."""
 
     name: str
     width: int
     template: str
     meaning: str
+
+    def text(self, metrics: Mapping[str, Any]) -> str:
+        """The column's cell."""
+        try:
+            return self.template.format_map(metrics).rjust(self.width)
+        except KeyError:
+            return "-".rjust(self.width)
 
 
 COLUMNS = (
@@ -155,8 +161,7 @@ class Progress:
         self._lines += 1
         eta = (now - self._began) / (v["step"] - self._first_step) * (v["steps"] - v["step"])
         learn = v.get("time/prepare", 0.0) + v.get("time/update", 0.0)
-        metrics = defaultdict(float, v, learn=learn, eta=_duration(eta))
-        _say("".join(column.template.format_map(metrics).rjust(column.width) for column in COLUMNS))
+        _say("".join(column.text({**v, "learn": learn, "eta": _duration(eta)}) for column in COLUMNS))
 
 
 def explain_columns() -> str:
