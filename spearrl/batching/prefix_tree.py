@@ -157,7 +157,7 @@ def _shared(bounds: list[int], common: list[int], lengths: list[int]) -> tuple[S
             segment, begin, end = path.pop()
             cut = max(begin, depth)
             first = bounds[segment] - common[segment]
-            if number > segment + 1:
+            if bounds[number] > bounds[segment + 1]:  # repeated sequences add no token
                 shared.append(Shared(bounds[segment + 1], bounds[number], first + cut, first + end))
             if cut > begin:
                 path.append((segment, begin, cut))

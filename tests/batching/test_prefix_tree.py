@@ -47,6 +47,7 @@ def test_the_tree_holds_every_prefix_once_and_a_token_sees_its_own(lists):
     pieces = torch.zeros_like(seen)  # what attention goes through piece by piece is that, each pair once
     for begin, end in tree.segments:
         pieces[begin:end, begin:end] += torch.ones_like(pieces[begin:end, begin:end]).tril()
+    assert all(part.begin < part.end and part.key_begin < part.key_end for part in tree.shared)
     for part in tree.shared:
         pieces[part.begin : part.end, part.key_begin : part.key_end] += 1
     assert torch.equal(pieces, seen)

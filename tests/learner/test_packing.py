@@ -229,3 +229,13 @@ def test_shared_prefixes_need_torchs_attention():
     with pytest.raises(ConfigError, match="eager") as raised:
         LocalLearner(model_of("Qwen2", "eager"), settings(packing="tree"))
     assert raised.value.hint == "set learner.packing=rows"
+
+
+def test_rows_that_repeat_each_other():
+    """Equal rows add nothing to the tree; one may also be a beginning of another."""
+    rows = make_rows([[4], [4], [4, 3]])
+    first = rows.token_ids[:6]
+    rows.token_ids[6:12] = first
+    rows.token_ids[12:18] = first
+    padded, tree = (learner_of(model_of("Qwen3"), packing=name).logprobs(rows) for name in ("padded", "tree"))
+    assert float((padded - tree).abs().max()) <= EXACT and torch.equal(tree[0, :6], tree[1, :6])
