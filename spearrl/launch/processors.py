@@ -27,7 +27,7 @@ GROUPS, SIBLINGS = 2, 4
 STEP_S = 100.0  # that a step's passes may take
 USED = 0.25  # of the speed of one product: attention, norms, the head, and cores that wait for each other
 CONTEXT = (1024, 2048)  # tokens of an episode, at least and at most
-REPLY = 64  # tokens, at most: sampling is no faster than some 50 tokens a second and core
+REPLY = 48  # tokens, at most: sampling is no faster than some 50 tokens a second and core
 
 
 def with_sampling_dtype(config: RunConfig, report: Report) -> RunConfig:

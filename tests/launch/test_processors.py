@@ -75,7 +75,7 @@ def test_sizes_follow_speed_and_parameters_and_only_where_nobody_set_them(model,
     monkeypatch.setattr(processors, "parameters_of", lambda folder: 135_000_000)
     values = processors.sizes(config, {"rollout.context_tokens", "rollout.max_reply_tokens", "eval.every"})
     # 100 s x 2 cores x 200 GFLOP/s x 0.25 / (8 x 135 M) = 9259 tokens, 1157 for each of 8 episodes
-    assert values == {"rollout.context_tokens": 1024, "rollout.max_reply_tokens": 64, "eval.every": 0}
+    assert values == {"rollout.context_tokens": 1024, "rollout.max_reply_tokens": 48, "eval.every": 0}
     monkeypatch.setattr(processors, "_measured", lambda shapes: DtypeSpeed(torch.bfloat16, 50.0, 400.0))
     assert processors.sizes(config, {"rollout.context_tokens"}) == {"rollout.context_tokens": 2048}
 
