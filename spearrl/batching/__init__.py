@@ -7,7 +7,7 @@ from spearrl.batching.anchors import anchor_id
 from spearrl.batching.batch import Batch
 from spearrl.batching.build_rows import rows_from_groups
 from spearrl.batching.forward_inputs import ForwardInputs, forward_inputs, sequences
-from spearrl.batching.prefix_tree import PrefixTree, prefix_tree, tree_passes, tree_shares
+from spearrl.batching.prefix_tree import PrefixTree, distinct_tokens, prefix_tree, tree_passes, tree_shares
 from spearrl.batching.rows import Rows
 from spearrl.batching.turn_table import TurnTable
 from spearrl.losses import denominator
@@ -19,6 +19,7 @@ __all__ = [
     "Rows",
     "TurnTable",
     "anchor_id",
+    "distinct_tokens",
     "denominator",
     "forward_inputs",
     "PrefixTree",

@@ -32,18 +32,18 @@ class ForwardInputs:
     allowed: tuple[torch.Tensor, ...] = ()
 
 
-def forward_inputs(rows: Rows, packing: str = "padded") -> ForwardInputs:
+def forward_inputs(rows: Rows, *, tree: bool = False) -> ForwardInputs:
     """The one place where tokens are shifted: the output at position t - 1 predicts the token at t.
 
     Args:
-        packing: "padded", "rows" (end to end) or "tree" (beginnings that rows share stand there once).
+        tree: rows are packed, beginnings that they share stand there once.
     """
     tokens = rows.action_mask.nonzero().flatten()
     row, position = rows.row_index[tokens], rows.positions[tokens]
     target, padded = rows.token_ids[tokens], row * rows.width + position
     sets = None if rows.allowed is None else rows.allowed.select(rows.turn_index[tokens])
     allowed = () if sets is None else tuple(sets.tensors().values())
-    if packing == "padded":
+    if not tree:
         length = int(position.max()) if len(tokens) else 1
         length = rows.width if rows.pictures else length  # no picture is cut in two
         token_ids = rows.pad(rows.token_ids)[:, :length]
@@ -51,11 +51,11 @@ def forward_inputs(rows: Rows, packing: str = "padded") -> ForwardInputs:
     parts = sequences(rows)
     if not len(tokens):  # every process runs a pass, whatever there is to predict
         parts[:1] = [rows.token_ids[:1].numpy()] if len(rows) else [np.zeros(1, dtype=np.int64)]
-    tree, index = prefix_tree(parts, share=packing == "tree")
+    made, index = prefix_tree(parts)
     flat = torch.from_numpy(np.concatenate(parts))
-    distinct = torch.zeros(tree.bounds[-1], dtype=torch.int64).index_copy(0, index, flat)
+    distinct = torch.zeros(made.bounds[-1], dtype=torch.int64).index_copy(0, index, flat)
     starts = torch.tensor([0, *map(len, parts)]).cumsum(0)
-    return ForwardInputs(distinct.unsqueeze(0), index[starts[row] + position - 1], target, padded, tree, allowed)
+    return ForwardInputs(distinct.unsqueeze(0), index[starts[row] + position - 1], target, padded, made, allowed)
 
 
 def sequences(rows: Rows) -> list[np.ndarray]:

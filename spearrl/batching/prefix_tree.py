@@ -63,14 +63,9 @@ class PrefixTree:
         return (index <= index.unsqueeze(1)) & (index.unsqueeze(1) < self.last_descendants())
 
 
-def prefix_tree(sequences: Sequence[np.ndarray], *, share: bool = True) -> tuple[PrefixTree, torch.Tensor]:
-    """The tree of token sequences, and int64 [S]: where each of their tokens, one sequence after another, is in it.
-
-    Args:
-        sequences: integers.
-        share: otherwise nothing is shared: every sequence is a segment, in the given order.
-    """
-    order, common = shared_prefixes(sequences) if share else (list(range(len(sequences))), [0] * len(sequences))
+def prefix_tree(sequences: Sequence[np.ndarray]) -> tuple[PrefixTree, torch.Tensor]:
+    """The tree of token sequences, and int64 [S]: where each of their tokens, one sequence after another, is in it."""
+    order, common = shared_prefixes(sequences)
     lengths = [len(sequences[row]) for row in order]
     bounds = [0, *accumulate(length - begin for length, begin in zip(lengths, common, strict=True))]
     index: list[np.ndarray] = [np.zeros(0, dtype=np.int64)] * len(sequences)
@@ -94,6 +89,11 @@ def shared_prefixes(sequences: Sequence[np.ndarray]) -> tuple[list[int], list[in
         differs = sequences[before][:length] != sequences[row][:length]
         common.append(int(differs.argmax()) if differs.any() else length)
     return order, common
+
+
+def distinct_tokens(sequences: Sequence[np.ndarray]) -> int:
+    """Tokens of the tree of token sequences."""
+    return sum(map(len, sequences)) - sum(shared_prefixes(sequences)[1])
 
 
 def tree_passes(sequences: Sequence[np.ndarray], max_tokens: int) -> list[torch.Tensor]:

@@ -180,8 +180,8 @@ class LearnerSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(3, description="Shards optimiser state (1), gradients (2), parameters (3).")
     offload: Literal["none", "optimizer", "all"] = Field("none", description="What DeepSpeed keeps in host memory.")
     timeout_s: float = Field(600.0, gt=0, description="Seconds a learner process may take over one command.")
-    packing: Literal["padded", "rows", "tree"] = Field(
-        "padded", description="Rows of a pass: padded, end to end, or with shared beginnings once; the same gradient."
+    packing: Literal["padded", "tree"] = Field(
+        "padded", description="Rows of a pass: padded, or in one sequence, shared beginnings once; the same gradient."
     )
     lora: LoraSection = Field(LoraSection(), description="Low-rank adapters instead of all weights.")
     lr: float = Field(1e-6, gt=0, description="AdamW learning rate, constant after warm-up.")

@@ -141,8 +141,8 @@ class LocalLearner(Learner):
 
         None where its passes do not fit together into the memory of one micro-batch.
         """
-        limit = self.settings.micro_batch_tokens
-        if sum(self.passes.tokens(share.batch.rows.select(index)) for index in pieces) > limit:
+        padded = sum(len(index) * int(share.batch.rows.lengths[index].max()) for index in pieces)
+        if padded > self.settings.micro_batch_tokens:
             return []
         return [self.passes.forward(share.batch.rows.select(index)) for index in pieces]
 

@@ -100,20 +100,16 @@ def deal(lengths: torch.Tensor, ranks: int) -> list[torch.Tensor]:
     return [torch.tensor(sorted(rows), dtype=torch.int64) for rows in dealt]
 
 
-def micro_batches(lengths: torch.Tensor, max_tokens: int, *, packed: bool = False) -> list[torch.Tensor]:
+def micro_batches(lengths: torch.Tensor, max_tokens: int) -> list[torch.Tensor]:
     """Row indices of each forward pass, of at most `max_tokens` tokens; a longer row has a pass of its own.
 
-    The largest pass comes first, so that one that does not fit into memory fails at once.
+    The largest pass comes first, so that one that does not fit into memory fails at once. Rows of similar length are
+    padded to the longest; a pass also ends where it is worth its overhead already and the next row would be padded by a
+    tenth or more.
 
     Args:
         lengths: int64 [B], tokens of each row.
-        packed: rows lie end to end. Otherwise rows of similar length are padded to the longest, and a pass also ends
-            where it is worth its overhead already and the next row would be padded by a tenth or more.
     """
-    return _packed_passes(lengths, max_tokens) if packed else _padded_passes(lengths, max_tokens)
-
-
-def _padded_passes(lengths: torch.Tensor, max_tokens: int) -> list[torch.Tensor]:
     order = _longest_first(lengths)
     sizes, passes, begin = lengths[order].tolist(), [], 0
     for end in range(1, len(sizes) + 1):
@@ -125,21 +121,6 @@ def _padded_passes(lengths: torch.Tensor, max_tokens: int) -> list[torch.Tensor]
         passes.append(order[begin:end])
         begin = end
     return passes
-
-
-def _packed_passes(lengths: torch.Tensor, max_tokens: int) -> list[torch.Tensor]:
-    """First-fit decreasing: at most 11/9 of the fewest passes possible, plus one."""
-    passes: list[list[int]] = []
-    room: list[int] = []  # tokens that each pass still takes
-    sizes = lengths.tolist()
-    for row in _longest_first(lengths).tolist():
-        index = next((i for i, free in enumerate(room) if sizes[row] <= free), len(room))
-        if index == len(room):
-            passes.append([])
-            room.append(max_tokens)
-        passes[index].append(row)
-        room[index] -= sizes[row]
-    return [torch.tensor(passes[i]) for i in sorted(range(len(passes)), key=room.__getitem__)]
 
 
 def _longest_first(lengths: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,7 @@
-"""Models run over many rows in one sequence: end to end, or as a prefix tree in which shared beginnings stand once.
+"""Models run over many rows in one sequence, a prefix tree in which shared beginnings stand once.
 
 Each token attends to its own row up to itself. transformers would make a mask of all tokens x all tokens; here
-attention goes piece by piece instead, without a mask (`learner/tree_attention.py`). Flash attention takes the bounds of
-rows itself.
+attention goes piece by piece instead, without a mask (`learner/tree_attention.py`).
 """
 
 from __future__ import annotations
@@ -24,33 +23,25 @@ EXACT, ROUNDED = 1e-3, 0.03
 HINT = "set learner.packing=padded"
 
 
-def packed_arguments(model: Any, tree: PrefixTree | None, device: torch.device | str) -> dict[str, Any]:
+def packed_arguments(tree: PrefixTree | None, device: torch.device | str) -> dict[str, Any]:
     """What a packed pass passes to the model besides token ids; nothing without a tree (a padded pass)."""
     if tree is None:
         return {}
-    positions = {"position_ids": tree.positions.unsqueeze(0).to(device)}
-    if model.config._attn_implementation == ATTENTION:
-        # transformers takes a mask of four axes for a finished one and makes none.
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-        return {**positions, "cu_seq_lens_q": AttentionPlan.of(tree, torch.device(device)), "attention_mask": mask}
-    bounds = torch.tensor(tree.bounds, dtype=torch.int32)
-    longest = int(bounds.diff().max())
-    bounds = bounds.to(device)
-    ends = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-    return positions | ends
+    positions, plan = tree.positions.unsqueeze(0).to(device), AttentionPlan.of(tree, torch.device(device))
+    # transformers takes a mask of four axes for a finished one and makes none; it hands "cu_seq_lens_q" to attention.
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    return {"position_ids": positions, "cu_seq_lens_q": plan, "attention_mask": mask}
 
 
-def attend_by_tree(model: Any, packing: str) -> None:
+def attend_by_tree(model: Any) -> None:
     """Give a model that uses torch's attention one for packed passes; whoever else shares the model goes on as before.
 
     Raises:
-        ConfigError: its layers do not attend to all tokens before, or shared prefixes with another attention.
+        ConfigError: its layers do not attend to all tokens before, or by another attention.
     """
     if model.config._attn_implementation not in ("sdpa", ATTENTION):
-        if packing == "tree":
-            text = f"shared prefixes with attention {model.config._attn_implementation!r}; expected 'sdpa'"
-            raise ConfigError(text, where="learner.packing", hint="set learner.packing=rows")
-        return
+        text = f"shared prefixes with attention {model.config._attn_implementation!r}; expected 'sdpa'"
+        raise ConfigError(text, where="learner.packing", hint=HINT)
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
 
@@ -66,13 +57,12 @@ def attend_by_tree(model: Any, packing: str) -> None:
     model.set_attn_implementation(ATTENTION)
 
 
-def check_packing(policy: Any, name: str, packing: str, device: torch.device) -> None:
+def check_packing(policy: Any, name: str, device: torch.device) -> None:
     """Compare a packed pass with a padded one: a model with masks of its own kind would mix rows unseen.
 
     Args:
         policy: a Policy, or what wraps one.
         name: of the model, for the error.
-        packing: "rows" or "tree".
     Raises:
         ConfigError: they differ, or the model takes no packed rows.
     """
@@ -80,7 +70,7 @@ def check_packing(policy: Any, name: str, packing: str, device: torch.device) ->
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
     width, flat = padded.shape[1], torch.cat(rows)
     source = torch.cat([number * width + torch.arange(len(row)) for number, row in enumerate(rows)]).to(device)
-    tree, index = prefix_tree([row.numpy() for row in rows], share=packing == "tree")
+    tree, index = prefix_tree([row.numpy() for row in rows])
     tokens = torch.zeros(tree.bounds[-1], dtype=torch.int64).index_copy(0, index, flat)
     target = torch.zeros_like(source)
     errors = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)

@@ -58,18 +58,14 @@ class Passes:
         self.policy, self.model, self.settings, self.device = policy, model, settings, device
         self.reference, self.critic, self.vision, self._backward = reference, critic, vision_of(model), backward
         check_head(policy, type(model).__name__, device)
-        if settings.packing != "padded":
-            check_packing(policy, type(model).__name__, settings.packing, device)
+        if settings.packing == "tree":
+            check_packing(policy, type(model).__name__, device)
 
     def pieces(self, rows: Rows) -> list[torch.Tensor]:
         """Row indices of each pass."""
         if self.settings.packing == "tree":
             return tree_passes(sequences(rows), self.settings.micro_batch_tokens)
-        return micro_batches(rows.lengths, self.settings.micro_batch_tokens, packed=self.settings.packing == "rows")
-
-    def tokens(self, rows: Rows) -> int:
-        """Tokens that one pass over all rows computes, padding included."""
-        return forward_inputs(rows, self.settings.packing).token_ids.numel()
+        return micro_batches(rows.lengths, self.settings.micro_batch_tokens)
 
     def forward(self, rows: Rows, policy: Any = None) -> Outputs:
         """One pass over all rows at once.
@@ -82,7 +78,7 @@ class Passes:
         if self.vision is None and rows.pictures:
             hint = "train a vision model of the Qwen2-VL family"
             raise ContractError("rows with pictures", where="learner", hint=hint)
-        inputs = forward_inputs(rows, self.settings.packing)
+        inputs = forward_inputs(rows, tree=self.settings.packing == "tree")
         # Without rows the pass is still made: all processes take part in gathering sharded weights.
         token_ids = inputs.token_ids if len(rows) else torch.zeros(1, 1, dtype=torch.int64)
         tensors = (tensor.to(self.device) for tensor in (token_ids, inputs.source, inputs.target))

@@ -31,14 +31,14 @@ class Policy(torch.nn.Module):
     def __init__(self, model: Any, settings: LearnerSection, *, temperature: float, bf16: bool = False):
         super().__init__()
         self.model, self.vision = model, vision_of(model)
-        if settings.packing != "padded" and self.vision is not None:
+        if settings.packing == "tree" and self.vision is not None:
             raise ConfigError("rows with pictures are not packed", where="learner.packing", hint=HINT)
         self.bf16, self.checkpointing = bf16, settings.gradient_checkpointing
         _without_dropout(model)
         if self.checkpointing:
             model.gradient_checkpointing_enable()
-        if settings.packing != "padded":
-            attend_by_tree(model, settings.packing)
+        if settings.packing == "tree":
+            attend_by_tree(model)
         forbidden = () if self.vision is None else self.vision.forbidden
         self.scorer = _Scorer(model.get_output_embeddings(), temperature, settings.lm_head_chunk, forbidden)
 
@@ -82,7 +82,7 @@ class Policy(torch.nn.Module):
         wide = self.bf16 and device == "cpu" and not self.checkpointing
         autocast = torch.autocast(device, dtype=torch.bfloat16) if self.bf16 else nullcontext()
         with autocast, Float32Attention() if wide else nullcontext():
-            inputs = {"input_ids": token_ids, **packed_arguments(self.model, tree, token_ids.device)}
+            inputs = {"input_ids": token_ids, **packed_arguments(tree, token_ids.device)}
             if self.vision is not None and images is not None:
                 embedded = self.vision.embed(self.model, token_ids, *images[1:])
                 inputs = {"inputs_embeds": embedded, "position_ids": images.positions}

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from spearrl.batching import Batch, Rows, prefix_tree, sequences
+from spearrl.batching import Batch, Rows, distinct_tokens, sequences
 from spearrl.config.sections import LearnerSection
 from spearrl.errors import ContractError
 from spearrl.learner.lora import FOLDER, save_adapters
@@ -127,7 +127,7 @@ class Learner(ABC):
             skipped += not made
         trained = [batch.rows for batch in (on_policy, replay) if batch is not None]
         tokens = sum(len(rows.token_ids) for rows in trained)
-        distinct = sum(prefix_tree(sequences(rows))[0].bounds[-1] for rows in trained)
+        distinct = sum(distinct_tokens(sequences(rows)) for rows in trained)
         metrics = (
             tally.means()
             | {name: float(count) for name, count in idle.items()}

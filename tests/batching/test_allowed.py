@@ -235,7 +235,7 @@ def test_the_gradient_does_not_depend_on_passes_packing_or_order():
     results = []
     for packing, budget, chunk, order in (
         ("padded", 10**6, 100, None),
-        ("rows", 10**6, 5, None),
+        ("tree", 10**6, 5, None),
         ("tree", 25, 100, None),
         ("padded", 20, 3, torch.tensor([6, 2, 0, 1, 5, 4, 3])),
     ):
@@ -290,7 +290,7 @@ def test_what_an_observation_allows_reaches_engine_rows_and_learner(style):
     rows = rows_from_groups(groups)
     assert rows.allowed.sets == 2 and len(rows) == (12 if style == "chat" else 48)  # siblings share sets
     assert sets_of(rows) == [None if turn.allowed_ids is None else set(turn.allowed_ids) for turn in turns]
-    for packing in ("padded", "rows", "tree"):
+    for packing in ("padded", "tree"):
         logprobs = LocalLearner(model, LearnerSection(precision="fp32", packing=packing), temperature=0.6).logprobs(
             rows
         )

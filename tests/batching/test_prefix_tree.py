@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spearrl.batching import Rows, prefix_tree, sequences, tree_passes, tree_shares
+from spearrl.batching import Rows, distinct_tokens, prefix_tree, sequences, tree_passes, tree_shares
 from spearrl.batching.prefix_tree import PASS_TOKENS, shared_prefixes
 from tests.batching.test_rows import make_rows
 from tests.support.random_inputs import checked
@@ -33,6 +33,7 @@ def sharing_rows(runs: list[list[int]], *, seed: int = 0, **names: int) -> Rows:
 @given(TOKENS)
 def test_the_tree_holds_every_prefix_once_and_a_token_sees_its_own(lists):
     tree, index = prefix_tree(arrays(lists))
+    assert distinct_tokens(arrays(lists)) == tree.bounds[-1]
     prefixes = {}
     places = iter(index.tolist())
     for tokens in lists:
@@ -62,22 +63,13 @@ def test_a_group_is_one_trunk_with_a_branch_for_each_reply():
     assert index.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 6, 0, 1, 2, 3, 7, 8]
 
 
-def test_without_sharing_it_is_the_rows_end_to_end():
-    tree, index = prefix_tree(arrays([[1, 2], [1, 2, 3]]), share=False)
-    assert tree.bounds == (0, 2, 5) and not tree.shared and index.tolist() == [0, 1, 2, 3, 4]
-
-
-def distinct(parts: list[np.ndarray]) -> int:
-    return prefix_tree(parts)[0].bounds[-1]
-
-
 @checked
 @given(TOKENS, st.integers(1, 20))
 def test_passes_hold_every_row_once_and_no_more_than_fits(lists, limit):
     parts = arrays(lists)
     passes = tree_passes(parts, limit)
     assert sorted(row for rows in passes for row in rows.tolist()) == list(range(len(lists)))
-    sizes = [distinct([parts[row] for row in rows]) for rows in passes]
+    sizes = [distinct_tokens([parts[row] for row in rows]) for rows in passes]
     assert all(size <= limit or len(rows) == 1 for size, rows in zip(sizes, passes, strict=True))
     assert sizes == sorted(sizes, reverse=True)
 
@@ -86,7 +78,10 @@ def test_passes_are_cut_where_least_is_shared():
     groups = [[[group] * 10 + [group, reply] for reply in range(4)] for group in range(3)]  # 15 distinct tokens each
     parts = arrays([row for group in groups for row in group])
     passes = tree_passes(parts, 40)  # two groups fit, a third does not
-    assert sorted(len(rows) for rows in passes) == [4, 8] and sum(distinct([parts[r] for r in p]) for p in passes) == 45
+    assert (
+        sorted(len(rows) for rows in passes) == [4, 8]
+        and sum(distinct_tokens([parts[r] for r in p]) for p in passes) == 45
+    )
     assert PASS_TOKENS > 40  # a cut within a group would cost a pass more
 
 

@@ -196,7 +196,6 @@ def test_predictions_are_those_of_the_local_learner(ranks, folder, reference):
     "changes",
     [
         {"gradient_checkpointing": True},
-        {"packing": "rows"},
         {"packing": "tree"},
         {"offload": "optimizer"},
         {"offload": "all"},

@@ -1,24 +1,20 @@
-"""Rows end to end in one sequence, or as a prefix tree: nothing but padding and repetition goes away."""
+"""Rows as a prefix tree in one sequence: nothing but padding and repetition goes away."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from spearrl.batching import forward_inputs, prefix_tree, sequences
 from spearrl.config.sections import LearnerSection
 from spearrl.errors import ConfigError
 from spearrl.learner import LocalLearner, ValueHead
 from spearrl.learner import packing as packed_models
-from spearrl.learner.minibatches import micro_batches
 from spearrl.learner.tree_attention import AttentionPlan, tree_attention
 from spearrl.losses import ClipCov, KlCov, Objective
 from tests.batching.test_prefix_tree import sharing_rows
 from tests.batching.test_rows import make_rows
 from tests.learner.test_learner import RUNS, full_batch, gradient, settings, tiny
-from tests.support.random_inputs import checked
 
 SHAPE = {
     "hidden_size": 16,
@@ -52,55 +48,35 @@ def learner_of(model: torch.nn.Module, *, packing: str, **changes) -> LocalLearn
     return LocalLearner(model.double(), options, temperature=0.7, critic=critic)
 
 
-@checked
-@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 100))
-def test_packs_hold_every_row_once_and_no_more_than_fits(lengths, limit):
-    pieces = micro_batches(torch.tensor(lengths, dtype=torch.int64), limit, packed=True)
-    assert sorted(row for piece in pieces for row in piece.tolist()) == list(range(len(lengths)))
-    sums = [sum(lengths[row] for row in piece.tolist()) for piece in pieces]
-    assert all(total <= limit or len(piece) == 1 for total, piece in zip(sums, pieces, strict=True))
-    assert sums == sorted(sums, reverse=True)
-    fitting = [total for total in sums if total <= limit]
-    assert all(a + b > limit for a, b in zip(fitting, fitting[1:], strict=False)), "two passes that would fit into one"
-
-
 def test_a_pack_holds_tokens_up_to_each_rows_last_prediction():
     rows = make_rows([[1], [2, 1], [1]])
     clear = rows.turn_index != 0  # the first row predicts nothing: it is not there at all
     rows = rows.with_action_mask(rows.action_mask & clear)
-    inputs = forward_inputs(rows, "rows")
+    inputs = forward_inputs(rows, tree=True)
     assert inputs.tree.bounds == (0, 0, 6, 8) and not inputs.tree.shared and inputs.token_ids.shape == (1, 8)
     flat = inputs.token_ids[0].tolist()
     assert flat == rows.token_ids[3:9].tolist() + rows.token_ids[10:12].tolist()
     assert inputs.target.tolist() == rows.token_ids[rows.action_mask].tolist()
     assert inputs.source.tolist() == [1, 2, 5, 7]
     assert inputs.padded.tolist() == rows.padded_mask.flatten().nonzero().flatten().tolist()
-    nothing = forward_inputs(rows.with_action_mask(torch.zeros_like(clear)), "rows")
+    nothing = forward_inputs(rows.with_action_mask(torch.zeros_like(clear)), tree=True)
     assert nothing.tree.bounds[-1] == 1 and nothing.token_ids.shape == (1, 1) and not len(nothing.target)
 
 
-@pytest.mark.parametrize(("attention", "packing"), [("sdpa", "rows"), ("sdpa", "tree"), ("eager", "rows")])
 @pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Llama"])
-def test_log_probabilities_are_those_of_padded_rows(kind, attention, packing):
+def test_log_probabilities_are_those_of_padded_rows(kind):
     rows = sharing_rows(RUNS)
     logprobs = [
-        learner_of(model_of(kind, attention), packing=name, micro_batch_tokens=30).logprobs(rows)
-        for name in ("padded", packing)
+        learner_of(model_of(kind), packing=name, micro_batch_tokens=30).logprobs(rows) for name in ("padded", "tree")
     ]
-    # transformers' own eager attention takes its softmax in float32
-    assert float((logprobs[1] - logprobs[0]).abs().max()) <= (EXACT if attention == "sdpa" else 1e-6) and bool(
-        logprobs[0][rows.padded_mask].all()
-    )
-    single = [
-        LocalLearner(model_of(kind, attention), settings(packing=name)).logprobs(rows) for name in ("padded", packing)
-    ]
+    assert float((logprobs[1] - logprobs[0]).abs().max()) <= EXACT and bool(logprobs[0][rows.padded_mask].all())
+    single = [LocalLearner(model_of(kind), settings(packing=name)).logprobs(rows) for name in ("padded", "tree")]
     assert float((single[1] - single[0]).abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize("scope", ["mini_batch", "plain"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("kind", "packing"), [("Qwen3", "rows"), ("Starcoder2", "tree")])
-def test_gradients_are_those_of_padded_rows(scope, checkpointing, kind, packing):
+def test_gradients_are_those_of_padded_rows(scope, checkpointing):
     """Every kind of objective, on-policy and replayed, in one pass and in many; also where layers run again in the
     backward pass. (Norms in float32, as Qwen3's, round the sum of two rows' gradients otherwise than each of them.)
     """
@@ -116,9 +92,9 @@ def test_gradients_are_those_of_padded_rows(scope, checkpointing, kind, packing)
         Objective("value", weight=0.5),
     ]
     results = []
-    for name, budget in (("padded", 10**6), (packing, 10**6), (packing, 25), (packing, 1)):
+    for name, budget in (("padded", 10**6), ("tree", 10**6), ("tree", 25), ("tree", 1)):
         learner = learner_of(
-            model_of(kind),
+            model_of("Starcoder2"),
             packing=name,
             micro_batch_tokens=budget,
             mini_batches=2,
@@ -155,7 +131,7 @@ def test_who_shares_the_model_is_not_disturbed():
         model(input_ids=ids, use_cache=False).logits,
         model(input_ids=ids, attention_mask=mask, use_cache=False).logits,
     ]
-    LocalLearner(model, LearnerSection(packing="rows", precision="fp32"))
+    LocalLearner(model, LearnerSection(packing="tree", precision="fp32"))
     after = [
         model(input_ids=ids, use_cache=False).logits,
         model(input_ids=ids, attention_mask=mask, use_cache=False).logits,
@@ -166,8 +142,8 @@ def test_who_shares_the_model_is_not_disturbed():
 @pytest.mark.parametrize(
     ("kind", "attention", "complaint"),
     [
-        ("Bloom", "eager", "see each other"),
-        ("Mamba", "eager", "see each other"),
+        ("Bloom", "eager", "'eager'; expected 'sdpa'"),
+        ("Mamba", "eager", "'eager'; expected 'sdpa'"),
         ("Mistral", "sdpa", "sliding"),
         ("Gemma2", "sdpa", "sliding"),
     ],
@@ -175,14 +151,14 @@ def test_who_shares_the_model_is_not_disturbed():
 def test_models_that_cannot_be_packed_are_refused(kind, attention, complaint):
     extra = {"pad_token_id": 0, "eos_token_id": 1} if kind == "Gemma2" else {}
     with pytest.raises(ConfigError, match=complaint) as raised:
-        LocalLearner(model_of(kind, attention, **extra), settings(packing="rows"))
+        LocalLearner(model_of(kind, attention, **extra), settings(packing="tree"))
     assert raised.value.hint == "set learner.packing=padded"
 
 
 def test_the_check_notices_attention_across_rows(monkeypatch):
     monkeypatch.setattr(packed_models, "attend", lambda inputs, options: _blind(inputs, options))
     with pytest.raises(ConfigError, match="see each other"):
-        LocalLearner(model_of("Qwen2"), settings(packing="rows"))
+        LocalLearner(model_of("Qwen2"), settings(packing="tree"))
 
 
 def _blind(inputs, options):
@@ -194,7 +170,7 @@ def _blind(inputs, options):
 
 def test_a_packed_learners_directory_loads_anywhere(tmp_path):
     """The attention it uses is this process's own affair."""
-    LocalLearner(model_of("Qwen3"), settings(packing="rows")).save(tmp_path)
+    LocalLearner(model_of("Qwen3"), settings(packing="tree")).save(tmp_path)
     assert packed_models.ATTENTION not in (tmp_path / "config.json").read_text()
 
 
@@ -220,15 +196,9 @@ def test_attention_over_a_tree_is_that_of_a_dense_mask(heads):
 
 def test_a_tree_computes_what_rows_share_once():
     rows = sharing_rows(RUNS)
-    padded, tree = forward_inputs(rows), forward_inputs(rows, "tree")
+    padded, tree = forward_inputs(rows), forward_inputs(rows, tree=True)
     assert tree.token_ids.numel() < len(rows.token_ids) <= padded.token_ids.numel()
     assert torch.equal(tree.target, padded.target) and torch.equal(tree.padded, padded.padded)
-
-
-def test_shared_prefixes_need_torchs_attention():
-    with pytest.raises(ConfigError, match="eager") as raised:
-        LocalLearner(model_of("Qwen2", "eager"), settings(packing="tree"))
-    assert raised.value.hint == "set learner.packing=rows"
 
 
 def test_rows_that_repeat_each_other():

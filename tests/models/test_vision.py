@@ -371,7 +371,7 @@ def test_windowed_prompts_that_differ_in_their_picture_are_rows_of_their_own():
 def test_what_does_not_go_with_pictures_is_refused(scene):
     model, _, chats = scene
     with pytest.raises(ConfigError, match="rows with pictures are not packed"):
-        LocalLearner(model, LearnerSection(**SETTINGS, packing="rows"))
+        LocalLearner(model, LearnerSection(**SETTINGS, packing="tree"))
     from spearrl.config.sections import TinySection
     from spearrl.models import build_tiny
 
