@@ -108,37 +108,32 @@ class Learner(ABC):
             WorkerError: a process of the learner died, failed or did not answer; no call is accepted afterwards.
         """
         started, tally, before = time.monotonic(), Tally(), self.steps
-        skipped, idle = 0, Counter({"policy/without_signal": 0})
+        skipped, left_out = 0, Counter({"policy/without_signal": 0})
         on_objectives, replay_objectives = split_objectives(objectives, gamma)
         if not replay_objectives:
             replay = None
         parts = ((on_policy, on_objectives), (replay, replay_objectives))
         for shares in plan(*parts, self.settings, joint=self.joint, seed=seed):
             fresh = self.steps == before
-            kept = [replace(share, current=share.current and fresh).with_signal() for share in shares]
-            idle.update(_size(shares))
-            idle.subtract(_size(kept))
-            kept = [share for share in kept if len(share.batch)]
-            if not kept:  # a step would only decay weights and follow old moments
-                idle["policy/without_signal"] += 1
+            trained = [replace(share, current=share.current and fresh).with_signal() for share in shares]
+            left_out.update(_size(shares))
+            left_out.subtract(_size(trained))
+            trained = [share for share in trained if len(share.batch)]
+            if not trained:  # a step would only decay weights and follow old moments
+                left_out["policy/without_signal"] += 1
                 continue
-            made = self._step(kept, tally)
+            made = self._step(trained, tally)
             self.steps += made
             skipped += not made
-        trained = [batch.rows for batch in (on_policy, replay) if batch is not None]
-        tokens = sum(len(rows.token_ids) for rows in trained)
-        distinct = sum(distinct_tokens(sequences(rows)) for rows in trained)
-        metrics = (
-            tally.means()
-            | {name: float(count) for name, count in idle.items()}
-            | {
-                "policy/updates": float(self.steps - before),
-                "policy/lr": self._rate(max(0, self.steps - 1)),
-                "update/tokens": float(tokens),
-                "update/unique_tokens": float(distinct),
-                "update/seconds": time.monotonic() - started,
-            }
-        )
+        rows = [batch.rows for batch in (on_policy, replay) if batch is not None]
+        metrics = tally.means() | {name: float(count) for name, count in left_out.items()}
+        metrics |= {
+            "policy/updates": float(self.steps - before),
+            "policy/lr": self._rate(max(0, self.steps - 1)),
+            "update/tokens": float(sum(len(part.token_ids) for part in rows)),
+            "update/unique_tokens": float(sum(distinct_tokens(sequences(part)) for part in rows)),
+            "update/seconds": time.monotonic() - started,
+        }
         return UpdateResult(metrics, skipped)
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -223,5 +218,5 @@ class Learner(ABC):
 
 
 def _size(shares: Sequence[Share]) -> dict[str, int]:
-    tokens = sum(int(share.batch.rows.lengths.sum()) for share in shares)
-    return {"update/idle_rows": sum(len(share.batch) for share in shares), "update/idle_tokens": tokens}
+    rows, tokens = (sum(f(share.batch.rows) for share in shares) for f in (len, lambda part: len(part.token_ids)))
+    return {"update/rows_without_signal": rows, "update/tokens_without_signal": tokens}
