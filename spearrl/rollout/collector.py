@@ -17,7 +17,6 @@ from spearrl.errors import ConfigError, ContractError, EngineError, EnvironmentF
 from spearrl.models.chat_format import ChatFormat, next_prompt
 from spearrl.rollout.player import Episode, Player, Seed
 from spearrl.rollout.protocol import Engine, Request, Sampling
-from spearrl.rollout.standing import Standing
 from spearrl.seeds import derive
 from spearrl.types import Image, Message, Observation, Reply, Status, Task, Trajectory, Turn
 
@@ -43,6 +42,20 @@ class _Episode:
     tools: list[dict[str, Any]]
     conversation: list[Message] = field(default_factory=list)
     reply_tokens: int = 0
+
+
+class RolloutProgress:
+    """Of the episodes that begin now. As text: episodes and tokens since then, at the moment it is printed."""
+
+    def __init__(self, collector: Collector, episodes: Sequence[Episode]):
+        self._collector, self._episodes = collector, len(episodes)
+        self._purpose = str(episodes[0][3][0]) if episodes else "nothing to play"
+        self._began, self._before = time.monotonic(), collector.counts()
+
+    def __str__(self) -> str:
+        ended, tokens = (now - before for now, before in zip(self._collector.counts(), self._before, strict=True))
+        rate = tokens / max(time.monotonic() - self._began, 1e-3)
+        return f"{self._purpose}: {ended:.0f} of {self._episodes} episodes, {tokens:,.0f} tokens, {rate:.0f} tokens/s"
 
 
 class Collector(Player):
@@ -101,8 +114,12 @@ class Collector(Player):
         # too.
         self.tokens_held: dict[Seed, int] = {}
         self.on_turn: Callable[[Turn], None] | None = None  # called with every turn as it ends
-        self.ended = 0  # episodes, ever
+        self._ended = 0  # episodes, ever
         self._failures = 0  # calls of `collect` in a row in which all failed
+
+    def counts(self) -> tuple[float, float]:
+        """(episodes that ended, tokens sampled), ever."""
+        return self._ended, self.engine.counters.get("sampled_tokens", 0.0)
 
     def _play(self, episodes: Sequence[Episode]) -> list[Trajectory]:
         async def played() -> list[Trajectory]:
@@ -114,7 +131,7 @@ class Collector(Player):
         restarts, deadlines = budget.restarts, budget.deadlines
         start, busy = time.monotonic(), self.engine.counters.get("seconds", 0.0)
         self.measures = dict.fromkeys(MEASURES, 0.0)
-        LOG.info("%s", Standing(self, episodes))
+        LOG.info("%s", RolloutProgress(self, episodes))
         trajectories = _run(played())
         self._check_engine(trajectories)
         self.measures |= {
@@ -163,7 +180,7 @@ class Collector(Player):
                 if not trajectory.status.is_error or faults == ATTEMPTS:
                     return trajectory
         finally:
-            self.ended += 1
+            self._ended += 1
             self.tokens_held.pop((*seed, sibling), None)
 
     async def _attempt(self, trajectory: Trajectory, seed: Seed) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future
 
@@ -12,7 +13,7 @@ Seed = tuple[int | str, ...]  # what the random draws of an episode derive from
 Episode = tuple[Task, int, int, Seed]  # task, group, sibling; (purpose, run seed, step, position of the task in it)
 
 
-class Player:
+class Player(ABC):
     """Plays tasks.
 
     measures: of the last `collect`: seconds, engine_seconds, MEASURES, env/…; of a fleet also rollout/….
@@ -56,16 +57,16 @@ class Player:
         text, hint = "episodes cannot be played ahead in the trainer's own process", "set rollout.workers=1 or more"
         raise ConfigError(text, where="rollout.max_staleness", hint=hint)
 
-    def poll(self) -> None:
+    def poll(self) -> None:  # noqa: B027 (a player without workers has nothing to do)
         """To be called now and then by whoever waits for submitted episodes, from the thread that owns the learner."""
 
-    def measure(self) -> None:
+    def measure(self) -> None:  # noqa: B027
         """Set `measures` to those of what was submitted: since the last `measure` or `collect`."""
 
+    @abstractmethod
     def close(self) -> None:
         """End what plays."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _play(self, episodes: Sequence[Episode]) -> list[Trajectory]:
         """Play them all; sets `measures`."""
-        raise NotImplementedError

@@ -26,6 +26,12 @@ class Players(Player):
         self.running: list[tuple[Future, Trajectory]] = []
         self.begun: dict[tuple[int, int], tuple[int, Seed]] = {}  # (group, sibling) → (version, seed)
 
+    def close(self):
+        raise AssertionError("Ahead closes nothing")
+
+    def _play(self, episodes):
+        raise AssertionError("Ahead submits episodes")
+
     def submit(self, task, group, sibling, *, seed):
         future: Future = Future()
         assert (group, sibling) not in self.begun, "an episode was begun twice"

@@ -8,6 +8,7 @@ import asyncio
 import math
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ GRACE_S = 2.0  # beyond a call's own limit, for an event loop that does not run
 SYNC_S = 120.0
 
 
-class BackgroundEngine:
+class BackgroundEngine(ABC):
     """Bounded calls, requests from any event loop, deadlines, cancellation and counters; a subclass gives `_complete`,
     `_end` and `receiver`.
     """
@@ -110,13 +111,13 @@ class BackgroundEngine:
         """Whether it is known that no reply can come any more; at once."""
         return False
 
+    @abstractmethod
     def _end(self) -> None:
         """Release what a subclass holds; everything in flight has to end."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def _complete(self, request: Request) -> Completion:
         """One reply, on the engine's own loop; whatever it raises becomes the request's EngineError."""
-        raise NotImplementedError
 
     def _problem(self, request: Request) -> str | None:
         """Why a request is refused."""
