@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from spearrl.cli.target import OVERRIDES_HELP, TARGET_HELP, config_of, model_of
@@ -191,6 +192,7 @@ def _by_model(config: RunConfig, environment: Environment, task: Task, seed: int
     from spearrl.launch.factories import make_collector, make_pool
     from spearrl.launch.processors import with_sampling_dtype
     from spearrl.models import prepare_torch
+    from spearrl.models.plain_text import decoded
     from spearrl.start.origin import with_pinned_model
 
     with ExitStack() as stack:
@@ -204,7 +206,7 @@ def _by_model(config: RunConfig, environment: Environment, task: Task, seed: int
         pool = make_pool(config, environment, episode_seed=seed)
         stack.callback(pool.close)
         collector = make_collector(config, engine, encoder, pool, sampling=(config.eval.temperature, config.eval.top_p))
-        screen = _Screen(tokenizer, write, environment.max_turns)
+        screen = _Screen(partial(decoded, tokenizer), write, environment.max_turns)
         collector.on_turn = screen.turn
         if hasattr(engine, "on_token"):  # the embedded engine; from another one replies come whole
             engine.on_token = screen.token
@@ -212,7 +214,7 @@ def _by_model(config: RunConfig, environment: Environment, task: Task, seed: int
     trajectory = group.trajectories[0]
     turns = []
     for turn in trajectory.turns:
-        prompt, reply = _text_of(tokenizer, turn.prompt_ids), _text_of(tokenizer, turn.token_ids)
+        prompt, reply = decoded(tokenizer, turn.prompt_ids), decoded(tokenizer, turn.token_ids)
         turns.append({**_turn(prompt, reply, turn.action, turn.reward), "pictures": len(turn.images)})
     if turns and turns[-1]["reward"] != screen.reward:  # what a cut episode pays
         write(f"cut short: the last turn's reward is {turns[-1]['reward']:g}\n")
@@ -228,8 +230,8 @@ def _by_model(config: RunConfig, environment: Environment, task: Task, seed: int
 class _Screen:
     """Shows an episode of a model while it is played: each prompt, the tokens of the reply, the action."""
 
-    def __init__(self, tokenizer: Any, write: Write, most: int):
-        self._tokenizer, self._write, self._most = tokenizer, write, most
+    def __init__(self, text_of: Callable[[Sequence[int]], str], write: Write, most: int):
+        self._text_of, self._write, self._most = text_of, write, most
         self._turn, self._written = -1, 0
         self._reply: list[int] = []
         self._before: tuple[int, ...] = ()  # ids of the turn before
@@ -240,7 +242,7 @@ class _Screen:
         if not self._reply:
             self._begin(request.id[-1], request.token_ids, len(request.images))
         self._reply.append(token)
-        text = _text_of(self._tokenizer, self._reply)
+        text = self._text_of(self._reply)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the rest of the character comes with the next token
             self._write(text[self._written :])
             self._written = len(text)
@@ -249,7 +251,7 @@ class _Screen:
         """A turn ended."""
         if not self._reply:
             self._begin(self._turn + 1, turn.prompt_ids, len(turn.images))
-        self._write(_text_of(self._tokenizer, turn.token_ids)[self._written :] + "\n")
+        self._write(self._text_of(turn.token_ids)[self._written :] + "\n")
         self._write(_action_line(_turn("", "", turn.action, turn.reward)))
         self._before, self._reply, self._written, self.reward = turn.prompt_ids + turn.token_ids, [], 0, turn.reward
 
@@ -261,11 +263,7 @@ class _Screen:
         known = len(self._before) if self._before and prompt[: len(self._before)] == self._before else 0
         continues, images = " goes on" if known else "", f", {pictures} picture(s) in it" if pictures else ""
         self._write(f"--- turn {number + 1} of {self._most}: the prompt{continues}{images}\n")
-        self._write(f"{_text_of(self._tokenizer, prompt[known:])}\n--- the reply\n")
-
-
-def _text_of(tokenizer: Any, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        self._write(f"{self._text_of(prompt[known:])}\n--- the reply\n")
 
 
 def _turn(prompt: Any, reply: str, action: Action, reward: float) -> dict[str, Any]:

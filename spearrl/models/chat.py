@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from spearrl.errors import ConfigError
-from spearrl.models.chat_format import RESPONSE_TEMPLATE, SWITCHES, TEMPLATE, name_results, with_answers
+from spearrl.models.chat_format import RESPONSE_TEMPLATE, SWITCHES, TEMPLATE, name_results, reply_parts, with_answers
 from spearrl.models.layouts import (
     HERMES,
     MARKS,
@@ -22,10 +22,9 @@ from spearrl.models.layouts import (
     Reader,
     call_text,
     parts_of,
-    split_thought,
     types_of,
 )
-from spearrl.models.plain_text import PlainText
+from spearrl.models.plain_text import PlainText, decoded
 from spearrl.models.stops import TurnEnds, find_stops
 from spearrl.models.vision import Vision, vision_of
 from spearrl.types import Message, Text
@@ -131,7 +130,7 @@ class ChatEncoder:
     def decode(self, ids: Sequence[int]) -> str:
         """Text without control tokens, except those that mark thoughts and calls."""
         shown = [i for i in ids if i not in self._hidden]
-        return str(self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return decoded(self.tokenizer, shown)
 
     def reply_text(self, ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> str:
         """A sampled reply as environments read it: with a thought's beginning that the prompt has, calls as Hermes."""
@@ -143,14 +142,12 @@ class ChatEncoder:
         Raises:
             ConfigError: the template fails on a plain conversation, or renders control tokens of a message as such.
         """
-        decode = self.tokenizer.decode
         first, second = Message("user", "one"), Message("user", "two")
         self.rewrites_history = False
         for reply in ("so", "<think>\nwhy\n</think>\n\nso"):
             grown = self.extend(self.start([first]), self.reply_ids(reply), [second])
             whole = self.start([first, Message("assistant", reply), second])
-            texts = [decode(list(ids), clean_up_tokenization_spaces=False) for ids in (grown, whole)]
-            self.rewrites_history |= texts[0] != texts[1]
+            self.rewrites_history |= decoded(self.tokenizer, grown) != decoded(self.tokenizer, whole)
         if self._structured:
             self.rewrites_history |= self._rewrites_calls()
         hostile = self.start([Message("user", "one" + "".join(self._text.controls))])
@@ -267,13 +264,10 @@ class ChatEncoder:
         return {"role": role, "content": self._safe(content)}
 
     def _reply(self, content: str) -> dict[str, Any]:
-        thought, text, calls = parts_of(content)
-        if not self._structured and calls:
-            text, calls = split_thought(content)[1].strip(), []
+        parts = reply_parts(content, structured=self._structured, takes_thoughts=self._takes_thoughts)
+        thought, text, calls = parts
         message: dict[str, Any] = {"role": "assistant", "content": self._safe(text)}
-        if thought is not None and not self._takes_thoughts and not calls:
-            message["content"] = self._safe(f"{THINK}\n{thought}\n{THOUGHT}\n\n{text}")
-        elif thought is not None and self._takes_thoughts:
+        if thought is not None:
             message |= {"reasoning_content": self._text.hide(thought), "thinking": self._text.hide(thought)}
         if calls:
             functions = [{"name": name, "arguments": self._text.hide_all(arguments)} for name, arguments in calls]

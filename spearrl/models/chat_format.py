@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from spearrl.models.layouts import Call, parts_of
+from spearrl.models.layouts import THINK, THOUGHT, Call, parts_of, split_thought
 from spearrl.models.stops import Stops
 from spearrl.models.vision import Vision
 from spearrl.types import Message
@@ -107,6 +107,21 @@ def with_answers(messages: Sequence[Message]) -> list[Message]:
             called = bool(parts_of(message.text)[2])
         said.append(message if called or message.role != "tool" else Message("user", message.content))
     return said
+
+
+def reply_parts(text: str, *, structured: bool, takes_thoughts: bool) -> tuple[str | None, str, list[Call]]:
+    """A reply as a chat gets it: thought, other text, calls.
+
+    Args:
+        structured: calls are handed over as such; else they stay in the text.
+        takes_thoughts: thoughts are handed over apart; else they stay in the text, and are left out beside calls.
+    """
+    thought, content, calls = parts_of(text)
+    if calls and not structured:
+        content, calls = split_thought(text)[1].strip(), []
+    if thought is None or takes_thoughts:
+        return thought, content, calls
+    return None, content if calls else f"{THINK}\n{thought}\n{THOUGHT}\n\n{content}", calls
 
 
 def name_results(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,9 +12,7 @@ from spearrl.errors import ConfigError
 from spearrl.models.chat import ChatEncoder
 from spearrl.models.chat_format import RESPONSE_TEMPLATE, TEMPLATE, ChatFormat, next_prompt, parse_reply
 from spearrl.models.hub import is_hub_name
-from spearrl.models.layouts import HERMES, LAYOUTS, Reader, ResponseTemplate, call_text, parts_of, types_of
-from spearrl.models.layouts import THINK as OPENED
-from spearrl.models.layouts import THOUGHT as CLOSED
+from spearrl.models.layouts import HERMES, LAYOUTS, Reader, ResponseTemplate, call_text, parts_of, said_text, types_of
 from spearrl.models.renderers import INSTALL, LibraryFormat, known_models, recognised
 from spearrl.types import Message
 
@@ -23,12 +21,12 @@ PARAMETERS = {"type": "object", "properties": {"place": PLACE, "times": TIMES}, 
 FUNCTION = {"name": "look_around", "description": "Look at a place.", "parameters": PARAMETERS}
 TOOL = {"type": "function", "function": FUNCTION}
 ARGUMENTS = {"place": 'the "red" room', "times": 2}
-ASKED, THOUGHT, RESULT = "what is there?", "let me look", "a lamp7"
+ASKED, REASONING, RESULT = "what is there?", "let me look", "a lamp7"
 _ALSO = {**ARGUMENTS, "also": ["a", True, None, {"b": 1.5}]}
 _CALL = {"type": "function", "id": "functions.look_around:0", "function": {"name": "look_around", "arguments": _ALSO}}
 TRIED_CHAT: list[dict[str, Any]] = [  # by which a format of the library is recognised
     {"role": "user", "content": ASKED},
-    {"role": "assistant", "content": "", "reasoning_content": THOUGHT, "tool_calls": [_CALL]},
+    {"role": "assistant", "content": "", "reasoning_content": REASONING, "tool_calls": [_CALL]},
     {"role": "tool", "name": "look_around", "tool_call_id": _CALL["id"], "content": RESULT},
     {"role": "assistant", "content": "so"},
     {"role": "user", "content": "and now?"},
@@ -182,7 +180,7 @@ def explain_format(tokenizer: Any, settings: ModelSection) -> list[str]:
     except ConfigError as error:
         chat, problem = open_format(tokenizer, settings), f"no: {error.message}; ways out: {error.hint}"
     tools = () if problem else (TOOL,)
-    asked, said = Message("user", ASKED), f"{OPENED}\n{THOUGHT}\n{CLOSED}\n\n{call_text('look_around', ARGUMENTS)}"
+    asked, said = Message("user", ASKED), said_text(REASONING, "", [("look_around", ARGUMENTS)])
     result = Message("tool" if tools else "user", RESULT)
     prompt, reply = chat.start([asked], tools), chat.reply_ids(said)
     text, known = chat.reply_text(reply, prompt), (*prompt, *reply)

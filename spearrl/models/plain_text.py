@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 # Private-use characters stand in for control tokens that occur in message text while a conversation is rendered.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _STAND_IN = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of ids, control tokens in it."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 class PlainText:

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from spearrl.errors import ConfigError
-from spearrl.models.chat_format import SWITCHES, name_results, with_answers
+from spearrl.models.chat_format import SWITCHES, name_results, reply_parts, with_answers
 from spearrl.models.layouts import CLOSE, OPEN, THINK, THOUGHT, Call, named_call, parts_of, said_text, split_thought
-from spearrl.models.plain_text import PlainText
+from spearrl.models.plain_text import PlainText, decoded
 from spearrl.models.stops import TurnEnds, find_stops
 from spearrl.models.vision import Vision
 from spearrl.types import Message
@@ -64,13 +64,13 @@ class LibraryFormat:
         self.stops = find_stops(tokenizer, TurnEnds((), (), (), self._prompt), own=ids, source=f"format {name}")
         self.stop_ids = tuple(self.stops.sources)
         self._takes_thoughts = True
-        self._takes_thoughts = _MARK in self._decoded(self._said(f"{THINK}{_MARK}{THOUGHT}so")[0])
+        self._takes_thoughts = _MARK in decoded(self.tokenizer, self._said(f"{THINK}{_MARK}{THOUGHT}so")[0])
         self.reply_ids = lru_cache(maxsize=4096)(self._reply_ids)
         self.rewrites_history = False
         first, second = Message("user", "one"), Message("user", "two")
         grown = self.extend(self.start([first]), self.reply_ids("so"), [second])
         whole = self.start([first, Message("assistant", "so"), second])
-        self.rewrites_history = grown is not None and self._decoded(grown) != self._decoded(whole)
+        self.rewrites_history = grown is not None and decoded(self.tokenizer, grown) != decoded(self.tokenizer, whole)
 
     def start(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> tuple[int, ...]:
         """Ids of a whole conversation, ready for a reply. Raises ConfigError where the format does not take it."""
@@ -141,7 +141,7 @@ class LibraryFormat:
                 hint = "choose another model.format, or the model's own tokenizer"
                 raise ConfigError(text, where="model.format", hint=hint) from error
             made.append((options, self._renderer))
-            if self._decoded(prompt).rpartition(_ASKED)[2] == template_end:
+            if decoded(self.tokenizer, prompt).rpartition(_ASKED)[2] == template_end:
                 return made[-1]
         return made[0]
 
@@ -174,12 +174,9 @@ class LibraryFormat:
             chat.append({"role": message.role, "content": self._text.hide(message.text)})
             if message.role != "assistant":
                 continue
-            thought, content, calls = parts_of(message.text)
-            if calls and not self._offered:
-                content, calls = split_thought(message.text)[1].strip(), []
-            if thought is not None and not self._takes_thoughts and not calls:
-                content = f"{THINK}\n{thought}\n{THOUGHT}\n\n{content}"
-            elif thought is not None:
+            parts = reply_parts(message.text, structured=self._offered, takes_thoughts=self._takes_thoughts)
+            thought, content, calls = parts
+            if thought is not None:
                 chat[-1]["reasoning_content"] = self._text.hide(thought)
             chat[-1]["content"] = self._text.hide(content)
             if calls:
@@ -196,7 +193,7 @@ class LibraryFormat:
         """A reply as the policy would have said it after a prompt, with what ends it."""
         thought, _, calls = parts_of(text)
         said, whole = self._said(text)
-        if self.opens_thought and (thought is None or not whole or thought not in self._decoded(said)):
+        if self.opens_thought and (thought is None or not whole or thought not in decoded(self.tokenizer, said)):
             said = self._closing(thought or "", text)
         ends = [position for position, i in enumerate(said) if i in self.stop_ids]
         if ends:
@@ -222,11 +219,8 @@ class LibraryFormat:
         if whole and at is not None:
             return [*self._text.plain(thought), *said[at + size :]]
         said = self._said(answer)[0]
-        closed = "" if self._decoded(said).lstrip().startswith(THOUGHT) else f"\n{THOUGHT}\n\n"
+        closed = "" if decoded(self.tokenizer, said).lstrip().startswith(THOUGHT) else f"\n{THOUGHT}\n\n"
         return [*self._text.plain(thought), *self._text.ids(closed), *said]
-
-    def _decoded(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     @staticmethod
     def _sampled(rendered: Any) -> list[int]:
