@@ -57,11 +57,6 @@ class PrefixTree:
             last[part.key_begin : part.key_end].clamp_(min=part.end)
         return last
 
-    def dense_mask(self) -> torch.Tensor:
-        """bool [U, U], which key (column) each query (row) sees."""
-        index = torch.arange(self.bounds[-1])
-        return (index <= index.unsqueeze(1)) & (index.unsqueeze(1) < self.last_descendants())
-
 
 def prefix_tree(sequences: Sequence[np.ndarray]) -> tuple[PrefixTree, torch.Tensor]:
     """The tree of token sequences, and int64 [S]: where each of their tokens, one sequence after another, is in it."""

@@ -3,7 +3,7 @@
 On a CPU each segment attends to itself causally, and all that descend from a piece of an earlier segment attend to that
 piece in one call: keys are read where they lie, no mask is made. Partial results are put together by the
 log-sum-exp of their scores, as in flash attention (arXiv 2205.14135, section 3.1) and cascade inference
-(arXiv 2501.01005). On CUDA it is FlexAttention (written, not yet run); elsewhere a dense mask.
+(arXiv 2501.01005). On CUDA it is FlexAttention (written, not yet run).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from spearrl.batching import PrefixTree
 
@@ -63,9 +62,6 @@ def tree_attention(
     """
     if query.is_cuda:
         return _flex_attention()(query, key, value, block_mask=plan.mask, scale=scale, enable_gqa=True)
-    if query.device.type != "cpu" or query.shape[-1] != value.shape[-1]:
-        mask = plan.tree.dense_mask().to(query.device)
-        return scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
     # In bfloat16 torch's backward pass is slower on a CPU, and partial results would be rounded where they meet.
     wide = torch.promote_types(query.dtype, torch.float32)
     tensors = (tensor.to(wide) for tensor in (query, key, value))

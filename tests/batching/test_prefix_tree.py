@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spearrl.batching import Rows, distinct_tokens, prefix_tree, sequences, tree_passes, tree_shares
+from spearrl.batching import PrefixTree, Rows, distinct_tokens, prefix_tree, sequences, tree_passes, tree_shares
 from spearrl.batching.prefix_tree import PASS_TOKENS, shared_prefixes
 from tests.batching.test_rows import make_rows
 from tests.support.random_inputs import checked
@@ -19,6 +19,12 @@ TOKENS = st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=9)  # few to
 
 def arrays(lists: list[list[int]]) -> list[np.ndarray]:
     return [np.array(tokens, dtype=np.int64) for tokens in lists]
+
+
+def dense_mask(tree: PrefixTree) -> torch.Tensor:
+    """bool [U, U], which key (column) each query (row) sees."""
+    index = torch.arange(tree.bounds[-1])
+    return (index <= index.unsqueeze(1)) & (index.unsqueeze(1) < tree.last_descendants())
 
 
 def sharing_rows(runs: list[list[int]], *, seed: int = 0, **names: int) -> Rows:
@@ -44,7 +50,7 @@ def test_the_tree_holds_every_prefix_once_and_a_token_sees_its_own(lists):
     assert len(set(prefix)) == len(prefix) and tree.positions.tolist() == [len(tokens) - 1 for tokens in prefix]
     seen = torch.tensor([[query[: len(key)] == key for key in prefix] for query in prefix], dtype=torch.int64)
     seen = seen.view(len(prefix), len(prefix))
-    assert torch.equal(tree.dense_mask().long(), seen)
+    assert torch.equal(dense_mask(tree).long(), seen)
     pieces = torch.zeros_like(seen)  # what attention goes through piece by piece is that, each pair once
     for begin, end in tree.segments:
         pieces[begin:end, begin:end] += torch.ones_like(pieces[begin:end, begin:end]).tril()

@@ -12,7 +12,7 @@ from spearrl.learner import LocalLearner, ValueHead
 from spearrl.learner import packing as packed_models
 from spearrl.learner.tree_attention import AttentionPlan, tree_attention
 from spearrl.losses import ClipCov, KlCov, Objective
-from tests.batching.test_prefix_tree import sharing_rows
+from tests.batching.test_prefix_tree import dense_mask, sharing_rows
 from tests.batching.test_rows import make_rows
 from tests.learner.test_learner import RUNS, full_batch, gradient, settings, tiny
 
@@ -185,7 +185,7 @@ def test_attention_over_a_tree_is_that_of_a_dense_mask(heads):
     inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
     out = tree_attention(query, key, value, AttentionPlan(tree), 0.3)
     scores = (query @ key.repeat_interleave(heads[0] // heads[1], 1).mT * 0.3).masked_fill(
-        ~tree.dense_mask(), -torch.inf
+        ~dense_mask(tree), -torch.inf
     )
     expected = scores.softmax(-1) @ value.repeat_interleave(heads[0] // heads[1], 1)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
