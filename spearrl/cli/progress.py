@@ -49,7 +49,7 @@ HEADER_EVERY = 20
 SILENCE_S, TICK_S = 8.0, 0.5  # a silence longer than the first is broken
 
 
-class Doing(logging.Handler):
+class SilenceBreaker(logging.Handler):
     """Breaks silences: prints what is being done, which the package's modules say as log records of level INFO.
 
     A record's text is made when it is printed, so that its arguments may be objects that change.
@@ -68,7 +68,7 @@ class Doing(logging.Handler):
     def watch(self) -> None:
         """Print until `end`."""
         while not self._ended.wait(TICK_S):
-            if time.monotonic() - Doing.printed >= SILENCE_S:
+            if time.monotonic() - SilenceBreaker.printed >= SILENCE_S:
                 _say(f"{self._record.getMessage()} ({time.monotonic() - self._since:.0f} s)")
 
     def end(self) -> None:
@@ -79,7 +79,7 @@ class Doing(logging.Handler):
 @contextmanager
 def watched(text: str) -> Iterator[None]:
     """Inside, no silence is long. `text`: what is done first; printed at once."""
-    doing, logger = Doing(text), logging.getLogger("spearrl")
+    doing, logger = SilenceBreaker(text), logging.getLogger("spearrl")
     thread = threading.Thread(target=doing.watch, daemon=True)
     level = logger.level
     _say(text)
@@ -181,4 +181,4 @@ def _say(text: str) -> None:
 
 def printed() -> None:
     """Something was printed: the silence begins anew."""
-    Doing.printed = time.monotonic()
+    SilenceBreaker.printed = time.monotonic()

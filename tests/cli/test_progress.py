@@ -44,9 +44,9 @@ def test_what_is_printed_meanwhile_is_no_silence(capsys):
 
 def test_every_part_of_a_run_says_what_it_does(model, tmp_path, monkeypatch):
     """Cold start, rollout, evaluation, log-probabilities, update: the words a silence would be broken with."""
-    said, emit = [], progress.Doing.emit
+    said, emit = [], progress.SilenceBreaker.emit
     monkeypatch.setattr(
-        progress.Doing, "emit", lambda self, record: (said.append(record.getMessage()), emit(self, record))
+        progress.SilenceBreaker, "emit", lambda self, record: (said.append(record.getMessage()), emit(self, record))
     )
     config = from_model(model, tmp_path, "run.steps=1", "sft.enabled=true", "sft.episodes=8", "sft.epochs=1")
     with progress.watched("starting"), Trainer(config) as trainer:
