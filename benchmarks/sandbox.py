@@ -1,6 +1,6 @@
 """Times of the sandbox: a run from hand-over to result, sustained runs a second, and a cold `bwrap python` a run.
 
-python benchmarks/sandbox.py [--runs 200] [--threads 4] [--kind bubblewrap|none] [--packages numpy sympy]
+python -m benchmarks.sandbox [--runs 200] [--json FILE] [--threads 4] [--kind bubblewrap|none] [--packages numpy sympy]
 
 Before each timed run the sandbox is left until its next child is ready, as between an agent's turns; sustained runs
 follow one another. Run it on an idle machine: both are bound by processors. Linux schedules it with real-time priority
@@ -12,11 +12,14 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import threading
 import time
+from pathlib import Path
 
+from benchmarks import machine
 from spearrl.sandbox import Sandbox, SandboxOptions, open_sandbox
 from spearrl.sandbox.jail_command import ENVIRONMENT, interpreter, jail_command, package_paths
 
@@ -59,8 +62,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--kind", choices=("bubblewrap", "none"), default="bubblewrap")
     parser.add_argument("--packages", nargs="*", default=["numpy", "sympy"])
+    parser.add_argument("--json", type=Path, help="with bubblewrap only")
     parser.add_argument("--realtime", action="store_true", help="real-time priority: for a machine that is not idle")
     args = parser.parse_args()
+    if args.json and args.kind == "bubblewrap" and not shutil.which("bwrap"):
+        return machine.write(args.json, ratios={}, missing=["bubblewrap is not installed: make sandbox"])
     if args.realtime:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(10))
     processors, packages = len(os.sched_getaffinity(0)), " ".join(args.packages) or "none"
@@ -88,7 +94,9 @@ def main() -> None:
             0.0,
         )
         print(line("print(1), cold: bwrap python", cold))
-        print(f"{'cold / warm':<42} {statistics.median(cold) / statistics.median(warm):.1f}")
+        ratios = {"cold bwrap python / a run": statistics.median(cold) / statistics.median(warm)}
+        print(f"{'cold / warm':<42} {ratios['cold bwrap python / a run']:.1f}")
+        machine.write(args.json, ratios=ratios, figures={"warm_s": warm, "cold_s": cold})
 
 
 if __name__ == "__main__":

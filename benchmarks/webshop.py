@@ -1,6 +1,6 @@
 """Time of a WebShop step and reset: median and 99th percentile, beside the original simulator's 25 ms a step.
 
-python benchmarks/webshop.py [--episodes 300] [--data FOLDER]
+python -m benchmarks.webshop [--episodes 300] [--json FILE] [--data FOLDER]
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import statistics
 import time
 from pathlib import Path
 
+from benchmarks import machine
 from spearrl.envs import make
 from spearrl.types import Action, Reply
 
@@ -21,8 +22,8 @@ SHARED = (
 )
 
 
-def play(data: str | None, observation: str, episodes: int) -> None:
-    """Play the noisy expert and print one line."""
+def play(data: str | None, observation: str, episodes: int) -> float:
+    """Play the noisy expert and print one line; returns the mean of a step in milliseconds."""
     start = time.perf_counter()
     shop = make("webshop", data=data, observation=observation, reply="plain")
     tasks = shop.tasks("train")
@@ -56,6 +57,7 @@ def play(data: str | None, observation: str, episodes: int) -> None:
         f"{name:9} {observation:9} load {loading:5.0f}  {figures}  "
         f"mean step {mean:.3f} = original / {ORIGINAL_MS / mean:.0f}"
     )
+    return mean
 
 
 def summary(times: list[float]) -> str:
@@ -71,11 +73,19 @@ def main() -> None:
         default=str(SHARED) if SHARED.exists() else None,
         help="folder of WebShop's data; none: only the generated catalogue",
     )
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; milliseconds, median/p99")
+    steps = {}
     for data in (None, arguments.data) if arguments.data else (None,):
         for observation in ("text", "text_rich", "compact"):
-            play(data, observation, arguments.episodes)
+            steps[f"{'generated' if data is None else 'data'} {observation}"] = play(
+                data, observation, arguments.episodes
+            )
+    python = machine.python_ms()
+    ratios = {f"fixed piece of Python / step, {name}": python / mean for name, mean in steps.items()}
+    missing = [] if arguments.data else ["WebShop's own products: no --data"]
+    machine.write(arguments.json, ratios=ratios, figures={"step_ms": steps, "python_ms": python}, missing=missing)
 
 
 if __name__ == "__main__":
