@@ -92,11 +92,11 @@ TABLE: dict[tuple[str, str, str], dict[str, str]] = {
             "            replay.old_logprobs = self.parts.learner.logprobs(replay.rows)\n"
         ),
     },
-    ("old_logprobs", TRAINER, "credit, on_policy.old_logprobs)"): {
+    ("old_logprobs", TRAINER, "credit, result.old_logprobs)"): {
         "the engine's are stored in their place": "credit, on_policy.rollout_logprobs)",
         "stored after the update": "credit, self.parts.learner.logprobs(shaped.rows))",
     },
-    ("old_logprobs", TRAINER, "old = learner.logprobs(rows)"): {
+    ("old_logprobs", TRAINER, "old = learner.logprobs(rows) if algo.kl.reward_coef else None"): {
         "the engine's are used for the policy too": "old = rows.pad(rows.rollout_logprobs)",
     },
     ("old_logprobs", REPLAY, "logprobs[drawn]"): {
@@ -144,7 +144,7 @@ TABLE: dict[tuple[str, str, str], dict[str, str]] = {
     },
     ("filter", TRAINER, "        replay, seed = self.memory.due(step)"): {
         "replayed in their own step": (
-            "        self.memory.remember(step, sound, shaped, credit, on_policy.old_logprobs)\n"
+            "        self.memory.remember(step, sound, shaped, credit, self.parts.learner.logprobs(shaped.rows))\n"
             "        replay, seed = self.memory.due(step)"
         ),
     },

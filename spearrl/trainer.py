@@ -1,11 +1,11 @@
-"""Training, a step in order: tasks → rollout → rows → shaping → old log-probabilities → advantages → update → buffers →
-publish."""
+"""Training, a step in order: tasks → rollout → rows → shaping → advantages → update → buffers → publish."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,8 @@ class Trainer:
         result = self.parts.learner.update(on_policy, replay, gamma=gamma, objectives=self.objectives, seed=seed)
         clock.lap("update")
 
-        self.memory.remember(step, sound, shaped, credit, on_policy.old_logprobs)
+        on_policy = replace(on_policy, old_logprobs=result.old_logprobs)
+        self.memory.remember(step, sound, shaped, credit, result.old_logprobs)
         metrics |= staleness(on_policy.rows, self.policy_version)
         self.policy_version += 1
         metrics |= self.parts.publish(self.policy_version)
@@ -181,9 +182,12 @@ class Trainer:
         self.curriculum.observe(success=success, entropy=entropy, anchors=self.states_met or None)
 
     def _on_policy(self, shaped: Shaped) -> tuple[Batch, algorithm.Credit]:
-        """The step's batch: log-probabilities before the update, what else the algorithm needs, advantages."""
+        """The step's batch: what the algorithm needs before the update, advantages.
+
+        Log-probabilities before the update are those of its own passes, unless a divergence in the reward needs them.
+        """
         rows, algo, learner = shaped.rows, self.config.algo, self.parts.learner
-        old = learner.logprobs(rows)
+        old = learner.logprobs(rows) if algo.kl.reward_coef else None
         reference = learner.logprobs(rows, reference=True) if algorithm.needs_reference(algo) else None
         values = learner.values(rows.with_action_mask(rows.turn_index >= 0)) if algorithm.needs_critic(algo) else None
         credit = algorithm.assign_credit(shaped, algo, old_logprobs=old, ref_logprobs=reference, values=values)

@@ -59,7 +59,7 @@ def assign_credit(
     shaped: Shaped,
     algo: AlgoSection,
     *,
-    old_logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor | None = None,
     ref_logprobs: torch.Tensor | None = None,
     values: torch.Tensor | None = None,
 ) -> Credit:
@@ -71,7 +71,7 @@ def assign_credit(
     """
     rows = shaped.rows
     kl = torch.zeros(len(rows), rows.width, dtype=torch.float64)
-    if algo.kl.reward_coef and ref_logprobs is not None:
+    if algo.kl.reward_coef and old_logprobs is not None and ref_logprobs is not None:
         divergence = kl_divergence(old_logprobs.double(), ref_logprobs.double(), algo.kl.estimator)
         kl = torch.where(rows.padded_mask, algo.kl.reward_coef * divergence, 0.0)
     if algo.advantage in TOKEN_ESTIMATORS:

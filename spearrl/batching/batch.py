@@ -13,11 +13,15 @@ from spearrl.errors import ContractError
 
 @dataclass
 class Batch:
-    """Rows and per-token numbers [B, T], action-aligned. Raises ContractError for another shape."""
+    """Rows and per-token numbers [B, T], action-aligned. Raises ContractError for another shape.
+
+    Args:
+        old_logprobs: the learner's at the start of the update; None: it finds them on the way.
+    """
 
     rows: Rows
     advantages: torch.Tensor
-    old_logprobs: torch.Tensor
+    old_logprobs: torch.Tensor | None
     ref_logprobs: torch.Tensor | None = None
     values: torch.Tensor | None = None
     returns: torch.Tensor | None = None

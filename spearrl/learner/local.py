@@ -15,6 +15,7 @@ from spearrl.config.sections import LearnerSection
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.lora import Export, adapter_weights, add_adapters, load_adapters, model_weights
 from spearrl.learner.loss_inputs import LossInputs, Share, Tally
+from spearrl.learner.old_logprobs import OldLogprobs
 from spearrl.learner.optimizer import load_optimizer, make_optimizer, save_optimizer, set_rate
 from spearrl.learner.passes import Outputs, Passes
 from spearrl.learner.policy import Policy, use_bf16
@@ -102,10 +103,13 @@ class LocalLearner(Learner):
         for export in adapter_weights(self.model) if adapters else self._model_weights:
             yield from zip(export.portion.stored, export.tensors(), strict=True)
 
-    def _step(self, shares: list[Share], tally: Tally) -> bool:
+    def _one_pass(self, rows: Rows) -> bool:
+        return len(self.passes.pieces(rows)) == 1
+
+    def _step(self, shares: list[Share], tally: Tally, old: OldLogprobs) -> bool:
         self.optimizer.zero_grad(set_to_none=True)
         self.model.train(self.settings.gradient_checkpointing)
-        total = sum(self._backward(share, tally) for share in shares)
+        total = sum(self._backward(share, tally, old) for share in shares)
         self.model.eval()
         # The critic's gradient is clipped by itself: its size says nothing about the policy's.
         parts = [list(self.model.parameters()), [] if self.critic is None else list(self.critic.parameters())]
@@ -120,12 +124,15 @@ class LocalLearner(Learner):
         self.optimizer.step()
         return True
 
-    def _backward(self, share: Share, tally: Tally) -> float:
+    def _backward(self, share: Share, tally: Tally, old: OldLogprobs) -> float:
         """Add a share's gradient; returns its loss."""
         pieces = self.passes.pieces(share.batch.rows)
         covariance = {i: tokens.to(self.device) for i, tokens in (share.covariance or {}).items()}
         computed: list[Outputs] = []
-        if len(pieces) > 1 and share.has_mini_batch_rule:
+        if share.whole is not None:
+            computed = [self.passes.forward(share.batch.rows.select(index)) for index in pieces]
+            covariance = share.covariance_of_whole(self._current_logprobs(share, pieces, computed))
+        elif len(pieces) > 1 and share.has_mini_batch_rule:
             inputs = LossInputs.of(share.batch, self.device)
             if share.current:
                 logprobs = inputs.old_logprobs
@@ -133,8 +140,10 @@ class LocalLearner(Learner):
                 computed = self._compute(share, pieces)
                 logprobs = self._current_logprobs(share, pieces, computed)
             covariance = share.covariance_tokens(inputs, logprobs)
-        losses = self.passes.backward(share, pieces, tally, covariance=covariance, computed=computed)
-        return share.total(losses, tally)
+        gradient = self.passes.backward(share, pieces, tally, covariance=covariance, computed=computed)
+        if share.current and share.index is not None:
+            old.record(share.index, gradient.logprobs)
+        return share.total(gradient.losses, tally)
 
     def _compute(self, share: Share, pieces: list[torch.Tensor]) -> list[Outputs]:
         """The forward passes of a mini-batch, so that nothing is computed twice.

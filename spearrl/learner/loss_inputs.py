@@ -31,9 +31,16 @@ class LossInputs:
     returns: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> LossInputs:
-        """Those of a batch."""
+    def of(cls, batch: Batch, device: torch.device, logprobs: torch.Tensor | None = None) -> LossInputs:
+        """Those of a batch.
+
+        Args:
+            logprobs: [B, T] of the current policy, which are the old ones where those are not a number.
+        """
         tensors = {name: tensor.to(device) for name, tensor in batch.tensors().items()}
+        if logprobs is not None:
+            old = tensors["old_logprobs"]
+            tensors["old_logprobs"] = torch.where(old.isnan(), logprobs.to(device, old.dtype), old)
         return cls(action_mask=batch.action_mask.to(device), uid=batch.rows.uid, **tensors)
 
 
@@ -45,8 +52,12 @@ class Share:
         seed: of the tokens that a covariance rule draws.
         denominators: of each objective, over the rows of all processes.
         rows: number of rows on all processes.
-        current: no step was made since old_logprobs were computed, so they are the current ones.
+        current: no optimiser step was made yet, so old_logprobs are the current ones; where they are not a number, they
+            are found in the share's own pass.
+        index: int64 [b], which rows of the update's on-policy batch these are; None: replayed ones.
         covariance: `covariance_tokens` of the whole mini-batch, where `batch` is a part of it.
+        whole: the whole mini-batch, and which of its rows are in `batch`, where its covariance tokens wait for the
+            log-probabilities of the pass.
     """
 
     batch: Batch
@@ -55,28 +66,44 @@ class Share:
     denominators: tuple[float, ...]
     rows: int
     current: bool
+    index: torch.Tensor | None = None
     covariance: Mapping[int, torch.Tensor] | None = None
+    whole: tuple[Batch, torch.Tensor] | None = None
 
     @classmethod
-    def of(cls, batch: Batch, objectives: Weighted, seed: int, *, current: bool) -> Share:
-        """The share of all rows of a mini-batch."""
+    def of(cls, batch: Batch, objectives: Weighted, seed: int, *, current: bool, index: torch.Tensor) -> Share:
+        """The share of all rows of a mini-batch, the rows `index` of the batch that it was cut from."""
         denominators = [denominator(batch.action_mask, o.aggregation, o.horizon) for o, _ in objectives]
-        return cls(batch, objectives, seed, tuple(denominators), len(batch), current)
+        return cls(batch, objectives, seed, tuple(denominators), len(batch), current, index if current else None)
 
-    def with_signal(self) -> Share:
-        """The share of the rows that can have a gradient; the others still count in denominators and covariances.
+    @property
+    def signal(self) -> torch.Tensor:
+        """bool [b], rows whose pass is made: those that can have a gradient.
 
-        All or none are kept where means are those of micro-batches, and where a covariance rule needs all rows' current
+        All or none where means are those of micro-batches, and where a covariance rule needs all rows' current
         log-probabilities.
         """
         rows = torch.stack([_signal(objective, self.batch) for objective, _ in self.objectives]).any(0)
         released = any("micro_batch" in (o.denominator, o.scope) for o, _ in self.objectives)
-        if rows.all() or (rows.any() and (released or (self.has_mini_batch_rule and not self.current))):
+        every = released or (self.has_mini_batch_rule and not self.current)
+        return rows.any().expand(len(rows)) if every else rows
+
+    def with_signal(self) -> Share:
+        """The share of the rows with a signal; the others still count in denominators and covariances."""
+        rows = self.signal
+        if rows.all():
             return self
-        index, inputs = rows.nonzero()[:, 0], LossInputs.of(self.batch, torch.device("cpu"))
-        covariance = self.covariance_tokens(inputs, inputs.old_logprobs) if self.has_mini_batch_rule else {}
-        tokens = {i: chosen[index] for i, chosen in covariance.items()}
-        return replace(self, batch=self.batch.select(index), covariance=tokens)
+        kept = rows.nonzero()[:, 0]
+        part = replace(
+            self, batch=self.batch.select(kept), index=None if self.index is None else self.index[kept], covariance={}
+        )
+        if not self.has_mini_batch_rule or not len(kept):
+            return part
+        inputs = LossInputs.of(self.batch, torch.device("cpu"))
+        if inputs.old_logprobs[inputs.action_mask].isnan().any():
+            return replace(part, covariance=None, whole=(self.batch, kept))
+        covariance = self.covariance_tokens(inputs, inputs.old_logprobs)
+        return replace(part, covariance={i: chosen[kept] for i, chosen in covariance.items()})
 
     @property
     def has_mini_batch_rule(self) -> bool:
@@ -96,6 +123,21 @@ class Share:
             if objective.scope == "mini_batch"
         }
         return {index: tokens for index, tokens in by_objective.items() if tokens is not None}
+
+    def covariance_of_whole(self, logprobs: torch.Tensor) -> dict[int, torch.Tensor]:
+        """`covariance_tokens` of the rows of this share, chosen among all tokens of `whole`.
+
+        Args:
+            logprobs: [b, W] of the current policy.
+        """
+        if self.whole is None:
+            return {}
+        batch, kept = self.whole
+        current = logprobs.new_full((len(batch), batch.rows.width), math.nan)
+        current[kept.to(logprobs.device), : logprobs.shape[1]] = logprobs
+        inputs = LossInputs.of(batch, logprobs.device, current)
+        tokens = self.covariance_tokens(inputs, inputs.old_logprobs)
+        return {i: chosen[kept.to(logprobs.device), : logprobs.shape[1]] for i, chosen in tokens.items()}
 
     def total(self, losses: Sequence[float], tally: Tally) -> float:
         """The weighted sum of the objectives' losses, which are reported too."""

@@ -62,12 +62,12 @@ def _shares(batch: Batch, objectives: Weighted, parts: int, seed: int, *, curren
     if not objectives:
         return []
     keys = counter_keys(derive(seed, "mini-batch"), batch.rows.uid, 1).flatten()
-    pieces = [batch.select(index.sort().values) for index in mini_batches(keys, parts)]
-    return [
-        Share.of(piece, objectives, derive(seed, number), current=current)
-        for number, piece in enumerate(pieces)
-        if bool(piece.action_mask.any())
+    pieces = [index.sort().values for index in mini_batches(keys, parts)]
+    shares = [
+        Share.of(batch.select(index), objectives, derive(seed, number), current=current, index=index)
+        for number, index in enumerate(pieces)
     ]
+    return [share for share in shares if bool(share.batch.action_mask.any())]
 
 
 def mini_batches(keys: torch.Tensor, parts: int) -> list[torch.Tensor]:

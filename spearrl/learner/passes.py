@@ -32,6 +32,13 @@ class Outputs(NamedTuple):
     values: torch.Tensor | None = None
 
 
+class Gradient(NamedTuple):
+    """What `Passes.backward` returns: the loss of each objective, and the current log-probabilities [B, T]."""
+
+    losses: list[float]
+    logprobs: torch.Tensor
+
+
 class Passes:
     """Passes of one device.
 
@@ -122,24 +129,27 @@ class Passes:
         *,
         covariance: Mapping[int, torch.Tensor],
         computed: Sequence[Outputs] = (),
-    ) -> list[float]:
-        """Add the gradient of a share's objectives; returns the loss of each.
+    ) -> Gradient:
+        """Add the gradient of a share's objectives.
 
         Args:
             pieces: row indices of each pass.
             covariance: bool [B, T] by index of the objective, `Share.covariance_tokens` of the whole mini-batch.
             computed: outputs of the passes, where they were made already.
         """
-        losses = [0.0] * len(share.objectives)
+        losses, rows = [0.0] * len(share.objectives), share.batch.rows
+        found = torch.zeros(len(rows), rows.width, dtype=self.policy.dtype)
         for number, index in enumerate(pieces):
             LOG.info("update: pass %d of %d of an optimiser step", number + 1, len(pieces))
             batch = share.batch.select(index)
-            inputs = LossInputs.of(batch, self.device)
             outputs = computed[number] if computed else self.forward(batch.rows)
             if not len(batch):
                 self._backward(_zero_loss(outputs, {objective.kind for objective, _ in share.objectives}))
                 continue
-            tokens, logprobs = float(inputs.action_mask.sum()), outputs.logprobs
+            logprobs = outputs.logprobs
+            inputs = LossInputs.of(batch, self.device, logprobs.detach() if share.current else None)
+            found[index, : logprobs.shape[1]] = logprobs.detach().cpu()
+            tokens = float(inputs.action_mask.sum())
             entropy = {"entropy": float(outputs.entropy.detach().sum()) / max(tokens, 1.0)}
             total = logprobs.new_zeros(())
             for i, (objective, factor) in enumerate(share.objectives):
@@ -164,7 +174,7 @@ class Passes:
                 episodes = objective.prefix in EPISODE_PREFIXES
                 tally.add(objective.prefix, metrics | entropy if episodes else metrics, tokens)
             self._backward(total)
-        return losses
+        return Gradient(losses, found)
 
 
 def _zero_loss(outputs: Outputs, kinds: set[str]) -> torch.Tensor:

@@ -23,6 +23,7 @@ from spearrl.errors import ContractError
 from spearrl.learner.lora import FOLDER, save_adapters
 from spearrl.learner.loss_inputs import Share, Tally, split_objectives
 from spearrl.learner.minibatches import plan
+from spearrl.learner.old_logprobs import OldLogprobs
 from spearrl.learner.optimizer import learning_rate
 from spearrl.losses import Objective
 
@@ -32,6 +33,8 @@ class UpdateResult:
     """What an update did.
 
     Args:
+        old_logprobs: [B, T] of the on-policy batch: its own, or those that the update found, before its first optimiser
+            step; then not a number at action tokens of rows that had no pass.
         metrics: means over the update, by name (docs/metrics.md): those of each objective, "policy/grad_norm",
             "policy/updates" (optimiser steps made), "policy/lr" (rate of the last one), "update/tokens",
             "update/unique_tokens" (what rows begin with in common counted once), "update/seconds".
@@ -40,6 +43,7 @@ class UpdateResult:
 
     metrics: dict[str, float]
     skipped: int
+    old_logprobs: torch.Tensor
 
 
 class Learner(ABC):
@@ -98,7 +102,8 @@ class Learner(ABC):
         or gradient is not finite is left out and counted.
 
         Args:
-            on_policy: rows with advantages and old_logprobs, [B, T] each; whatever else the objectives read.
+            on_policy: rows with advantages, [B, T]; old_logprobs, or None: those of the update's own first passes;
+                whatever else the objectives read.
             replay: rows of earlier steps with recalibrated advantages; None: there are none.
             gamma: weight of the objectives on replayed rows, beside each one's own weight; 0: they are left out.
             objectives: terms of the total loss, each for on-policy or for replayed rows.
@@ -112,8 +117,17 @@ class Learner(ABC):
         on_objectives, replay_objectives = split_objectives(objectives, gamma)
         if not replay_objectives:
             replay = None
-        parts = ((on_policy, on_objectives), (replay, replay_objectives))
-        for shares in plan(*parts, self.settings, joint=self.joint, seed=seed):
+        old = OldLogprobs(on_policy)
+
+        def planned() -> list[list[Share]]:
+            parts = ((old.batch, on_objectives), (replay, replay_objectives))
+            return plan(*parts, self.settings, joint=self.joint, seed=seed)
+
+        steps = planned()
+        if len(needed := old.needed_before(steps, self._one_pass)):
+            old.record(needed, self.logprobs(on_policy.rows.select(needed)))
+            steps = planned()
+        for shares in steps:
             fresh = self.steps == before
             trained = [replace(share, current=share.current and fresh).with_signal() for share in shares]
             left_out.update(_size(shares))
@@ -122,7 +136,7 @@ class Learner(ABC):
             if not trained:  # a step would only decay weights and follow old moments
                 left_out["policy/without_signal"] += 1
                 continue
-            made = self._step(trained, tally)
+            made = self._step(trained, tally, old)
             self.steps += made
             skipped += not made
         rows = [batch.rows for batch in (on_policy, replay) if batch is not None]
@@ -134,7 +148,7 @@ class Learner(ABC):
             "update/unique_tokens": float(sum(distinct_tokens(sequences(part)) for part in rows)),
             "update/seconds": time.monotonic() - started,
         }
-        return UpdateResult(metrics, skipped)
+        return UpdateResult(metrics, skipped, old.result())
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of every weight once: tied ones under their first name, adapters merged, none of the critic.
@@ -202,10 +216,17 @@ class Learner(ABC):
         """[B, T] log-probabilities (or values) of action tokens, 0 elsewhere."""
 
     @abstractmethod
-    def _step(self, shares: list[Share], tally: Tally) -> bool:
+    def _one_pass(self, rows: Rows) -> bool:
+        """Whether these rows of a step are computed in one pass, in which a rule over the mini-batch sees them all."""
+
+    @abstractmethod
+    def _step(self, shares: list[Share], tally: Tally, old: OldLogprobs) -> bool:
         """One optimiser step on these shares at the rate of step `self.steps`.
 
-        Returns False where it was left out, because the loss or the gradient is not finite.
+        Args:
+            old: records what passes of current shares find.
+        Returns:
+            False where it was left out, because the loss or the gradient is not finite.
         """
 
     @abstractmethod

@@ -78,9 +78,14 @@ def mean(values: Sequence[float]) -> float:
 
 
 def sampler_gap(batch: Batch) -> dict[str, float]:
-    """|learner − engine| log-probability of the sampled tokens, mean and largest: 0 where both agree."""
-    mask = batch.action_mask
-    if batch.rollout_logprobs is None or not bool(mask.any()):
+    """|learner − engine| log-probability of the sampled tokens, mean and largest: 0 where both agree.
+
+    Over the tokens whose log-probabilities the learner had a reason to find.
+    """
+    if batch.rollout_logprobs is None or batch.old_logprobs is None:
+        return {}
+    mask = batch.action_mask & ~batch.old_logprobs.isnan()
+    if not bool(mask.any()):
         return {}
     gap = (batch.old_logprobs.double() - batch.rollout_logprobs.double()).abs()[mask]
     return {"policy/sampler_gap": float(gap.mean()), "policy/sampler_gap_max": float(gap.max())}

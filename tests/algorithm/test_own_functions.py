@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from spearrl.errors import ConfigError, ContractError
 from spearrl.learner.loss_inputs import Share
@@ -26,7 +27,7 @@ def no_calls():
 @pytest.mark.parametrize("algo", ["grpo+sil+intrinsic", "gigpo+drbot+sil", "ppo"])
 def test_an_own_loss_equal_to_the_clip_gives_the_same_bits(model, tmp_path, monkeypatch, algo):
     """With all rows in the passes: under an own loss none is known to have no gradient, so their rounding differs."""
-    monkeypatch.setattr(Share, "with_signal", lambda share: share)
+    monkeypatch.setattr(Share, "signal", property(lambda share: torch.ones(len(share.batch), dtype=torch.bool)))
     built_in = run(from_model(model, tmp_path, algo=algo, name="built-in"))
     mine = run(from_model(model, tmp_path, "algo.loss=tests.support.user_functions:clip_again", algo=algo, name="mine"))
     assert_sound(mine)

@@ -59,10 +59,11 @@ def test_a_worker_plays_with_pictures_and_is_synced(tmp_path):
     update, gaps = trainer.parts.learner.update, []
 
     def spy(on_policy, replay, **settings):
-        mask = on_policy.action_mask
-        gaps.append(float((on_policy.old_logprobs - on_policy.rollout_logprobs)[mask].abs().max()))
+        result = update(on_policy, replay, **settings)
+        mask = on_policy.action_mask & (on_policy.advantages != 0)
+        gaps.append(float((result.old_logprobs - on_policy.rollout_logprobs)[mask].abs().max()))
         assert all(on_policy.rows.images)
-        return update(on_policy, replay, **settings)
+        return result
 
     trainer.parts.learner.update = spy
     trainer.train()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -120,7 +120,10 @@ def _watch(trainer: Trainer, steps: list[Step], mini_batches: list[tuple[str, tu
 
     def spy_update(on_policy, replay, *, gamma, objectives, seed):
         steps[-1].on_policy, steps[-1].replay, steps[-1].gamma = on_policy, replay, gamma
-        return update(on_policy, replay, gamma=gamma, objectives=[_Watched(o, calls) for o in objectives], seed=seed)
+        watched = [_Watched(objective, calls) for objective in objectives]
+        result = update(on_policy, replay, gamma=gamma, objectives=watched, seed=seed)
+        steps[-1].on_policy = replace(on_policy, old_logprobs=result.old_logprobs)
+        return result
 
     def before_optimiser_step(*_):
         gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

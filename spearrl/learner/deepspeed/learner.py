@@ -23,6 +23,7 @@ from spearrl.learner.deepspeed.shard import CommandRunner, Shard
 from spearrl.learner.deepspeed.zero import numel, require
 from spearrl.learner.loss_inputs import LossInputs, Share, Tally
 from spearrl.learner.minibatches import deal
+from spearrl.learner.old_logprobs import OldLogprobs
 from spearrl.learner.optimizer import MASTER, STATE, named_state, save_counters
 from spearrl.learner.protocol import Learner
 from spearrl.models.vision import vision_of
@@ -174,11 +175,17 @@ class DeepSpeedLearner(Learner):
             predictions[index, : answer.shape[1]] = answer
         return predictions
 
-    def _step(self, shares: list[Share], tally: Tally) -> bool:
+    def _one_pass(self, rows: Rows) -> bool:
+        """Never: a rank sees its own rows."""
+        return False
+
+    def _step(self, shares: list[Share], tally: Tally, old: OldLogprobs) -> bool:
         common: list[dict[str, Any]] = []  # of each share, what every rank is sent
+        dealt_shares: list[list[torch.Tensor]] = []
         parts: list[list[dict[str, Any]]] = [[] for _ in range(self.ranks.size)]
         for share in shares:
             dealt, passes = self._deal(share.batch.rows)
+            dealt_shares.append(dealt)
             fields = ("seed", "current", "denominators", "rows")
             common.append({name: getattr(share, name) for name in fields} | {"passes": passes})
             common[-1]["objectives"] = [(asdict(objective), factor) for objective, factor in share.objectives]
@@ -191,6 +198,9 @@ class DeepSpeedLearner(Learner):
         for answer in answers:
             tally.merge(answer["tally"])
         for number, share in enumerate(shares):
+            if share.current and share.index is not None:
+                for index, answer in zip(dealt_shares[number], answers, strict=True):
+                    old.record(share.index[index], answer["logprobs"][number])
             losses = zip(*(answer["losses"][number] for answer in answers), strict=True)
             share.total([sum(parts_of_loss) for parts_of_loss in losses], tally)
         norm = answers[0]["norm"]

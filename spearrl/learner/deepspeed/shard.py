@@ -93,10 +93,13 @@ class Shard:
         return self.passes.predict(rows, pieces, reference=common["reference"], values=common["values"])
 
     def step(self, common: dict[str, Any], part: list[dict[str, Any]]) -> dict[str, Any]:
-        """One optimiser step: this rank's losses and metrics, and the gradient's norm (None: the step was left out)."""
+        """One optimiser step: this rank's losses, metrics and log-probabilities before it, and the gradient's norm.
+
+        The norm is None where the step was left out.
+        """
         self.passes_left, self.finite = sum(share["passes"] for share in common["shares"]), True
         self.engine.train(self.settings.gradient_checkpointing)
-        tally, losses = Tally(), []
+        tally, gradients = Tally(), []
         for fields, own in zip(common["shares"], part, strict=True):
             rows, pieces = self._rows(own["rows"], fields["passes"])
             share = Share(
@@ -105,9 +108,10 @@ class Shard:
                 **{name: fields[name] for name in ("seed", "denominators", "rows", "current")},
             )
             covariance = {int(index): tokens.to(self.device) for index, tokens in own["covariance"].items()}
-            losses.append(self.passes.backward(share, pieces, tally, covariance=covariance))
+            gradients.append(self.passes.backward(share, pieces, tally, covariance=covariance))
         self.engine.eval()
-        return {"losses": losses, "tally": tally.state(), "norm": self._apply(common["lr"])}
+        losses, logprobs = [g.losses for g in gradients], [g.logprobs for g in gradients]
+        return {"losses": losses, "logprobs": logprobs, "tally": tally.state(), "norm": self._apply(common["lr"])}
 
     def weights(self, common: dict[str, Any], part: None) -> list[list[torch.Tensor]] | None:
         """Tensors of the model directory (or of the adapters) by index of their `Export`, whole, on rank 0."""
