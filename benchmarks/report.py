@@ -40,7 +40,8 @@ BENCHMARKS = {
     "packing": Benchmark(),
     "sandbox": Benchmark(("--runs", "60")),
     "pure": Benchmark(),
-    "step": Benchmark(limit_s=420),
+    "agent_step": Benchmark(("--steps", "2", "--sft", "100"), limit_s=300),
+    "step": Benchmark(limit_s=300),
     "engine": Benchmark(limit_s=300),
 }
 
@@ -92,7 +93,7 @@ def accept(result: Result, machine: dict[str, Any]) -> None:
     """Keep a result's ratios for machines of this kind."""
     file = BASELINES / f"{result.name}.json"
     kinds = json.loads(file.read_text()) if file.exists() else {}
-    rounded = {name: round(value, 3) for name, value in result.ratios.items()}
+    rounded = {name: float(f"{value:.4g}") for name, value in result.ratios.items()}
     kinds[machine["kind"]] = {"commit": machine["commit"], "torch": machine["torch"], "ratios": rounded}
     BASELINES.mkdir(exist_ok=True)
     file.write_text(json.dumps(kinds, indent=1, sort_keys=True) + "\n")
@@ -118,8 +119,8 @@ def table(results: list[Result], machine: dict[str, Any]) -> str:
         baseline = accepted(result.name, machine["kind"])
         bad = worse(result, baseline)
         for name in [*result.ratios, *(name for name in bad if name not in result.ratios)]:
-            value = f"{result.ratios[name]:.2f}" if name in result.ratios else "not measured"
-            known = f"{baseline[name]:.2f}" if name in baseline else "none"
+            value = f"{result.ratios[name]:.3g}" if name in result.ratios else "not measured"
+            known = f"{baseline[name]:.3g}" if name in baseline else "none"
             lines.append(f"| {result.name} | {name} | {value} | {known} | {'WORSE' if name in bad else ''} |")
         lines += [f"| {result.name} | {name} | {value:.0f} MiB | | |" for name, value in result.memory_mib.items()]
         if result.error:

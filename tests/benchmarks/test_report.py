@@ -20,7 +20,7 @@ def baselines(tmp_path, monkeypatch):
 
 
 def test_accepted_ratios_are_those_of_this_kind_of_machine(baselines):
-    accept(Result("step", ratios={"a": 2.00049}), MACHINE)
+    accept(Result("step", ratios={"a": 2.000049}), MACHINE)
     accept(Result("step", ratios={"a": 5.0}), {**MACHINE, "kind": "amx-8"})
     assert report.accepted("step", "avx2-2") == {"a": 2.0} and report.accepted("step", "amx-8") == {"a": 5.0}
     assert report.accepted("step", "arm-1") == report.accepted("pure", "avx2-2") == {}
@@ -39,7 +39,7 @@ def test_the_exit_code_and_the_names(baselines, monkeypatch, capsys):
     results = {"step": Result("step", ratios={"trl / spearrl": 5.2}), "pure": Result("pure", ratios={"x": 1.0})}
     monkeypatch.setattr(report, "run", lambda name: results[name])
     assert report.main(["--only", "step", "pure"]) == 0
-    assert "| step | trl / spearrl | 5.20 | 6.00 |  |" in capsys.readouterr().out
+    assert "| step | trl / spearrl | 5.2 | 6 |  |" in capsys.readouterr().out
     results["step"].ratios["trl / spearrl"] = 5.0
     assert report.main(["--only", "step", "pure"]) == 1
     printed = capsys.readouterr()
