@@ -182,7 +182,7 @@ class Trainer:
         self.curriculum.observe(success=success, entropy=entropy, anchors=self.states_met or None)
 
     def _on_policy(self, shaped: Shaped) -> tuple[Batch, algorithm.Credit]:
-        """The step's batch: what advantages need before the update (the update finds old_logprobs itself), advantages."""
+        """The step's batch: what advantages need before the update, which finds old_logprobs itself, and advantages."""
         rows, algo, learner = shaped.rows, self.config.algo, self.parts.learner
         old = learner.logprobs(rows) if algo.kl.reward_coef else None
         reference = learner.logprobs(rows, reference=True) if algorithm.needs_reference(algo) else None
