@@ -196,7 +196,9 @@ class LearnerSection(Section):
     )
     mini_batch_rows: int = Field(0, ge=0, description="Rows per optimiser step; 0: the step's rows make mini_batches.")
     micro_batch_tokens: int = Field(16384, ge=1, description="Padded tokens of one pass; does not change the gradient.")
-    lm_head_chunk: int = Field(4096, ge=1, description="Action tokens whose logits exist at a time.")
+    lm_head_chunk: int = Field(
+        4096, ge=1, description="Action tokens whose logits exist at a time, for a slice of the vocabulary."
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description='bf16 autocast, or fp32; "auto": bf16 where the processor has it.'
     )

@@ -100,3 +100,85 @@ def test_logits_of_the_whole_batch_never_exist(monkeypatch):
     hidden, weight, _, targets = problem(n=1000, vocabulary=50, bias=False)
     token_logprobs(hidden, weight, targets, chunk=10)[0].sum().backward()
     assert max(sizes) <= max(1000, 10 * 50)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 15 numbers, and nothing kept."""
+    monkeypatch.setattr("spearrl.learner.logprobs.TILE_BYTES", {"cpu": 15 * 8, "cuda": 15 * 8})
+    monkeypatch.setattr("spearrl.learner.logprobs.KEPT_BYTES", 0)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 100])
+@pytest.mark.parametrize("trained", ["all", "hidden", "head", "weight", "hidden and bias"])
+@pytest.mark.parametrize("uses", ["logprobs", "entropy", "both"])
+def test_tiles_of_the_vocabulary_are_plain_autograd(small_tiles, chunk, trained, uses):
+    hidden, weight, shift, targets = problem(n=8, vocabulary=23)
+    named = {"hidden": hidden, "weight": weight, "bias": shift}
+    chosen = {"all": list(named), "head": ["weight", "bias"]}.get(trained, trained.split(" and "))
+    for name, leaf in named.items():
+        leaf.requires_grad_(name in chosen)
+    leaves = [named[name] for name in chosen]
+    scale = torch.tensor([1.0, 0.0, -2.0, 0.0, 0.5, 3.0, 0.0, -1.0], dtype=torch.float64)
+    results = []
+    for logp, entropy in (
+        token_logprobs(hidden, weight, targets, bias=shift, temperature=0.7, chunk=chunk),
+        plain(hidden, weight, shift, targets, 0.7),
+    ):
+        total = {"logprobs": logp, "entropy": 0.3 * entropy, "both": logp - 0.3 * entropy}[uses]
+        results.append((logp, entropy, *torch.autograd.grad((scale * total).sum(), leaves)))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_a_position_without_upstream_gradient_takes_no_part(chunk):
+    """Not even one whose hidden state is not finite: a clipped or masked token."""
+    hidden, weight, _, targets = problem(bias=False)
+    with torch.no_grad():
+        hidden[2] = float("nan")
+    logp, _ = token_logprobs(hidden, weight, targets, chunk=chunk)
+    scale = torch.ones_like(logp).index_fill(0, torch.tensor([2, 5]), 0.0)
+    one = torch.autograd.grad(logp, (hidden, weight), scale)
+    used = torch.tensor([0, 1, 3, 4, 6])
+    part = hidden.detach()[used].requires_grad_()
+    two = torch.autograd.grad(token_logprobs(part, weight, targets[used])[0].sum(), (part, weight))
+    torch.testing.assert_close(one[0][used], two[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(one[1], two[1], rtol=1e-12, atol=1e-12)
+    assert not one[0][[2, 5]].any()
+
+
+def test_nothing_upstream_gives_zero_gradients():
+    hidden, weight, shift, targets = problem()
+    logp, _ = token_logprobs(hidden, weight, targets, bias=shift, chunk=3)
+    for gradient in torch.autograd.grad(logp, (hidden, weight, shift), torch.zeros_like(logp)):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_two_computations_are_bit_identical(trained):
+    def compute():
+        hidden, weight, _, targets = problem(n=300, d=64, vocabulary=60_000, dtype=torch.float32, bias=False)
+        weight.requires_grad_(trained)
+        logp, entropy = token_logprobs(hidden, weight, targets)
+        (logp.sum() + logp.square().sum()).backward()
+        return [logp, entropy, hidden.grad, *([weight.grad] if trained else [])]
+
+    assert all(torch.equal(one, two) for one, two in zip(compute(), compute(), strict=True))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_large_vocabulary_in_float32_is_right(trained):
+    """Several tiles of the real size."""
+    hidden, weight, _, targets = problem(n=70, d=16, vocabulary=130_000, dtype=torch.float32, bias=False)
+    weight.requires_grad_(trained)
+    leaves = [hidden, weight] if trained else [hidden]
+    logp, entropy = token_logprobs(hidden, weight, targets)
+    wide = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]
+    expected = plain(*wide, None, targets, 1.0)
+    for one, two in zip((logp, entropy), expected, strict=True):
+        assert float((one - two).detach().abs().max()) < 1e-5
+    one = torch.autograd.grad(logp.sum(), leaves)
+    two = torch.autograd.grad(expected[0].sum(), wide[: len(leaves)])
+    for left, right in zip(one, two, strict=True):
+        torch.testing.assert_close(left.double(), right, rtol=1e-4, atol=1e-5)
