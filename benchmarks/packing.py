@@ -1,6 +1,6 @@
 """An update with padded rows and with a prefix tree: seconds, tokens computed, peak memory.
 
-    OMP_NUM_THREADS=2 python -m benchmarks.packing [--work group|chat|skewed] [--tokens 16384]
+    OMP_NUM_THREADS=2 python -m benchmarks.packing [--work group|chat|skewed] [--tokens 16384] [--json FILE]
 
 Work: `group`: 16 prompts of 256 tokens with 8 replies of 32 each. `chat`: 8 groups of 8 episodes of 4 turns, of which
 every turn is a row that begins with all before it. `skewed`: 96 rows of lognormal lengths that share nothing. Each
@@ -15,9 +15,11 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
+from benchmarks import machine
 from spearrl.batching import Batch, Rows, TurnTable, forward_inputs
 from spearrl.config.sections import LearnerSection
 from spearrl.learner import LocalLearner
@@ -106,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", choices=["group", "chat", "skewed"], default="group")
     parser.add_argument("--tokens", type=int, default=16384, help="learner.micro_batch_tokens")
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--only", choices=PACKINGS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:
@@ -121,6 +124,9 @@ def main() -> None:
         raise SystemExit(f"the packings disagree: sums of log-probabilities {sums}")
     ratios = {name: results["padded"][name] / results["tree"][name] for name in ("seconds", "peak_mib")}
     print("padded / tree:", {name: round(ratio, 2) for name, ratio in ratios.items()})
+    ratios = {f"padded / tree, {arguments.work}: {name}": ratio for name, ratio in ratios.items()}
+    memory = {f"peak, {arguments.work}, {packing}": result["peak_mib"] for packing, result in results.items()}
+    machine.write(arguments.json, ratios=ratios, memory_mib=memory, figures=results)
 
 
 if __name__ == "__main__":

@@ -36,14 +36,50 @@ class Benchmark:
 
 BENCHMARKS = {
     "webshop": Benchmark(("--episodes", "150")),
-    "logprobs": Benchmark(),
+    "logprobs": Benchmark(("--vocabulary", "152000")),
     "packing": Benchmark(),
     "sandbox": Benchmark(("--runs", "60")),
     "pure": Benchmark(),
     "agent_step": Benchmark(("--steps", "2", "--sft", "100"), limit_s=300),
     "step": Benchmark(limit_s=300),
-    "engine": Benchmark(limit_s=300),
+    "engine": Benchmark(("--model", "smollm2-135m", "--rounds", "2"), limit_s=300),
 }
+ENGINES = ROOT / ".venv-engines" / "bin" / "python"
+
+
+def engine_missing() -> str:
+    """Why benchmarks/engine.py cannot run here; "" where it can."""
+    from spearrl.errors import SpearError
+    from spearrl.models import directory_of
+
+    try:
+        directory_of("smollm2-135m")
+    except SpearError as error:
+        return f"{error}"
+    return ""
+
+
+def of_engine(content: dict[str, Any]) -> dict[str, float]:
+    """Ratios of tokens a second."""
+    rates = content["tokens_per_s"]
+    others = {name: rate for name, rate in rates.items() if name != "spearrl"}
+    return {f"spearrl / {n}: tokens/s, {content['dtype']}": rates["spearrl"] / rate for n, rate in others.items()}
+
+
+def of_logprobs(content: dict[str, Any]) -> dict[str, float]:
+    """Ratios of plain torch's time, and of the logits' size to our memory."""
+    ratios = {}
+    for case in content["cases"]:
+        own = case["ways"]["spearrl"]
+        name = f"V={case['vocabulary']}, {case['dtype']}, {case['head']} head"
+        if "cpu_ratio" in own:
+            ratios[f"plain / spearrl: processor time, {name}"] = 1 / own["cpu_ratio"]
+        if own.get("memory_share", 0) > 0:
+            ratios[f"logits / spearrl: memory, {name}"] = 1 / own["memory_share"]
+    return ratios
+
+
+RATIOS = {"engine": of_engine, "logprobs": of_logprobs}  # those whose files are their own; others: machine.write
 
 
 @dataclass
@@ -63,24 +99,26 @@ def run(name: str) -> Result:
     if importlib.util.find_spec(f"benchmarks.{name}") is None:
         return Result(name, missing=[f"benchmarks/{name}.py is not there"])
     benchmark, begun = BENCHMARKS[name], time.monotonic()
-    writes = "--json" in (ROOT / "benchmarks" / f"{name}.py").read_text()
+    more: tuple[str, ...] = ()
+    if name == "engine":
+        if missing := engine_missing():
+            return Result(name, missing=[missing])
+        more = ("--vllm", str(ENGINES)) if ENGINES.exists() else ()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
-        command = [sys.executable, "-m", f"benchmarks.{name}", *benchmark.arguments]
-        command += ["--json", str(file)] if writes else []
+        command = [sys.executable, "-m", f"benchmarks.{name}", *benchmark.arguments, *more, "--json", str(file)]
         try:
             code = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, timeout=benchmark.limit_s).returncode
         except subprocess.TimeoutExpired:
             return Result(name, benchmark.limit_s, f"not done after {benchmark.limit_s:.0f} s")
         seconds = time.monotonic() - begun
-        if not writes:
-            text = "what it prints is not in the table: it has no --json"
-            return Result(name, seconds, f"ended with code {code}" if code else "", missing=[text])
         if not file.exists():
             return Result(name, seconds, f"ended with code {code} and no result")
         content = json.loads(file.read_text())
     error = f"ended with code {code}" if code else ""
-    return Result(name, seconds, error, content["ratios"], content.get("memory_mib", {}), content.get("missing", []))
+    ratios = RATIOS[name](content) if name in RATIOS else content["ratios"]
+    missing = content.get("missing", []) + ([] if name != "engine" or more else ["vLLM: make engines"])
+    return Result(name, seconds, error, ratios, content.get("memory_mib", {}), missing)
 
 
 def accepted(name: str, kind: str) -> dict[str, float]:

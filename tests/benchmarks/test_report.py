@@ -56,3 +56,20 @@ def test_a_benchmark_that_is_not_there_or_leaves_no_result(monkeypatch):
     result = report.run("pure")
     assert result.error == "ended with code 0 and no result"
     assert "| pure | FAILED | ended with code 0 and no result |" in table([result], MACHINE)
+
+
+def test_files_that_are_a_benchmarks_own_are_read(monkeypatch):
+    engine = {"dtype": "bf16", "tokens_per_s": {"spearrl": 300.0, "generate": 100.0, "vllm": 400.0}}
+    assert report.of_engine(engine) == {
+        "spearrl / generate: tokens/s, bf16": 3.0,
+        "spearrl / vllm: tokens/s, bf16": 0.75,
+    }
+    ways = {"spearrl": {"cpu_ratio": 0.8, "memory_share": 0.04}, "plain": {"cpu_ratio": 1.0, "memory_share": 2.0}}
+    case = {"vocabulary": 152_000, "dtype": "fp32", "head": "frozen", "ways": ways}
+    assert report.of_logprobs({"cases": [case]}) == {
+        "plain / spearrl: processor time, V=152000, fp32, frozen head": 1.25,
+        "logits / spearrl: memory, V=152000, fp32, frozen head": 25.0,
+    }
+    monkeypatch.setattr(report, "engine_missing", lambda: "no model smollm2-135m: make model")
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: True)
+    assert report.run("engine") == Result("engine", missing=["no model smollm2-135m: make model"])
