@@ -75,15 +75,11 @@ def ways() -> tuple[dict[str, Way], list[str]]:
     """The ways that can run here, and why others cannot."""
     found: dict[str, Way] = {"plain": plain, "spearrl": token_logprobs}
     missing = []
-    for name, module, way in (
-        ("trl", "trl.trainer.utils", trl),
-        ("trl fused", "trl.kernels", trl_fused),
-    ):
-        try:
-            importlib.import_module(module)
-            found[name] = way
-        except ImportError as error:
-            missing.append(f"{name} is left out: {error}")
+    try:
+        importlib.import_module("trl.trainer.utils")
+        found |= {"trl": trl, "trl fused": trl_fused}
+    except ImportError as error:
+        missing.append(f"TRL's ways are left out: {error}")
     if hasattr(F, "linear_cross_entropy"):
         found["torch"] = partial(torch_own, chunked=False)
         found["torch chunked"] = partial(torch_own, chunked=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from spearrl.learner.logprobs import token_logprobs
+from spearrl.learner.logprobs import TILE_BYTES, token_logprobs
 
 
 def problem(n=7, d=5, vocabulary=11, dtype=torch.float64, bias=True, seed=0):
@@ -87,19 +88,27 @@ def test_confident_distributions_have_finite_entropy_gradients():
     assert float(entropy.detach()) == 0.0 and torch.isfinite(hidden.grad).all()
 
 
-def test_logits_of_the_whole_batch_never_exist(monkeypatch):
-    sizes = []
-    real = torch.Tensor.new_empty
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation made."""
 
-    def watch(self, *shape, **options):
-        made = real(self, *shape, **options)
-        sizes.append(made.numel())
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel() * tensor.element_size())
         return made
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", watch)
-    hidden, weight, _, targets = problem(n=1000, vocabulary=50, bias=False)
-    token_logprobs(hidden, weight, targets, chunk=10)[0].sum().backward()
-    assert max(sizes) <= max(1000, 10 * 50)
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("n", [300, 900])
+def test_logits_of_the_whole_batch_never_exist(trained, n):
+    hidden, weight, _, targets = problem(n=n, d=4, vocabulary=50_000, dtype=torch.float32, bias=False)
+    with Largest() as largest:
+        logp, entropy = token_logprobs(hidden, weight.requires_grad_(trained), targets)
+        (logp.sum() + entropy.sum()).backward()
+    assert largest.size <= TILE_BYTES["cpu"] < n * 50_000 * 4 / 7
 
 
 @pytest.fixture
