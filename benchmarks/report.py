@@ -40,7 +40,7 @@ BENCHMARKS = {
     "packing": Benchmark(),
     "sandbox": Benchmark(("--runs", "60")),
     "pure": Benchmark(),
-    "agent_step": Benchmark(("--steps", "2", "--sft", "100"), limit_s=300),
+    "agent_step": Benchmark(("--steps", "1", "--sft", "60"), limit_s=300),
     "step": Benchmark(limit_s=300),
     "engine": Benchmark(("--model", "smollm2-135m", "--rounds", "2"), limit_s=300),
 }
