@@ -180,8 +180,9 @@ class LearnerSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(3, description="Shards optimiser state (1), gradients (2), parameters (3).")
     offload: Literal["none", "optimizer", "all"] = Field("none", description="What DeepSpeed keeps in host memory.")
     timeout_s: float = Field(600.0, gt=0, description="Seconds a learner process may take over one command.")
-    packing: Literal["padded", "tree"] = Field(
-        "padded", description="Rows of a pass: padded, or in one sequence, shared beginnings once; the same gradient."
+    packing: Literal["auto", "padded", "tree"] = Field(
+        "auto",
+        description="Rows of a pass: padded, or a tree with shared beginnings once; auto: a tree where the model can.",
     )
     lora: LoraSection = Field(LoraSection(), description="Low-rank adapters instead of all weights.")
     lr: float = Field(1e-6, gt=0, description="AdamW learning rate, constant after warm-up.")
@@ -195,7 +196,7 @@ class LearnerSection(Section):
         2, ge=1, description="On-policy optimiser steps per training step; not used where mini_batch_rows is set."
     )
     mini_batch_rows: int = Field(0, ge=0, description="Rows per optimiser step; 0: the step's rows make mini_batches.")
-    micro_batch_tokens: int = Field(16384, ge=1, description="Padded tokens of one pass; does not change the gradient.")
+    micro_batch_tokens: int = Field(16384, ge=1, description="Tokens of one pass, padding too; changes no gradient.")
     lm_head_chunk: int = Field(
         4096, ge=1, description="Action tokens whose logits exist at a time, for a slice of the vocabulary."
     )

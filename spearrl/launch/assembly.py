@@ -215,6 +215,8 @@ def assemble(
         own = copy_of(origin.model, dtype).to(device) if copied else None  # before the learner adds adapters
         learner = make_learner(config, origin, device, placement, reference=reference)
         stack.callback(learner.close)
+        if config.learner.packing == "auto" and learner.why_padded:
+            report("packing", {"text": f"learner.packing: padded, as {learner.why_padded}"})
         if placement.colocated:  # a cold start's memory; an engine takes its share as it starts
             learner.release()
         model = own or (learner.model if one_process else wiring.address)

@@ -66,6 +66,7 @@ class LocalLearner(Learner):
         self.critic = None if critic is None else critic.to(device)
         self.has_reference, self.has_critic = reference is not None or settings.lora.rank > 0, critic is not None
         self.passes = Passes(self.policy, self.model, settings, self.device, reference=reference, critic=self.critic)
+        self.why_padded = self.passes.why_padded
         self.optimizer = make_optimizer(self.model.named_parameters(), settings, critic=self.critic)
 
     def probe(self, token_ids: Sequence[int], dtype: torch.dtype | None = None) -> list[float]:

@@ -6,11 +6,13 @@ attention goes piece by piece instead, without a mask (`learner/tree_attention.p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from spearrl.batching import PrefixTree, prefix_tree
+from spearrl.config.sections import LearnerSection
 from spearrl.errors import ConfigError
 from spearrl.learner.tree_attention import AttentionPlan, attend
 
@@ -33,12 +35,31 @@ def packed_arguments(tree: PrefixTree | None, device: torch.device | str) -> dic
     return {"position_ids": positions, "cu_seq_lens_q": plan, "attention_mask": mask}
 
 
-def attend_by_tree(model: Any) -> None:
+def why_padded(settings: LearnerSection, attempt: Callable[[], None]) -> str:
+    """What keeps rows from being packed; "" where they are.
+
+    Args:
+        attempt: raises ConfigError where the model cannot, which is an error under packing="tree" alone.
+    """
+    if settings.packing == "padded":
+        return "learner.packing=padded"
+    try:
+        attempt()
+    except ConfigError as error:
+        if settings.packing == "tree":
+            raise
+        return error.message
+    return ""
+
+
+def attend_by_tree(model: Any, *, pictures: bool) -> None:
     """Give a model that uses torch's attention one for packed passes; whoever else shares the model goes on as before.
 
     Raises:
-        ConfigError: its layers do not attend to all tokens before, or by another attention.
+        ConfigError: its layers do not attend to all tokens before, or by another attention; or it takes pictures.
     """
+    if pictures:
+        raise ConfigError("rows with pictures are not packed", where="learner.packing", hint=HINT)
     if model.config._attn_implementation not in ("sdpa", ATTENTION):
         text = f"shared prefixes with attention {model.config._attn_implementation!r}; expected 'sdpa'"
         raise ConfigError(text, where="learner.packing", hint=HINT)

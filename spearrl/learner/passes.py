@@ -16,7 +16,7 @@ from spearrl.learner.critic import ValueHead
 from spearrl.learner.lora import without_adapters
 from spearrl.learner.loss_inputs import LossInputs, Share, Tally, covariance_tokens
 from spearrl.learner.minibatches import micro_batches
-from spearrl.learner.packing import check_packing
+from spearrl.learner.packing import check_packing, why_padded
 from spearrl.learner.policy import check_head
 from spearrl.models.vision import vision_of
 
@@ -65,12 +65,13 @@ class Passes:
         self.policy, self.model, self.settings, self.device = policy, model, settings, device
         self.reference, self.critic, self.vision, self._backward = reference, critic, vision_of(model), backward
         check_head(policy, type(model).__name__, device)
-        if settings.packing == "tree":
-            check_packing(policy, type(model).__name__, device)
+        name = type(model).__name__
+        self.why_padded = policy.why_padded or why_padded(settings, lambda: check_packing(policy, name, device))
+        self.tree = not self.why_padded
 
     def pieces(self, rows: Rows) -> list[torch.Tensor]:
         """Row indices of each pass."""
-        if self.settings.packing == "tree":
+        if self.tree:
             return tree_passes(sequences(rows), self.settings.micro_batch_tokens)
         return micro_batches(rows.lengths, self.settings.micro_batch_tokens)
 
@@ -85,7 +86,7 @@ class Passes:
         if self.vision is None and rows.pictures:
             hint = "train a vision model of the Qwen2-VL family"
             raise ContractError("rows with pictures", where="learner", hint=hint)
-        inputs = forward_inputs(rows, tree=self.settings.packing == "tree")
+        inputs = forward_inputs(rows, tree=self.tree)
         # Without rows the pass is still made: all processes take part in gathering sharded weights.
         token_ids = inputs.token_ids if len(rows) else torch.zeros(1, 1, dtype=torch.int64)
         tensors = (tensor.to(self.device) for tensor in (token_ids, inputs.source, inputs.target))

@@ -13,7 +13,7 @@ from spearrl.config.sections import LearnerSection
 from spearrl.errors import ConfigError
 from spearrl.learner.attention import Float32Attention
 from spearrl.learner.logprobs import token_logprobs
-from spearrl.learner.packing import HINT, attend_by_tree, packed_arguments
+from spearrl.learner.packing import attend_by_tree, packed_arguments, why_padded
 from spearrl.models.vision import FORBIDDEN_LOGIT, ImageInputs, vision_of
 
 
@@ -25,20 +25,17 @@ class Policy(torch.nn.Module):
         temperature: log-probabilities are of logits / temperature, as sampled.
         bf16: compute under autocast.
     Raises:
-        ConfigError: packing, of a vision model.
+        ConfigError: packing="tree", of a model that cannot.
     """
 
     def __init__(self, model: Any, settings: LearnerSection, *, temperature: float, bf16: bool = False):
         super().__init__()
         self.model, self.vision = model, vision_of(model)
-        if settings.packing == "tree" and self.vision is not None:
-            raise ConfigError("rows with pictures are not packed", where="learner.packing", hint=HINT)
         self.bf16, self.checkpointing = bf16, settings.gradient_checkpointing
         _without_dropout(model)
         if self.checkpointing:
             model.gradient_checkpointing_enable()
-        if settings.packing == "tree":
-            attend_by_tree(model)
+        self.why_padded = why_padded(settings, lambda: attend_by_tree(model, pictures=self.vision is not None))
         forbidden = () if self.vision is None else self.vision.forbidden
         self.scorer = _Scorer(model.get_output_embeddings(), temperature, settings.lm_head_chunk, forbidden)
 

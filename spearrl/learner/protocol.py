@@ -59,6 +59,7 @@ class Learner(ABC):
     model: Any  # transformers' model, with its config
     has_reference: bool
     has_critic: bool
+    why_padded: str  # what keeps rows from being packed into prefix trees; "": they are
 
     def __init__(self, settings: LearnerSection, *, total_steps: int | None, decay: str, joint: bool):
         self.settings, self.total_steps, self.decay, self.joint, self.steps = settings, total_steps, decay, joint, 0

@@ -204,6 +204,7 @@ LOGGED = {"entropy": "curriculum/entropy", "success": "curriculum/success", "cur
 def adaptive_settings(gamma: str, mu: str) -> list[str]:
     words = [
         "run.steps=6",
+        "run.seed=1",
         "run.checkpoint_every=1",
         "rollout.temperature=1",
         "learner.lr=3e-3",

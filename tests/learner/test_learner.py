@@ -50,7 +50,8 @@ def one_thread():
 
 
 def settings(**changes) -> LearnerSection:
-    return LearnerSection(**{"lr": 1e-3, "precision": "fp32", "mini_batches": 1, "lm_head_chunk": 8, **changes})
+    fixed = {"lr": 1e-3, "precision": "fp32", "packing": "padded", "mini_batches": 1, "lm_head_chunk": 8}
+    return LearnerSection(**{**fixed, **changes})
 
 
 def batch_of(rows: Rows, learner: LocalLearner, *, shift: float = 0.0, seed: int = 0) -> Batch:

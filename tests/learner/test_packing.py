@@ -209,3 +209,15 @@ def test_rows_that_repeat_each_other():
     rows.token_ids[12:18] = first
     padded, tree = (learner_of(model_of("Qwen3"), packing=name).logprobs(rows) for name in ("padded", "tree"))
     assert float((padded - tree).abs().max()) <= EXACT and torch.equal(tree[0, :6], tree[1, :6])
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("Qwen2", ""), ("Mistral", "sliding"), ("Bloom", "expected 'sdpa'")])
+def test_auto_packs_where_the_model_can_and_says_why_not(kind, reason):
+    learner = LocalLearner(model_of(kind, "eager" if kind == "Bloom" else "sdpa"), settings(packing="auto"))
+    assert learner.passes.tree == (not reason) and reason in learner.why_padded
+
+
+def test_auto_pads_where_packed_rows_would_see_each_other(monkeypatch):
+    monkeypatch.setattr(packed_models, "attend", lambda inputs, options: _blind(inputs, options))
+    learner = LocalLearner(model_of("Qwen2"), settings(packing="auto"))
+    assert not learner.passes.tree and "see each other" in learner.why_padded

@@ -82,6 +82,7 @@ class DeepSpeedLearner(Learner):
         }
         part = {"critic": critic.state_dict() if critic is not None else None}
         self.ranks.call("build", build, [part] * self.ranks.size)
+        self.why_padded = self.shard.passes.why_padded
 
     @property
     def shard(self) -> Shard:
@@ -218,6 +219,6 @@ class DeepSpeedLearner(Learner):
 
     def _deal(self, rows: Rows) -> tuple[list[torch.Tensor], int]:
         """Rows of each rank, and the passes that every rank makes: as many as the one that needs most."""
-        tree = self.settings.packing == "tree"
+        tree = self.shard.passes.tree
         dealt = tree_shares(sequences(rows), self.ranks.size) if tree else deal(rows.lengths, self.ranks.size)
         return dealt, max(len(self.shard.passes.pieces(rows.select(index))) for index in dealt)
