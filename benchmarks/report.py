@@ -41,7 +41,7 @@ BENCHMARKS = {
     "sandbox": Benchmark(("--runs", "60")),
     "pure": Benchmark(),
     "agent_step": Benchmark(("--steps", "1", "--sft", "60"), limit_s=300),
-    "step": Benchmark(limit_s=300),
+    "step": Benchmark(("--threads", "1", "--steps", "1"), limit_s=420),  # a core alone: ratios that repeat
     "engine": Benchmark(("--model", "smollm2-135m", "--rounds", "2"), limit_s=300),
 }
 ENGINES = ROOT / ".venv-engines" / "bin" / "python"
