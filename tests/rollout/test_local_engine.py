@@ -286,7 +286,7 @@ def test_the_cache_is_bounded_in_bytes():
 def test_a_cache_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch, fault: str, dtype: torch.dtype):
     model = tiny("llama").to(dtype)
     engine_of(model, probe_ids=range(1, 21))
-    aim, exchange, forward = SlotCache.aim, SlotCache._exchange, model.base_model.forward
+    aim, write, forward = SlotCache.aim, SlotCache._write, model.base_model.forward
 
     def shifted(*args, position_ids=None, input_ids=None, **kwargs):
         if position_ids is not None and input_ids.shape[1] == 1:
@@ -294,9 +294,9 @@ def test_a_cache_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch, fault
         return forward(*args, input_ids=input_ids, position_ids=position_ids, **kwargs)
 
     if fault == "hole":
-        monkeypatch.setattr(SlotCache, "aim", lambda self, rows, starts, *rest: aim(self, rows, starts + 1, *rest))
+        monkeypatch.setattr(SlotCache, "aim", lambda self, rows, places: aim(self, rows, places + 1))
     elif fault == "stale":
-        monkeypatch.setattr(SlotCache, "_exchange", lambda self, store, new: exchange(self, store, new.roll(1, dims=2)))
+        monkeypatch.setattr(SlotCache, "_write", lambda self, store, new: write(self, store, new.roll(1, dims=2)))
     else:
         monkeypatch.setattr(model.base_model, "forward", shifted)
     with pytest.raises(ConfigError, match="off by"):

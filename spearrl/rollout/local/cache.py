@@ -8,15 +8,15 @@ import torch
 
 from spearrl.errors import ConfigError
 
-SPAN_STEP = 32  # attention spans are rounded up to this, so that few shapes occur
+SPAN_STEP = 32  # slots grow by so many tokens at least
 MIB = 1 << 20
 
 
 class SlotCache:
-    """Keys and values of every layer, [allocated slots, heads, allocated tokens, head_dim] each.
+    """Keys and values of every layer, [allocated slots, allocated tokens, heads, head_dim] each.
 
     Passed to a transformers model as `past_key_values`: its layers call `update`, which writes this pass's tokens where
-    `aim` says and returns what the rows of the pass may look at. Nothing is allocated before `reserve`.
+    `aim` says; `slot_attention.attend` reads them. Nothing is allocated before `reserve`.
 
     Args:
         slots: at most.
@@ -39,9 +39,8 @@ class SlotCache:
             hint = f"set rollout.cache_mib to at least {needed}, or lower rollout.context_tokens"
             raise ConfigError(text, where="rollout.cache_mib", hint=hint)
         self.allocated, self.length = 0, 0  # slots, and tokens of each
-        none = torch.zeros((0, heads, 0, width), dtype=dtype, device=device)
+        none = torch.zeros((0, 0, heads, width), dtype=dtype, device=device)
         self._keys, self._values = [none] * layers, [none] * layers
-        self._rows: torch.Tensor | slice = slice(0, 0)
 
     @property
     def bytes(self) -> int:
@@ -68,53 +67,33 @@ class SlotCache:
         self.allocated, self.length = next(shape for shape in shapes if shape[0] <= self.room(shape[1]))
         for stores in (self._keys, self._values):
             for layer, store in enumerate(stores):
-                _, heads, _, width = store.shape
-                stores[layer] = store.new_zeros((self.allocated, heads, self.length, width))
-                kept = store[: self.allocated, :, : self.length]
-                stores[layer][: kept.shape[0], :, : kept.shape[2]] = kept
+                stores[layer] = store.new_zeros((self.allocated, self.length, *store.shape[2:]))
+                kept = store[: self.allocated, : self.length]
+                stores[layer][: kept.shape[0], : kept.shape[1]] = kept
 
     def _whole(self, tokens: int) -> int:
-        """Rounded up, so that few shapes occur."""
+        """Rounded up, so that slots do not grow by one token at a time."""
         return min(self.tokens, -(-tokens // SPAN_STEP) * SPAN_STEP)
 
-    def aim(self, rows: list[int], starts: torch.Tensor, counts: torch.Tensor, width: int) -> torch.Tensor:
-        """Prepare a pass over `width` new tokens of each row, of which the first `counts` are real; returns its
-        attention mask, bool [b, 1, width, span].
-
-        Args:
-            rows: b distinct slots. 0 .. b−1 in order is read without copying.
-            starts: [b] tokens each row holds already.
-        """
-        device = starts.device
-        index = torch.tensor(rows, device=device)
-        steps = torch.arange(width, device=device)
-        positions = starts[:, None] + steps
-        self._single = width == 1
-        self._write_rows, self._write_positions = index, starts
-        if not self._single:
-            self._real = steps < counts[:, None]
-            self._write_rows = index[:, None].expand_as(positions)[self._real]
-            self._write_positions = positions[self._real]
-        self._span = min(self.length, self._whole(int((starts + counts).max())))
-        self._rows = slice(0, len(rows)) if rows == list(range(len(rows))) else index
-        return (torch.arange(self._span, device=device) <= positions[:, :, None])[:, None]
+    def aim(self, rows: torch.Tensor, positions: torch.Tensor) -> None:
+        """Where the tokens of the next pass go: slots and places in them, [T] each."""
+        self._target = (rows, positions)
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Called by the model's layers with [b, heads, width, head_dim]; returns [b, heads, span, head_dim] of both."""
-        return self._exchange(self._keys[layer], keys), self._exchange(self._values[layer], values)
+        """Called by the model's layers with [1, heads, T, head_dim]; returns all that the layer's cache holds."""
+        return self._write(self._keys[layer], keys), self._write(self._values[layer], values)
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         """Give another slot the tokens start .. stop−1 of a slot."""
         for store in (*self._keys, *self._values):
-            store[target, :, start:stop] = store[source, :, start:stop]
+            store[target, start:stop] = store[source, start:stop]
 
     def get_seq_length(self, *_: Any) -> int:
         """Positions are always given explicitly."""
         return 0
 
-    def _exchange(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        arranged = new[:, :, 0] if self._single else new.transpose(1, 2)[self._real]
-        store[self._write_rows, :, self._write_positions] = arranged
-        return store[self._rows, :, : self._span]
+    def _write(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        store[self._target] = new[0].transpose(0, 1)
+        return store

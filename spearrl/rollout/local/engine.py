@@ -21,10 +21,10 @@ from spearrl.rollout.local.cache import SlotCache
 from spearrl.rollout.local.forward import Forward
 from spearrl.rollout.local.prompt import image_prompt, whole_images
 from spearrl.rollout.local.sampling import draw
-from spearrl.rollout.local.scheduler import CacheSlot, Job, SlotTable
+from spearrl.rollout.local.scheduler import WORTH_COPYING, CacheSlot, Job, SlotTable, common
 from spearrl.rollout.protocol import Completion, Request, request_problem
 
-PREFILL_TOKENS = 8192  # padded tokens of one prefill pass
+PREFILL_TOKENS = 8192  # of one pass
 CHUNK = 2048  # new tokens of one sequence in one pass: bounds the attention mask
 WAVE = 4  # prefill when 1 / WAVE of the sequences in flight wait, or nothing is decoding
 DEFAULT_PROBE = 7
@@ -65,7 +65,7 @@ class LocalEngine:
             dtype=next(model.parameters()).dtype,
             device=self.device,
         )
-        names = ("prefilled_tokens", "cached_tokens", "sampled_tokens", "seconds")
+        names = ("prefilled_tokens", "cached_tokens", "decoded_tokens", "sampled_tokens", "seconds")
         self.counters: dict[str, float] = dict.fromkeys(names, 0.0)
         self._table = SlotTable(self.cache)
         probe_ids = probe_ids or range(1, min(DEFAULT_PROBE, model.get_input_embeddings().num_embeddings))
@@ -122,11 +122,13 @@ class LocalEngine:
                 text = f"weight {name} {tuple(tensor.shape)} does not belong to the engine's model"
                 raise EngineError(text, where="rollout.engine", hint="use rollout.dtype=fp32")
             own[name].data.copy_(tensor)
+        self.forward.packed.forget()
 
     def publish(self, version: int) -> None:
         """The shared parameters changed in place: what was cached before is not used for a new request again."""
         self.version = version
         self._table.flush()
+        self.forward.packed.forget()
 
     def health(self) -> bool:
         """Whether requests are taken."""
@@ -173,43 +175,55 @@ class LocalEngine:
             job.min_version = self.version
             alike.setdefault(tuple(job.prompt), []).append(slot)
         leaders = [max(slots, key=lambda s: len(s.held)) for slots in alike.values()]
-        logits = self._prefill(leaders)
-        rows: list[int] = []
-        for row, (leader, followers) in enumerate(zip(leaders, alike.values(), strict=True)):
-            rows += [row] * len(followers)
-            for slot in followers:
+        logits = self._prefill_once(leaders)
+        for leader, slots in zip(leaders, alike.values(), strict=True):
+            for slot in slots:
                 if slot is not leader:
                     self._table.share(leader, slot, len(leader.held))
+                    logits[slot.index] = logits[leader.index]
         slots = [slot for same_prompt in alike.values() for slot in same_prompt]
         self.counters["cached_tokens"] += sum(slot.job.cached for slot in slots if slot.job)
-        self._sample(slots, logits[rows])
+        self._sample(slots, torch.stack([logits[slot.index] for slot in slots]))
 
-    def _prefill(self, slots: list[CacheSlot]) -> torch.Tensor:
-        """Compute the prompt tokens that slots do not hold yet; [len(slots), V] logits of their last tokens."""
-        new = [s.job.prompt[len(s.held) :] for s in slots if s.job]
-        self.counters["prefilled_tokens"] += sum(map(len, new))
-        for slot, tokens in zip(slots, new, strict=True):
-            while len(tokens) > CHUNK:
-                cut = whole_images(tokens, CHUNK)
-                self.forward.run([slot], [tokens[:cut]])
-                slot.held += tokens[:cut]
-                del tokens[:cut]
-        order = sorted(range(len(slots)), key=lambda i: len(new[i]))
+    def _prefill_once(self, slots: list[CacheSlot]) -> dict[int, torch.Tensor]:
+        """Logits after the prompts of slots, by slot. Beginnings that several have in common are computed for one of
+        them, before the rest of the others.
+        """
         logits: dict[int, torch.Tensor] = {}
-        while order:
-            least = len(new[order[0]])
-            size = 1
-            while (
-                size < len(order)
-                and (width := len(new[order[size]])) <= 2 * least + 16
-                and width * (size + 1) <= PREFILL_TOKENS
-            ):
-                size += 1
-            part, order = sorted(order[:size], key=lambda i: slots[i].index), order[size:]
-            logits.update(zip(part, self.forward.run([slots[i] for i in part], [new[i] for i in part]), strict=True))
-        for slot, tokens in zip(slots, new, strict=True):
-            slot.held += tokens
-        return torch.stack([logits[i] for i in range(len(slots))])
+        left = sorted((slot.job.prompt, slot) for slot in slots if slot.job)
+        while left:
+            now, later = [left[0]], list[tuple[list[int], CacheSlot, CacheSlot, int]]()
+            for prompt, slot in left[1:]:
+                length = min(common(now[-1][0], prompt), len(prompt) - 1)
+                if length < len(slot.held) + WORTH_COPYING:
+                    now.append((prompt, slot))
+                else:
+                    later.append((prompt, slot, now[-1][1], length))
+            logits |= self._prefill([(slot, prompt[len(slot.held) :]) for prompt, slot in now])
+            for _, slot, source, length in later:
+                self._table.share(source, slot, length)
+            left = [(prompt, slot) for prompt, slot, *_ in later]
+        return logits
+
+    def _prefill(self, left: list[tuple[CacheSlot, list[int]]]) -> dict[int, torch.Tensor]:
+        """Compute new tokens of slots, in as many passes as they need; logits after the last of each, by slot."""
+        self.counters["prefilled_tokens"] += sum(len(tokens) for _, tokens in left)
+        left, logits = sorted(left, key=lambda pair: pair[0].index), dict[int, torch.Tensor]()
+        while left:
+            size, part = 0, list[tuple[CacheSlot, list[int]]]()
+            for slot, tokens in left:
+                cut = whole_images(tokens, CHUNK) if len(tokens) > CHUNK else len(tokens)
+                if part and size + cut > PREFILL_TOKENS:
+                    break
+                part.append((slot, tokens[:cut]))
+                size += cut
+            done = self.forward.run([slot for slot, _ in part], [tokens for _, tokens in part])
+            for (slot, tokens), row in zip(part, done, strict=True):
+                slot.held += tokens
+                logits[slot.index] = row
+            cuts = [len(tokens) for _, tokens in part] + [0] * len(left)
+            left = [(slot, rest) for (slot, tokens), cut in zip(left, cuts, strict=False) if (rest := tokens[cut:])]
+        return logits
 
     def _decode(self) -> None:
         """One token for every sequence in flight."""
@@ -218,6 +232,7 @@ class LocalEngine:
             return
         last = [slot.job.tokens[-1] for slot in active if slot.job]
         logits = self.forward.run(active, [[token] for token in last])
+        self.counters["decoded_tokens"] += len(last)
         for slot, token in zip(active, last, strict=True):
             slot.held.append(token)
         self._sample(active, logits)
@@ -241,6 +256,7 @@ class LocalEngine:
             stopped = token in job.request.sampling.stop_ids
             if stopped or len(job.tokens) >= job.request.sampling.max_tokens:
                 slot.job = None
+                slot.held = [] if slot.owner is None else slot.held  # weights changed since it began
                 self._finish(job, "stop" if stopped else "length")
 
     def _finish(self, job: Job, reason: str) -> None:

@@ -11,7 +11,9 @@ import torch
 from spearrl.errors import ConfigError
 from spearrl.models.vision import vision_of
 from spearrl.rollout.local.cache import SlotCache
+from spearrl.rollout.local.packed import PackedLinears
 from spearrl.rollout.local.scheduler import CacheSlot
+from spearrl.rollout.local.slot_attention import ATTENTION, attend, parts_of
 
 DECODED = 4  # tokens of the probe that are fed one by one
 LIKELIEST = 20  # tokens of a position that are compared: in the tail of a distribution rounding is larger
@@ -50,13 +52,18 @@ class Forward:
         self.model, self.cache, self.slots, self.device = model, cache, slots, device
         self.vision = vision_of(model)
         self._dtype = next(model.parameters()).dtype
+        self._blank = torch.zeros((), dtype=self._dtype, device=device)
         self._windows = windows_of(model.config)
-        config = model.config.get_text_config()
-        self._additive = getattr(config, "_attn_implementation", None) == "eager"
+        self._config = config = model.config.get_text_config()
+        from transformers.modeling_utils import AttentionInterface
+
+        self._eager = getattr(config, "_attn_implementation", None) == "eager"
+        AttentionInterface.register(ATTENTION, lambda *inputs, **options: attend(inputs, options))
         # Such rotary embeddings replace their buffers in the forward pass; under inference_mode the trainer could not
         # use them.
         scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
         self._mode = torch.no_grad if "dynamic" in str(scaling) or "longrope" in str(scaling) else torch.inference_mode
+        self.packed = PackedLinears(model)
         self._verify(list(probe_ids[: cache.tokens]))
 
     @contextmanager
@@ -68,72 +75,62 @@ class Forward:
         if training:
             self.model.eval()
         try:
-            with self._mode():
+            with self._mode(), self.packed.used():
                 yield
         finally:
             if training:
                 self.model.train()
 
     def run(self, slots: list[CacheSlot], new: list[list[int]]) -> torch.Tensor:
-        """Run the model over new tokens of slots (ascending); [len(slots), V] logits after each slot's last token.
-
-        In a decoding pass where most slots up to the highest one take part, the others ride along with one idle token,
-        written behind what they hold, so that the cache is read in place.
+        """Run the model over new tokens of slots (ascending), all in one row without padding; [len(slots), V] logits
+        after each slot's last token.
         """
-        width, reach = max(map(len, new)), slots[-1].index + 1
-        rows, indices = slots, list(range(len(slots)))
-        if width == 1 and reach <= 2 * len(slots):
-            rows, indices = self.slots[:reach], [s.index for s in slots]
-            by_row = dict(zip(indices, new, strict=True))
-            new = [by_row.get(row, [0]) for row in range(reach)]
-        limit = self.cache.tokens - 1
-        starts = torch.tensor([min(len(s.held), self.cache.length - 1) for s in rows], device=self.device)
-        counts = torch.tensor([len(tokens) for tokens in new], device=self.device)
-        ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in new], device=self.device)
-        mask = self._masks(self.cache.aim([s.index for s in rows], starts, counts, width), starts)
-        positions = (starts[:, None] + torch.arange(width, device=self.device)).clamp(max=limit)
-        inputs = {"input_ids": ids, "position_ids": positions}
-        if self.vision is not None and any(slot.job and slot.job.images for slot in rows):
-            inputs = self._image_inputs(rows, ids, positions)
-        output = self.model.base_model(**inputs, attention_mask=mask, past_key_values=self.cache, use_cache=True)
-        hidden = output.last_hidden_state
-        last = hidden[:, 0] if width == 1 else hidden[torch.arange(len(rows), device=self.device), counts - 1]
-        return self.model.get_output_embeddings()(last if len(indices) == len(rows) else last[indices])
-
-    def _masks(self, causal: torch.Tensor, starts: torch.Tensor) -> Any:
-        """The model's attention mask: of its one kind of layers, or of each by name."""
-        masks, (width, span) = {}, causal.shape[2:]
-        steps = torch.arange(max(width, span), device=self.device)
-        for kind, window in self._windows.items():
-            first = starts[:, None, None] + steps[:width, None] - window  # the last token that is too far away
-            mask = causal & (steps[:span] > first)[:, None] if 0 < window < span else causal
-            if self._additive:
-                zeros = torch.zeros(mask.shape, dtype=self._dtype, device=self.device)
-                mask = zeros.masked_fill_(~mask, torch.finfo(self._dtype).min)
-            masks[kind] = mask
-        return masks if len(masks) > 1 else mask
+        counts = [len(tokens) for tokens in new]
+        rows = [(slot.index, len(slot.held), count) for slot, count in zip(slots, counts, strict=True)]
+        places = [place for _, held, count in rows for place in range(held, held + count)]
+        positions = torch.tensor(places, device=self.device)
+        self.cache.aim(torch.tensor([r[0] for r in rows for _ in range(r[2])], device=self.device), positions)
+        ids = torch.tensor([[token for tokens in new for token in tokens]], device=self.device)
+        kinds = [parts_of(rows, window, self._eager, self._blank) for window in self._windows.values()]
+        # transformers takes a mask of four axes for a finished one and makes none.
+        flags = torch.ones(1, 1, 1, len(kinds), dtype=torch.bool, device=self.device)
+        masks = {kind: flags[..., : number + 1] for number, kind in enumerate(self._windows)}
+        inputs = {"input_ids": ids, "position_ids": positions[None]}
+        if self.vision is not None and any(slot.job and slot.job.images for slot in slots):
+            inputs = self._image_inputs(slots, counts, ids, positions)
+        attention, self._config._attn_implementation = self._config._attn_implementation, ATTENTION
+        try:
+            output = self.model.base_model(
+                **inputs,
+                attention_mask=masks if len(masks) > 1 else flags,
+                past_key_values=self.cache,
+                use_cache=True,
+                cu_seq_lens_q=(kinds, self._eager),  # transformers hands it to attention
+            )
+        finally:
+            self._config._attn_implementation = attention  # the learner's
+        hidden = output.last_hidden_state[0]
+        last = hidden if len(places) == len(slots) else hidden[torch.tensor(counts, device=self.device).cumsum(0) - 1]
+        return self.model.get_output_embeddings()(last)
 
     def _image_inputs(
-        self, rows: list[CacheSlot], ids: torch.Tensor, positions: torch.Tensor
+        self, slots: list[CacheSlot], counts: list[int], ids: torch.Tensor, positions: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """The model's inputs where prompts have pictures: positions by M-RoPE, embeddings where some are new."""
-        prompts = [slot.job.images if slot.job else None for slot in rows]
-        after_all = all(not p or len(slot.held) + 1 >= len(p.token_ids) for slot, p in zip(rows, prompts, strict=True))
-        if ids.shape[1] == 1 and after_all:
-            shifts = torch.tensor([[p.shift if p else 0] for p in prompts], device=self.device)
-            return {"input_ids": ids, "position_ids": positions + shifts}
-        positions, width, images = positions.repeat(3, 1, 1), ids.shape[1], []
-        for row, (slot, prompt) in enumerate(zip(rows, prompts, strict=True)):
-            if prompt:
-                begin = len(slot.held)
-                part = prompt.positions[:, begin : begin + width]
-                positions[:, row, : part.shape[1]] = part.to(self.device)
-                images += prompt.within(begin, begin + width)
+        axes, images, end = positions.repeat(3, 1), [], 0
+        for slot, count in zip(slots, counts, strict=True):
+            begin, end = end, end + count
+            if prompt := slot.job.images if slot.job else None:
+                held = len(slot.held)
+                part = prompt.positions[:, held : held + count].to(self.device)
+                axes[:, begin + part.shape[1] : end] += prompt.shift
+                axes[:, begin : begin + part.shape[1]] = part
+                images += prompt.within(held, held + count)
         if not images or self.vision is None:
-            return {"input_ids": ids, "position_ids": positions}
+            return {"input_ids": ids, "position_ids": axes[:, None]}
         tensors = (tensor.to(self.device) for tensor in self.vision.join(images))
         embedded = self.vision.embed(self.model, ids.masked_fill(ids < 0, self.vision.image_id), *tensors)
-        return {"inputs_embeds": embedded, "position_ids": positions}
+        return {"inputs_embeds": embedded, "position_ids": axes[:, None]}
 
     def _verify(self, ids: list[int]) -> None:
         """Compare cached passes with the model's own forward: other layers or scaled logits must not go unnoticed."""

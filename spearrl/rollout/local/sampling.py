@@ -1,4 +1,4 @@
-"""Drawing tokens: one uniform number per token from a counter hash, inverted through the distribution in float64.
+"""Drawing tokens: one uniform number per token from a counter hash, inverted through running sums in float64.
 
 A request's tokens depend on its seed and its logits alone, not on which requests share the batch.
 """
@@ -12,6 +12,8 @@ import torch
 from spearrl.batching.token_hashes import counter_uniforms
 from spearrl.rollout.protocol import Sampling
 
+BLOCK = 256  # tokens
+
 
 def draw(
     logits: torch.Tensor, samplings: Sequence[Sampling], positions: Sequence[int]
@@ -24,34 +26,49 @@ def draw(
         positions: how many tokens each request has drawn already.
     """
     device = logits.device
-    scores = logits.float()
+    scores = logits
     if any(s.temperature not in (0, 1) for s in samplings):
-        scores = scores / torch.tensor([s.temperature or 1.0 for s in samplings], device=device)[:, None]
+        scores = scores.float() / torch.tensor([s.temperature or 1.0 for s in samplings], device=device)[:, None]
     restricted = [row for row, s in enumerate(samplings) if s.allowed_ids is not None]
     if restricted:
         scores = _restrict(scores, restricted, samplings)
-    logprobs = torch.log_softmax(scores, dim=-1)
     if any(s.top_p < 1 for s in samplings):
-        logprobs = _nucleus(logprobs, torch.tensor([s.top_p for s in samplings], device=device))
-    greedy = [s.temperature == 0 for s in samplings]
-    if all(greedy):
-        tokens = logprobs.argmax(-1)
-    else:
-        tokens = _invert(logprobs, counter_uniforms([s.seed for s in samplings], positions))
-        if any(greedy):
-            tokens = torch.where(torch.tensor(greedy, device=device), logprobs.argmax(-1), tokens)
-    return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+        top_p = torch.tensor([s.top_p for s in samplings], device=device)
+        scores = _nucleus(torch.log_softmax(scores.float(), dim=-1), top_p)
+    # One tensor of the vocabulary's width, worked on in place: making another costs more than what is done with it.
+    most = scores.amax(-1, keepdim=True).float()
+    weights = torch.sub(scores, most).exp_()
+    greedy = torch.tensor([s.temperature == 0 for s in samplings], device=device)
+    numbers = counter_uniforms([s.seed for s in samplings], positions).to(device)
+    tokens, totals = _invert(weights, numbers)
+    if bool(greedy.any()):
+        tokens = torch.where(greedy, scores.argmax(-1), tokens)
+    logprobs = (scores.gather(1, tokens[:, None]).double() - most)[:, 0] - totals.log()
+    return tokens.tolist(), logprobs.float().tolist()
 
 
-def _invert(logprobs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Tokens [b] at which the cumulative distribution passes each number; one of probability 0 is never drawn."""
-    cumulative = logprobs.exp().double().cumsum(-1)
-    total = cumulative[:, -1:]
-    # The product may round up to the total itself, which lies past the last token.
-    targets = torch.minimum(
-        numbers.to(logprobs.device)[:, None] * total, torch.nextafter(total, torch.zeros_like(total))
-    )
-    return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp(max=logprobs.shape[-1] - 1)
+def _invert(weights: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [b] at which the running sum of weights [b, V] passes each number's share of the total, and the totals; a
+    token of weight 0 is never drawn.
+    """
+    # By blocks first: a running sum over the whole vocabulary takes longer than all else here.
+    size, rows = weights.shape[-1], torch.arange(len(weights), device=weights.device)
+    if size % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, -size % BLOCK))
+    blocks = weights.unflatten(1, (-1, BLOCK))
+    sums = blocks.sum(-1).double().cumsum(-1)
+    block, rest = _passed(sums, numbers[:, None] * sums[:, -1:])
+    index = _passed(blocks[rows, block[:, 0]].double().cumsum(-1), rest)[0]
+    return (block * BLOCK + index)[:, 0].clamp(max=size - 1), sums[:, -1]  # NaN passes all
+
+
+def _passed(sums: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where running sums [b, n] pass each target [b, 1], and how much of it is left there."""
+    # Rounding may put a target on the last sum, which lies past the last token.
+    targets = torch.minimum(targets, torch.nextafter(sums[:, -1:], torch.zeros_like(targets)))
+    index = torch.searchsorted(sums, targets, right=True).clamp(max=sums.shape[-1] - 1)
+    before = torch.where(index > 0, sums.gather(1, (index - 1).clamp(min=0)), 0.0)
+    return index, targets - before
 
 
 def _restrict(scores: torch.Tensor, rows: list[int], samplings: Sequence[Sampling]) -> torch.Tensor:
