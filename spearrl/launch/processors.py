@@ -71,7 +71,6 @@ def sizes(config: RunConfig, unset: Collection[str]) -> dict[str, Any]:
         "rollout.context_tokens": context,
         "rollout.max_reply_tokens": REPLY,
         "learner.micro_batch_tokens": 1024,
-        "learner.lm_head_chunk": 256,
         "learner.gradient_checkpointing": True,
         "sft.episodes": 200,
         "sft.epochs": 1,
