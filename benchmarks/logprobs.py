@@ -38,7 +38,7 @@ from spearrl.learner.logprobs import KEPT_BYTES, token_logprobs
 
 MIB = 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LARGE = 152_000
+LARGE, SLOW = 152_000, "torch chunked"
 Scored = tuple[torch.Tensor, torch.Tensor | None]
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Scored]
 
@@ -209,6 +209,7 @@ def main() -> int:
     parser.add_argument("--positions", type=int, nargs="+", default=[1024])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--head", nargs="+", choices=["trained", "frozen"], default=["trained", "frozen"])
+    parser.add_argument("--ways", nargs="+", help="these alone; default: all but torch chunked, which takes minutes")
     parser.add_argument("--zeros", type=float, default=0.0, help="share of positions without an upstream gradient")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -224,6 +225,7 @@ def main() -> int:
         case, way = json.loads(options.one)
         print(memory(case, found[way]))
         return 0
+    found = {name: way for name, way in found.items() if name in (options.ways or set(found) - {SLOW})}
     print(f"torch {torch.__version__}, {options.threads} threads, {platform.machine()}", *missing, sep="\n")
     results = []
     shapes = product(options.vocabulary, options.width, options.positions, options.dtype, options.head)
