@@ -14,6 +14,8 @@ from torch import Tensor
 
 from spearrl.errors import ContractError
 
+ROUNDING = 1e-14  # relative, of a mean in float64
+
 
 def grpo_advantages(
     rewards: Tensor,
@@ -36,7 +38,7 @@ def grpo_advantages(
         singleton: advantage of a group with one member: "zero", or "raw" (its reward, as released).
 
     Returns:
-        [N]; exactly 0 where a group's rewards are all equal.
+        [N]; exactly 0 where a group's rewards are all equal, and at its mean.
     """
     deviation, std, _ = _group_statistics(rewards, group_ids, trajectory_ids, statistics, singleton)
     return (deviation / (std + eps) if normalize_std else deviation).to(_dtype(rewards))
@@ -226,6 +228,7 @@ def _group_statistics(
     count = count.round() if statistics == "balanced" else count
     shifted = above_minimum(values, index, len(groups))
     deviation = shifted - (sums_by_index(shifted * entries, index, len(groups)) / count)[index]
+    deviation = torch.where(deviation.abs() <= ROUNDING * shifted, 0.0, deviation)  # at the mean: neither good nor bad
     variance = sums_by_index(deviation.square() * entries, index, len(groups)) / (count - 1).clamp(min=1)
     alone = count[index] <= 1
     deviation = torch.where(alone, values if singleton == "raw" else 0.0, deviation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from functools import cache
 
@@ -125,19 +126,19 @@ def test_settings_without_a_name(played, name):
 def test_the_divergence_is_from_the_model_the_run_began_with(played):
     """0 in the first update's first mini-batch, then it grows; with a large weight the model stays near."""
     free, held = (
-        played("grpo", f"algo.kl.loss_coef={weight}", "run.steps=8", "learner.mini_batches=1")
+        played("grpo", f"algo.kl.loss_coef={weight}", "run.steps=8", "learner.mini_batches=1", "learner.lr=3e-4")
         for weight in (1e-9, 30.0)
     )
     far, near = ([e["kl/divergence"] for e in events(t, "step")] for t in (free, held))
     assert abs(far[0]) < 1e-9 and abs(near[0]) < 1e-9
-    assert far[-1] > 1e-3 and near[-1] < far[-1] / 3
+    assert statistics.fmean(far) > 1e-3 and statistics.fmean(near) < statistics.fmean(far) / 3
 
 
 def test_a_divergence_in_the_reward_costs_advantage(played):
     """Not in the first step, where policy and reference are one."""
     plain, charged = (played("grpo", *c) for c in ((), ("algo.kl.reward_coef=0.5",)))
     losses = [[e["policy/loss"] for e in events(t, "step")] for t in (plain, charged)]
-    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5) and losses[0][1] != losses[1][1]
 
 
 def noisy(trainer: Trainer) -> None:
@@ -153,7 +154,8 @@ def test_importance_weights_correct_for_another_engine(played, mode, level):
     plain, corrected = played("grpo+sil", prepare=noisy), played("grpo+sil", *settings, prepare=noisy)
     assert_sound(corrected)
     assert whole_fingerprint(corrected) != whole_fingerprint(plain)
-    assert all(0 < e["policy/token_weight"] <= 1.5 for e in events(corrected, "step"))
+    weights = [e["policy/token_weight"] for e in events(corrected, "step")]  # 0: a sequence rule may mask every row
+    assert all(0 <= weight <= 1.5 for weight in weights) and any(weights)
     assert all(e["policy/sampler_gap"] > 0.1 for e in events(corrected, "step"))
     assert any("sil/token_weight" in e for e in events(corrected, "step"))
 

@@ -172,7 +172,9 @@ def test_a_worker_killed_in_mid_episode_costs_nothing(tmp_path: Path):
         "the run's own record does not tell"
     )
     assert all(
-        event["rollout/errors"] == 0 and event["policy/staleness_max"] == 0 and event["policy/sampler_gap_max"] <= GAP
+        event["rollout/errors"] == 0
+        and event["policy/staleness_max"] == 0
+        and event.get("policy/sampler_gap_max", 0.0) <= GAP  # none where no row had a pass
         for event in logged
     )
 

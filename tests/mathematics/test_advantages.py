@@ -380,3 +380,15 @@ def test_penalised_singletons_and_equal_groups():
 
 def balanced(rewards, group_ids, trajectory_ids, **options):
     return grpo_advantages(rewards, group_ids, trajectory_ids=trajectory_ids, statistics="balanced", **options)
+
+
+@pytest.mark.parametrize("statistics", ["trajectory", "balanced"])
+@pytest.mark.parametrize("rewards", [[0.0, 5.0, 10.0], [0.0, 0.1, 0.2], [-1.0, -0.3, 0.4]])
+def test_a_reward_at_the_mean_is_worth_exactly_nothing(rewards, statistics):
+    """Whatever the weights of turns round to: else the trajectory would count as a good one and be replayed."""
+    turns = [3, 7, 5]
+    ids = torch.repeat_interleave(torch.arange(3), torch.tensor(turns))
+    values = torch.tensor(rewards, dtype=torch.float64)[ids]
+    options = {"trajectory_ids": ids, "statistics": statistics, "normalize_std": False}
+    advantages = grpo_advantages(values, torch.zeros_like(ids), **options)
+    assert (advantages[ids == 1] == 0).all() and (advantages[ids == 0] < 0).all() and (advantages[ids == 2] > 0).all()

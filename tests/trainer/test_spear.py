@@ -54,7 +54,7 @@ RUNS = {
     "joint": ("grpo+sil+intrinsic", ("algo.sil.update=joint", "algo.intrinsic.mu.kind=linear")),
     "ties": (
         "grpo+sil",
-        ("run.seed=3", "algo.invalid_penalty=0", "algo.sil.fill_factor=1", "algo.sil.gamma.kind=constant"),
+        ("run.seed=5", "algo.invalid_penalty=0", "algo.sil.fill_factor=1", "algo.sil.gamma.kind=constant"),
     ),
     "aged": ("grpo+sil+intrinsic", ("algo.sil.max_age=1", "algo.sil.capacity=3", "algo.sil.fill_factor=2")),
 }
