@@ -277,6 +277,7 @@ def _pytest(copy: Path, model: Path) -> tuple[int, str]:
                 failed.append(report.nodeid.partition("::")[2])
 
     options = ["-x", "-q", "-p", "no:cacheprovider", f"--rootdir={copy}", f"--basetemp={copy.parent / 'tmp'}"]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of packages that are imported before pytest
     code = int(pytest.main([*options, *TESTS], plugins=[Watch()]))
     return code, failed[0] if failed else ""
 
