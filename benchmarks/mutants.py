@@ -59,8 +59,8 @@ TABLE: dict[tuple[str, str, str], dict[str, str]] = {
             "part, turns, old_logprobs = rows.with_action_mask(rows.turn_index >= 0).select(drawn)"
         ),
     },
-    ("mask", "batching/forward_inputs.py", "row * length + position - 1"): {
-        "predictions taken one place early": "row * length + (position - 2).clamp(min=0)",
+    ("mask", "batching/forward_inputs.py", "index[starts[row] + position - 1]"): {
+        "predictions taken one place early": "index[starts[row] + (position - 2).clamp(min=0)]",
     },
     ("group ids", MEMORY, "admitted = torch.isin("): {
         "only the first group's rows are buffered": "admitted = (rows.group == rows.group[0]) & torch.isin(",
