@@ -64,8 +64,8 @@ class Passes:
     ):
         self.policy, self.model, self.settings, self.device = policy, model, settings, device
         self.reference, self.critic, self.vision, self._backward = reference, critic, vision_of(model), backward
-        check_head(policy, type(model).__name__, device)
         name = type(model).__name__
+        check_head(policy, name, device)
         self.why_padded = policy.why_padded or why_padded(settings, lambda: check_packing(policy, name, device))
         self.tree = not self.why_padded
 

@@ -33,12 +33,12 @@ class UpdateResult:
     """What an update did.
 
     Args:
-        old_logprobs: [B, T] of the on-policy batch: its own, or those that the update found, before its first optimiser
-            step; then not a number at action tokens of rows that had no pass.
         metrics: means over the update, by name (docs/metrics.md): those of each objective, "policy/grad_norm",
             "policy/updates" (optimiser steps made), "policy/lr" (rate of the last one), "update/tokens",
             "update/unique_tokens" (what rows begin with in common counted once), "update/seconds".
         skipped: optimiser steps that were left out because a loss or a gradient was not finite.
+        old_logprobs: [B, T] of the on-policy batch: its own, or those that the update found, before its first optimiser
+            step; then not a number at action tokens of rows that had no pass.
     """
 
     metrics: dict[str, float]
