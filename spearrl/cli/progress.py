@@ -122,6 +122,8 @@ class Progress:
     def _sampling(self, v: dict[str, Any]) -> None:
         _say(v["text"])
 
+    _packing = _sampling
+
     def _sync(self, v: dict[str, Any]) -> None:
         agree = f"engine and learner agree within {v['sync/probe_gap']:.2g} nats (allowed {v['sync/probe_bound']:.2g}"
         own = f"; the learner's own rounding {v['sync/probe_rounding']:.2g}" if v["sync/probe_rounding"] else ""

@@ -10,6 +10,7 @@ import pytest
 
 from spearrl.cli import progress
 from spearrl.trainer import Trainer
+from tests.support.families import family_directory
 from tests.support.short_runs import from_model
 
 LOG = logging.getLogger("spearrl.some.module")
@@ -71,3 +72,12 @@ def test_how_far_a_rollout_is_comes_from_the_engine_as_it_samples(model, tmp_pat
         ended, total, tokens = re.match(r"rollout: (\d+) of (\d+) episodes, ([\d,]+) tokens", str(told[0])).groups()
         assert (ended, total) == ("16", "16")
         assert float(tokens.replace(",", "")) == trainer.parts.players.engine.counters["sampled_tokens"] > 0
+
+
+def test_a_run_of_a_model_that_cannot_be_packed_says_why(tmp_path, capsys):
+    """A sliding window, through the trainer: one line, with the reason."""
+    folder = family_directory("mistral", tmp_path / "model")
+    Trainer(from_model(folder, tmp_path, "run.steps=1"), report=progress.Progress().report).close()
+    printed = capsys.readouterr()
+    lines = [line for line in (printed.out + printed.err).splitlines() if line.startswith("learner.packing: padded")]
+    assert len(lines) == 1 and "sliding" in lines[0]
