@@ -13,7 +13,7 @@ from spearrl.config import RunConfig
 from spearrl.learner.loss_inputs import Share
 from spearrl.losses import Objective
 from spearrl.trainer import Trainer
-from spearrl.types import Action, Group, Outcome
+from spearrl.types import Action, Group, Outcome, Reply
 from tests.support.short_runs import change_logprobs, run
 from tests.support.toy_envs import Fetch
 
@@ -41,6 +41,14 @@ class Graded(Fetch):
         consolation = 5.0 * (self._looked and (self._index % 3 != 0 or word in ("red", "pink", "gold")))
         reward = 10.0 if right and self._index % 3 == 0 else consolation
         return Outcome(outcome.observation, reward, True, info={**outcome.info, "fault": word == "pink" and not right})
+
+
+class Costly(Graded):
+    """Looking, which nobody can win without, counts as invalid: each winner has a turn with the penalty."""
+
+    def parse(self, reply: Reply) -> Action:
+        action = super().parse(reply)
+        return replace(action, valid=action.valid and action.text != "look")
 
 
 @dataclass

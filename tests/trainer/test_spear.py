@@ -50,7 +50,15 @@ RUNS = {
             "algo.groups.normalize_std=true",
         ),
     ),
-    "gigpo-episode": ("gigpo+sil+intrinsic", ("algo.sil.keep_step_part=false",)),
+    "gigpo-episode": (
+        "gigpo+sil",
+        (
+            "env.name=tests.support.recording:Costly",
+            "algo.sil.keep_step_part=false",
+            "algo.filters.void_turn=false",
+            "algo.invalid_penalty=14",
+        ),
+    ),
     "joint": ("grpo+sil+intrinsic", ("algo.sil.update=joint", "algo.intrinsic.mu.kind=linear")),
     "ties": (
         "grpo+sil",
@@ -292,6 +300,9 @@ def test_the_runs_hold_what_they_test(followed):
         for _, e in flushes
         if e.step.number > 3
     ), "median and mean differ"
+    assert any(_signs(e, row) == {True, False} for run, e in flushes for row in run.rows(e.drawn)), (
+        "a row with turns above and below the baseline"
+    )
     by_newer = [(run, row, e) for run, e in flushes for row in run.rows(e.drawn)]
     assert any(_moved(run, row, e) > 0.05 for run, row, e in by_newer), "the policy moves between storing and replay"
 
@@ -300,6 +311,11 @@ def _flushed_by_ties(run: Followed, expected: Expected) -> bool:
     threshold = run.config.algo.sil.fill_factor * run.config.algo.sil.capacity
     ties = sum(p.mean("reward") == expected.level for p in expected.refused)
     return len(expected.better) <= threshold < len(expected.better) + ties
+
+
+def _signs(expected: Expected, row: Row) -> set[bool]:
+    """Whether its turns are above the baseline. A row of none is left out whatever a loss makes of its advantages."""
+    return {expected.replay_worth[id(turn)] > 0 for _, turn, _ in row.tokens() if expected.replay_worth[id(turn)]}
 
 
 def _moved(run: Followed, row: Row, expected: Expected) -> float:
