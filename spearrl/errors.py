@@ -5,6 +5,7 @@ SpearError (1)
 ├── RefusedError (3)       locked run, mismatch on resume, unsafe request
 ├── CheckpointError (4)    no valid checkpoint
 ├── StorageError (5)       disk full, unwritable
+├── NumericsError (7)      losses or gradients are not finite, again and again
 ├── WorkerError (6)        an engine or environment used up its restarts
 │   ├── EngineError
 │   │   └── WorkerLost    a rollout worker went down; others play its episodes
@@ -53,6 +54,10 @@ class CheckpointError(SpearError):
 
 class StorageError(SpearError):
     exit_code = 5
+
+
+class NumericsError(SpearError):
+    exit_code = 7
 
 
 class WorkerError(SpearError):

@@ -24,7 +24,8 @@ from spearrl.rollout.tasks_of_step import Episodes
 from spearrl.run import Run
 from spearrl.run.checkpoint import clean, load_state, newest_checkpoint, save_checkpoint, save_state
 from spearrl.run.health import Health
-from spearrl.run.metrics import Clock, bonus_of, first_fault, rollout_metrics, sampler_gap, staleness, states_met
+from spearrl.run.metrics import Clock, bonus_of, nothing_trained, rollout_metrics, sampler_gap, staleness, states_met
+from spearrl.run.safeguards import Guards
 from spearrl.seeds import derive
 from spearrl.start.origin import Report, models_of_run, silent, with_pinned_model
 from spearrl.types import Group
@@ -76,7 +77,7 @@ class Trainer:
         resources.callback(self.episodes.close)
         self.memory = Memory(config.algo.sil, config.run.seed)
         self.curriculum = Curriculum(config.algo.sil.gamma, config.algo.intrinsic.mu)
-        self.health = Health()
+        self.health, self.guards = Health(), Guards(config, self.run.path, self._log)
         if checkpoint is not None:
             self._load(checkpoint)
         else:
@@ -116,8 +117,9 @@ class Trainer:
         while self.step < run.steps and not self.stop_requested:
             self.step += 1
             self._log("step", self.train_step(self.step))
-            if self.stop_requested or self._due(run.checkpoint_every):
+            if self.stop_requested or self.guards.error or self._due(run.checkpoint_every):
                 self.save()
+            self.guards.stop()
             if self._due(every) and not self.stop_requested:
                 result = self._evaluate()
         return result
@@ -142,6 +144,7 @@ class Trainer:
         """The step's groups, and metrics of their episodes."""
         episodes = self.episodes.play(step, self.policy_version)
         self.states_met = states_met(episodes.groups) if self.curriculum.needs_anchors else []
+        self.guards.played(step, episodes.played)
         trained = algorithm.trainable(episodes.played, self.config.rollout.group_size)
         return episodes.groups, {**rollout_metrics(episodes.played, trained), **episodes.measures}
 
@@ -154,8 +157,7 @@ class Trainer:
         size, limit = config.rollout.group_size, config.rollout.max_reply_tokens
         sound = algorithm.trainable(groups, size)
         if not any(t.turns for g in sound for t in g.trajectories):
-            text = f"step {step}: no group has two sound siblings; nothing was trained{first_fault(groups)}"
-            self._log("warning", {"text": text})
+            self._log("warning", {"text": nothing_trained(step, groups)})
             return metrics
         self.parts.sleep_engines()
         rows, seed = rows_from_groups(sound), derive(config.run.seed, "shape", step)
@@ -165,15 +167,14 @@ class Trainer:
         replay, seed = self.memory.due(step) if gamma > 0 else None, derive(config.run.seed, "update", step)
         result = self.parts.learner.update(on_policy, replay, gamma=gamma, objectives=self.objectives, seed=seed)
         clock.lap("update")
-
         on_policy = replace(on_policy, old_logprobs=result.old_logprobs)
+        self.guards.updated(step, result, on_policy, self.policy_version)
         self.memory.remember(step, sound, shaped, credit, result.old_logprobs)
         metrics |= staleness(on_policy.rows, self.policy_version)
         self.policy_version += 1
         metrics |= self.parts.publish(self.policy_version)
         clock.lap("sync")
-        metrics["replay/rows"] = float(len(replay.rows)) if replay is not None else 0.0
-        metrics["policy/skipped"] = float(result.skipped)
+        metrics |= {"replay/rows": float(len(replay or ())), "policy/skipped": float(result.skipped)}
         return {**metrics, **shaped.metrics, **sampler_gap(on_policy), **result.metrics, **self.memory.metrics()}
 
     def observe(self, metrics: dict[str, float]) -> None:

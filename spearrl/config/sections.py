@@ -117,6 +117,7 @@ class RolloutSection(Section):
     train_split: str = Field("train", pattern=PLAIN_TEXT, description="Split that training tasks come from.")
     env_workers: int = Field(0, ge=0, description="Workers stepping environments; 0: one per core, or its threads.")
     env_deadline_s: float = Field(60.0, gt=0, description="Seconds a step may take before its worker is replaced.")
+    max_env_errors: float = Field(0.2, ge=0, le=1, description="Largest share of env_error; more stops the run.")
     env_restarts: int = Field(32, ge=0, description="Workers that may be replaced in one rollout before the run stops.")
 
 

@@ -12,6 +12,7 @@ import torch
 from spearrl.batching import Rows, forward_inputs, sequences, tree_passes
 from spearrl.config.sections import LearnerSection
 from spearrl.errors import ContractError
+from spearrl.faults import strike
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.lora import without_adapters
 from spearrl.learner.loss_inputs import LossInputs, Share, Tally, covariance_tokens
@@ -174,7 +175,7 @@ class Passes:
                 losses[i] += float(loss.detach())
                 episodes = objective.prefix in EPISODE_PREFIXES
                 tally.add(objective.prefix, metrics | entropy if episodes else metrics, tokens)
-            self._backward(total)
+            self._backward(total * float("nan") if strike("learner.backward") else total)
         return Gradient(losses, found)
 
 

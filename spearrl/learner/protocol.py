@@ -39,11 +39,13 @@ class UpdateResult:
         skipped: optimiser steps that were left out because a loss or a gradient was not finite.
         old_logprobs: [B, T] of the on-policy batch: its own, or those that the update found, before its first optimiser
             step; then not a number at action tokens of rows that had no pass.
+        offending: the shares of the first optimiser step that was left out.
     """
 
     metrics: dict[str, float]
     skipped: int
     old_logprobs: torch.Tensor
+    offending: Sequence[Share] = ()
 
 
 class Learner(ABC):
@@ -110,7 +112,7 @@ class Learner(ABC):
             objectives: terms of the total loss, each for on-policy or for replayed rows.
             seed: of the mini-batches, and of the tokens that a covariance rule draws.
         Raises:
-            ContractError: an objective needs a tensor that its batch lacks.
+            ContractError: an objective needs a tensor that its batch lacks; a token id is outside the vocabulary.
             WorkerError: a process of the learner died, failed or did not answer; no call is accepted afterwards.
         """
         started, tally, before = time.monotonic(), Tally(), self.steps
@@ -118,7 +120,8 @@ class Learner(ABC):
         on_objectives, replay_objectives = split_objectives(objectives, gamma)
         if not replay_objectives:
             replay = None
-        old = OldLogprobs(on_policy)
+        old, offending = OldLogprobs(on_policy), list[Share]()
+        self._check_ids(*(batch.rows for batch in (on_policy, replay) if batch is not None))
 
         def planned() -> list[list[Share]]:
             parts = ((old.batch, on_objectives), (replay, replay_objectives))
@@ -140,6 +143,7 @@ class Learner(ABC):
             made = self._step(trained, tally, old)
             self.steps += made
             skipped += not made
+            offending = offending if made else offending or shares
         rows = [batch.rows for batch in (on_policy, replay) if batch is not None]
         metrics = tally.means() | {name: float(count) for name, count in left_out.items()}
         metrics |= {
@@ -149,7 +153,7 @@ class Learner(ABC):
             "update/unique_tokens": float(sum(distinct_tokens(sequences(part)) for part in rows)),
             "update/seconds": time.monotonic() - started,
         }
-        return UpdateResult(metrics, skipped, old.result())
+        return UpdateResult(metrics, skipped, old.result(), offending)
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of every weight once: tied ones under their first name, adapters merged, none of the critic.
@@ -208,6 +212,17 @@ class Learner(ABC):
     @abstractmethod
     def close(self) -> None:
         """End the learner's other processes. Nothing may be called afterwards."""
+
+    def _check_ids(self, *parts: Rows) -> None:
+        """Raise ContractError for ids without an embedding: those of another model's engine or tokenizer."""
+        size = self.model.config.get_text_config().vocab_size
+        for rows in parts:
+            if not len(wrong := ((rows.token_ids < 0) | (rows.token_ids >= size)).nonzero()[:, 0]):
+                continue
+            row, token = int(rows.row_index[wrong[0]]), int(rows.token_ids[wrong[0]])
+            text = f"token id {token} in trajectory {int(rows.trajectory[row])}; the model's vocabulary has {size}"
+            hint = "engine, tokenizer and model must belong together: see model.path and vllm.servers"
+            raise ContractError(text, where="Learner.update", hint=hint)
 
     def _rate(self, step: int) -> float:
         return learning_rate(step, self.settings, self.total_steps, decay=self.decay)

@@ -220,6 +220,10 @@ class Collector(Player):
         room = self.context_tokens - len(prompt)
         left = self.max_response_tokens - episode.reply_tokens if self.max_response_tokens else room
         if room < 1:
+            if not trajectory.turns:
+                trajectory.error = (
+                    f"a first prompt of {len(prompt)} tokens; rollout.context_tokens={self.context_tokens}"
+                )
             return Status.CONTEXT_LIMIT
         if left < 1:
             return Status.OVERLONG
@@ -307,9 +311,12 @@ class Collector(Player):
 
 def _run(coroutine: Coroutine[Any, Any, T]) -> T:
     """asyncio.run, also from inside a running loop (a notebook)."""
+    running = True
     try:
         asyncio.get_running_loop()
     except RuntimeError:
+        running = False
+    if not running:  # outside of the handler: its error would stand in every traceback
         return asyncio.run(coroutine)
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, coroutine).result()

@@ -12,6 +12,7 @@ from typing import Any
 WINDOW = 10  # steps that one mean is taken over
 NORMS = 100  # gradient norms remembered for the median
 CALM = 3  # steps without its condition until an alarm has cleared: one that flaps around its limit is given once
+QUIET = 20  # steps in a row without an optimiser step
 ENTROPY_STEPS = 50  # a fall of the entropy counts as a collapse up to this step
 
 
@@ -35,6 +36,7 @@ class Health:
         replies: [tokens per reply, reward] of the last 2 WINDOW steps.
         tools: [tool calls per episode, success] of the last WINDOW steps.
         best: the means of `tools` over the WINDOW steps of highest success.
+        quiet: steps in a row without an optimiser step.
         norms: gradient norms of the last NORMS steps that learnt.
         active: flag -> steps for which its condition has been away.
     """
@@ -43,6 +45,7 @@ class Health:
     replies: list[list[float]] = field(default_factory=list)
     tools: list[list[float]] = field(default_factory=list)
     best: list[float] | None = None
+    quiet: int = 0
     norms: list[float] = field(default_factory=list)
     active: dict[str, int] = field(default_factory=dict)
 
@@ -124,6 +127,37 @@ def equal_groups(health: Health, step: int, metrics: Mapping[str, float]) -> str
     return f"in {1 - mixed:.0%} of the groups all siblings earned the same, so they teach nothing: {why}"
 
 
+def sampler_gap(health: Health, step: int, metrics: Mapping[str, float]) -> str | None:
+    gap, stale = metrics.get("policy/sampler_gap"), metrics.get("policy/staleness", 0.0)
+    if gap is None:
+        return None
+    if gap <= 0.05 or (stale > 0 and "policy/token_weight" in metrics):  # what a correction is for
+        return ""
+    why = "engine and learner differ"
+    cure = 'the update trusts the wrong probabilities; try learner.precision = "fp32", or correct for the gap with '
+    if stale > 0:
+        why = f"weights {stale:.1f} versions old sampled the tokens: they and the learner's differ"
+        cure = "lower rollout.max_staleness, or correct for it with "
+    seen = f"{why} by {gap:.3g} in the log-probability of a sampled token, on average"
+    return f'{seen}: {cure}algo.correction.mode = "tis"'
+
+
+def no_signal(health: Health, step: int, metrics: Mapping[str, float]) -> str | None:
+    if "policy/updates" not in metrics and "rollout/groups_lost" not in metrics:
+        return None
+    trained = metrics.get("policy/updates", 0.0) + metrics.get("policy/skipped", 0.0) > 0
+    health.quiet = 0 if trained else health.quiet + 1
+    if health.quiet < QUIET:
+        return ""
+    mixed, success = metrics.get("rollout/mixed_groups", 0.0), metrics.get("rollout/success")
+    why = "every episode failed or was filtered out; see trajectories/"
+    if success is not None and mixed == 0:
+        ends = "succeed" if success >= 0.5 else "fail"
+        why = f"all siblings earn the same ({success:.0%} succeed): "
+        why += f"tasks on which all {ends}, a reward that is constant, or a rollout.temperature close to 0"
+    return f"no optimiser step in {health.quiet} steps: {why}; try harder or easier tasks, or rollout.group_size"
+
+
 def length_growth(health: Health, step: int, metrics: Mapping[str, float]) -> str | None:
     if "rollout/reply_tokens" not in metrics or "rollout/reward" not in metrics:
         return None
@@ -201,13 +235,8 @@ def _means(pairs: list[list[float]]) -> tuple[float, float]:
 
 
 CHECKS: dict[str, Check] = {
-    "sampler_gap": above(
-        "policy/sampler_gap",
-        0.05,
-        "engine and learner differ by {:.3g} in the log-probability of a sampled token, on average: the update trusts "
-        'the wrong probabilities; try learner.precision = "fp32", or correct for the gap with '
-        'algo.correction.mode = "tis"',
-    ),
+    "sampler_gap": sampler_gap,
+    "no_signal": no_signal,
     "clipping": above(
         "policy/clip_fraction",
         0.2,

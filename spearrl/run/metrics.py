@@ -97,10 +97,11 @@ def staleness(rows: Rows, version: int) -> dict[str, float]:
     return {"policy/staleness": float(ages.mean()), "policy/staleness_max": float(ages.max())} if len(ages) else {}
 
 
-def first_fault(groups: list[Group]) -> str:
-    """The last line of the first fault among the episodes, as a remark; "" where there was none."""
+def nothing_trained(step: int, groups: list[Group]) -> str:
+    """What is said of a step without two sound siblings, with the last line of the first fault among its episodes."""
     faults = [t.error.strip().splitlines()[-1] for g in groups for t in g.trajectories if t.error]
-    return f" (first fault: {faults[0]})" if faults else ""
+    remark = f" (first fault: {faults[0]})" if faults else ""
+    return f"step {step}: no group has two sound siblings; nothing was trained{remark}"
 
 
 def states_met(groups: list[Group]) -> list[int]:

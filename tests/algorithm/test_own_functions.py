@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spearrl.errors import ConfigError, ContractError
+from spearrl.errors import ConfigError, ContractError, NumericsError
 from spearrl.learner.loss_inputs import Share
 from spearrl.trainer import Trainer
 from tests.support import user_functions as own
@@ -121,7 +121,9 @@ def test_wrong_results_are_caught(model, tmp_path, setting):
 
 
 def test_a_loss_that_is_not_finite_skips_its_updates(model, tmp_path):
-    trainer = run(from_model(model, tmp_path, "algo.loss=tests.support.user_functions:not_finite", "run.steps=1"))
+    trainer = Trainer(from_model(model, tmp_path, "algo.loss=tests.support.user_functions:not_finite", "run.steps=1"))
+    with trainer, pytest.raises(NumericsError):  # nothing was learnt in the whole run
+        trainer.train()
     assert [(e["policy/updates"], e["policy/skipped"]) for e in events(trainer, "step")] == [(0, 2)]
     assert all(p.isfinite().all() for p in trainer.parts.model.parameters())
     assert "skipped_updates" in [e.get("flag") for e in events(trainer, "warning")]

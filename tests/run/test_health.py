@@ -36,7 +36,8 @@ GROWTH = (
     {"rollout/reply_tokens": 150.0, "rollout/reward": 0.5},
 )
 FARM = ({"rollout/tool_calls": 2.0, "rollout/success": 0.5}, {"rollout/tool_calls": 4.0, "rollout/success": 0.1})
-WINDOWED = {"length_growth": GROWTH, "tool_bonus_farmed": FARM}
+QUIET = ({"policy/updates": 2.0}, {"policy/updates": 0.0, "rollout/mixed_groups": 0.0, "rollout/success": 0.0})
+WINDOWED = {"length_growth": GROWTH, "tool_bonus_farmed": FARM, "no_signal": QUIET}
 
 
 def play(*parts: tuple[dict[str, float], int], health: Health | None = None, first: int = 1) -> list[tuple[int, Alarm]]:
@@ -165,6 +166,24 @@ def test_grad_norm_needs_ten_steps_that_learnt_and_ignores_the_others():
     ) == [(116, "grad_norm")]
 
 
+def test_staleness_is_not_blamed_on_the_engine():
+    stale = {"policy/sampler_gap": 0.3, "policy/staleness": 1.5}
+    ((_, alarm),) = play((stale, 1))
+    assert alarm.flag == "sampler_gap" and "1.5 versions old" in alarm.text and "engine" not in alarm.text
+    assert play(({**stale, "policy/token_weight": 0.9}, 1)) == [], "a correction is at work"
+    assert play(({"policy/sampler_gap": 0.3, "policy/staleness": 0.0, "policy/token_weight": 1.0}, 1))
+
+
+def test_twenty_steps_without_an_optimiser_step_and_the_likely_cause():
+    equal = {"policy/updates": 0.0, "rollout/mixed_groups": 0.0, "rollout/success": 0.9}
+    ((step, alarm),) = [(s, a) for s, a in play((QUIET[0], 5), (equal, 25)) if a.flag == "no_signal"]
+    assert step == 25 and "all siblings earn the same (90% succeed)" in alarm.text
+    lost = {"rollout/groups_lost": 4.0}
+    ((_, alarm),) = play((lost, 20))
+    assert alarm.flag == "no_signal" and "filtered out" in alarm.text
+    assert play((equal, 19), ({"policy/updates": 1.0}, 1), (equal, 19))[1:] == []
+
+
 @pytest.mark.parametrize(
     ("context", "overlong", "key"), [(12.0, 8.0, "rollout.context_tokens"), (8.0, 12.0, "rollout.max_response_tokens")]
 )
@@ -174,8 +193,10 @@ def test_truncation_says_which_limit(context, overlong, key):
 
 
 def every_text() -> list[Alarm]:
-    played = [play((well, 10), (ill, 10)) for well, ill in [*SIMPLE.values(), *WINDOWED.values()]]
+    played = [play((well, 10), (ill, 21)) for well, ill in [*SIMPLE.values(), *WINDOWED.values()]]
     played += [play(({"rollout/mixed_groups": 0.1, "rollout/success": success}, 1)) for success in (0.1, 0.9)]
+    stale = {"policy/sampler_gap": 0.1, "policy/staleness": 1.0}
+    played += [play((stale, 1)), play(({"rollout/groups_lost": 4.0}, 20))]
     played += [play((FARM[0], 10), ({**FARM[1], "mu": 0.0}, 10)), play(({"status/overlong": 1.0}, 1))]
     return [alarm for alarms in played for _, alarm in alarms]
 
@@ -221,11 +242,12 @@ def test_a_reloaded_watch_goes_on_exactly():
         *itertools.repeat(well, 12),
         *itertools.repeat(ill, 9),
         *itertools.repeat(well, 12),
-        *itertools.repeat(ill, 12),
+        *itertools.repeat(ill, 21),
     ]
     whole = Health()
     expected = [whole.observe(step, metrics) for step, metrics in enumerate(series, 1)]
-    assert {alarm.flag for alarms in expected for alarm in alarms} == set(FLAGS)
+    raised = {alarm.flag for alarms in expected for alarm in alarms}
+    assert raised == set(FLAGS) - {"no_signal"}, "a skipped step is no step without a signal"
     for cut in range(len(series)):
         before, after = Health(), Health()
         for step, metrics in enumerate(series[:cut], 1):
