@@ -161,6 +161,36 @@ def test_the_check_notices_attention_across_rows(monkeypatch):
         LocalLearner(model_of("Qwen2"), settings(packing="tree"))
 
 
+def test_the_check_is_not_misled_by_the_rounding_of_autocast(monkeypatch):
+    """A pretrained model's control tokens were off by 11.5 % in bfloat16: it was padded though it can be packed."""
+    seen = []
+
+    def rounding(inputs, options):
+        seen.append(inputs[1])
+        out, _ = packed_attention(inputs, options)
+        return out * 1.1 if torch.is_autocast_enabled("cpu") else out, None
+
+    packed_attention = packed_models.attend
+    monkeypatch.setattr(packed_models, "attend", rounding)
+    learner = LocalLearner(model_of("Qwen2"), settings(packing="tree", precision="bf16"))
+    assert learner.passes.tree and seen
+    assert learner.policy.bf16  # the check leaves it as it was
+
+
+def test_the_check_of_narrow_weights_allows_what_rounding_explains(monkeypatch):
+    """Where weights have bfloat16, rows computed alone say how far rounding reaches; the probe is no control token."""
+    ids = []
+    model = model_of("Llama").to(torch.bfloat16)
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: ids.append(inputs[0]))
+    assert LocalLearner(model, settings(packing="tree")).passes.tree
+    assert len(ids) >= 2 + len(packed_models.PROBE_ROWS)  # padded, packed, each row alone
+    wide = model_of("Llama", vocab_size=6400)
+    wide.model.embed_tokens.register_forward_hook(lambda module, inputs, output: ids.append(inputs[0]))
+    del ids[:]
+    LocalLearner(wide, settings(packing="tree"))
+    assert {int(i) for i in ids[-1].flatten()} == {100 * n for row in packed_models.PROBE_ROWS for n in row}
+
+
 def _blind(inputs, options):
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
