@@ -10,27 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from spearrl import algorithm
-from spearrl.algorithm import Memory, Shaped
-from spearrl.algorithm.curriculum import Curriculum
+from spearrl.algorithm import Shaped
 from spearrl.batching import Batch, rows_from_groups
-from spearrl.config import RunConfig, check, load_config
+from spearrl.config import RunConfig, check
 from spearrl.envs import Environment, tasks_of
 from spearrl.evaluation import EvalResult, play_panel, tasks_of_panel
 from spearrl.launch.assembly import Assembly, assemble, check_extras
 from spearrl.launch.factories import make_environment
 from spearrl.launch.processors import with_sampling_dtype
-from spearrl.models import prepare_torch
+from spearrl.models import prepare_torch, tokenizer_hash
 from spearrl.rollout.tasks_of_step import Episodes
 from spearrl.run import Run
-from spearrl.run.checkpoint import clean, load_state, newest_checkpoint, save_checkpoint, save_state
-from spearrl.run.health import Health
+from spearrl.run.checkpoint import save_state
 from spearrl.run.metrics import Clock, bonus_of, nothing_trained, rollout_metrics, sampler_gap, staleness, states_met
+from spearrl.run.resume import Resumption, Stateful
 from spearrl.run.safeguards import Guards
 from spearrl.seeds import derive
 from spearrl.start.origin import Report, models_of_run, silent, with_pinned_model
 from spearrl.types import Group
-
-STATEFUL = ("memory", "curriculum", "health")  # attributes of a trainer that a checkpoint holds, beside its counters
 
 
 class Trainer:
@@ -61,42 +58,50 @@ class Trainer:
         with ExitStack() as stack:
             self.run = _run or Run.create(self.config)
             stack.push(lambda kind, *_: self.run.close(discard=kind is not None and _run is None))
-            self._begin(environment, stack, resumed=_run is not None)
+            self.run.warn = lambda text: report("warning", {"text": text})
+            self._begin(environment, stack, self.run.past)
             self._resources = stack.pop_all()
 
-    def _begin(self, environment: Environment, resources: ExitStack, *, resumed: bool) -> None:
+    def _begin(self, environment: Environment, resources: ExitStack, past: Resumption | None) -> None:
         """Model, parts, buffers, as the newest valid checkpoint has them; a new run writes its first one."""
         config, device = self.config, prepare_torch(self.config)
-        checkpoint = self._newest_checkpoint() if resumed else None
+        checkpoint = past.checkpoint if past else None
+        for event in past.events() if past else ():
+            self._log(*event)
         origin, reference = models_of_run(config, environment, device, self.run.path, self._log, checkpoint=checkpoint)
+        self.saver = self.run.saver(config, tokenizer_hash(origin.tokenizer), self._log)
+        resources.callback(self.saver.close)
         self.parts: Assembly = assemble(
             config, origin, environment, device, reference=reference, run_folder=self.run.path, report=self._log
         )
         resources.callback(self.parts.close)
         self.episodes = Episodes(config, self.parts.players.collector, self.tasks)
         resources.callback(self.episodes.close)
-        self.memory = Memory(config.algo.sil, config.run.seed)
-        self.curriculum = Curriculum(config.algo.sil.gamma, config.algo.intrinsic.mu)
-        self.health, self.guards = Health(), Guards(config, self.run.path, self._log)
-        if checkpoint is not None:
-            self._load(checkpoint)
+        self.guards = Guards(config, self.run.path, self._log)
+        self.stateful = past.parts if past else Stateful.begun(config)
+        self.memory, self.curriculum, self.health = self.stateful
+        if past:
+            self.step, self.policy_version = past.state["step"], past.state["policy_version"]
+            self.episodes.load_state_dict(past.state["episodes"], step=self.step)
+            self.parts.learner.load(past.checkpoint)
+            self._log("resume", past.summary())
         else:
             self.episodes.begin()
         if measured := self.parts.publish(self.policy_version):
             self._log("sync", measured)
-        if checkpoint is None:
+        if not past:
             self.save()
 
     @classmethod
     def resume(cls, path: str | Path, *, report: Report = silent, overrides: Sequence[str] = ()) -> Trainer:
-        """Continue a run from its newest valid checkpoint, with its own resolved config."""
-        folder = Path(path)
-        config = load_config(folder / "config.toml", overrides)
-        run = Run(folder, tensorboard=config.run.tensorboard)
-        clean(run.checkpoints)
-        trainer = cls(config, report=report, _run=run)
-        if overrides:  # only now: settings the run cannot go on with must not stay in its directory
-            run.rewrite_config(config, overrides)
+        """Continue a run from its newest valid checkpoint, with its own resolved config and these `overrides`.
+
+        Its directory changes with the first new step. Raises RefusedError for settings that make another run of it.
+        """
+        with ExitStack() as opened:
+            run, past = Run.reopen(Path(path), overrides, opened)
+            trainer = cls(past.config, report=report, _run=run)
+            opened.pop_all()
         return trainer
 
     def __enter__(self) -> Trainer:
@@ -112,16 +117,22 @@ class Trainer:
     def train(self) -> EvalResult | None:
         """Train to the last step; returns the last evaluation. A requested stop ends after the running step, saved."""
         run, every = self.config.run, self.config.eval.every
-        due = self._due(every) and not self.stop_requested and self.step not in self.run.steps_of("eval")
+        due = self.step not in self.saver.score(self.run.evaluations()) and self._due(every) and not self.stop_requested
         result = self._evaluate() if due else None
         while self.step < run.steps and not self.stop_requested:
             self.step += 1
             self._log("step", self.train_step(self.step))
-            if self.stop_requested or self.guards.error or self._due(run.checkpoint_every):
-                self.save()
+            self.saver.settle(wait=False)
+            last = self.stop_requested or self.guards.error or self.step == run.steps
+            if last or self._due(run.checkpoint_every):
+                later = None if last else min(run.steps, self.step + run.checkpoint_every)
+                self.saver.save(self.step, self._write, next_try=later)
             self.guards.stop()
             if self._due(every) and not self.stop_requested:
                 result = self._evaluate()
+        self.saver.settle()
+        if self.saver.step != self.step:
+            self.save()
         return result
 
     def _due(self, every: int) -> bool:
@@ -129,6 +140,7 @@ class Trainer:
 
     def train_step(self, step: int) -> dict[str, float]:
         """One step of training; returns its metrics (docs/metrics.md)."""
+        self.run.go_on()
         clock = Clock()
         groups, played = self.play(step)
         clock.lap("rollout")
@@ -207,6 +219,7 @@ class Trainer:
 
     def evaluate_policy(self) -> EvalResult:
         """Play the run's panel with the current weights; the result goes into the event log too."""
+        self.run.go_on()
         start = time.monotonic()
         result, groups = play_panel(self.parts.players.evaluator, self.panel, self.config)
         self.run.trajectories(self.step, groups, name=f"eval-{self.config.eval.split}")
@@ -215,35 +228,22 @@ class Trainer:
             bonus = self.curriculum.mu(max(1, self.step)) * bonus_of(groups, self.config.algo)
             values["reward_with_bonus"] = result.reward + bonus
         self._log("eval", {**values, "seconds": time.monotonic() - start})
+        self.saver.score([{"step": self.step, **values}])
         return result
 
     def save(self) -> Path:
-        """Write a checkpoint: weights, tokenizer, optimiser, buffers, counters."""
-        path = save_checkpoint(self.run.checkpoints, self.step, self._write, keep=self.config.run.keep)
-        self._log("checkpoint", {"path": str(path)})
-        return path
+        """Write a checkpoint: weights, tokenizer, optimiser, buffers, counters. Raises StorageError."""
+        self.run.go_on()
+        self.saver.save(self.step, self._write)
+        return self.run.checkpoints / f"step-{self.step:06d}"
 
     def _write(self, folder: Path) -> None:
         self.parts.learner.save(folder)
         self.parts.tokenizer.save_pretrained(folder)
-        state = {name: getattr(self, name).state_dict() for name in (*STATEFUL, "episodes")}
-        save_state(folder / "training", "state", {"step": self.step, "policy_version": self.policy_version, **state})
-
-    def _newest_checkpoint(self) -> Path:
-        checkpoint, warnings = newest_checkpoint(self.run.checkpoints)
-        for warning in warnings:
-            self._log("warning", {"text": f"checkpoint skipped: {warning}"})
-        return checkpoint
-
-    def _load(self, checkpoint: Path) -> None:
-        state = load_state(checkpoint / "training", "state")
-        self.step, self.policy_version = state["step"], state["policy_version"]
-        for name in STATEFUL:
-            getattr(self, name).load_state_dict(state[name])
-        self.episodes.load_state_dict(state["episodes"], step=self.step)
-        self.parts.learner.load(checkpoint)
-        stored = {"replay_stored": len(self.memory.replay), "baselines": len(self.memory.baseline)}
-        self._log("resume", {"from": str(checkpoint), **stored})
+        parts = {
+            name: part.state_dict() for name, part in {**self.stateful._asdict(), "episodes": self.episodes}.items()
+        }
+        save_state(folder / "training", "state", {"step": self.step, "policy_version": self.policy_version, **parts})
 
     def _log(self, kind: str, values: dict[str, Any]) -> None:
         self.run.event(kind, self.step, values)

@@ -152,7 +152,14 @@ class Progress:
 
     def _resume(self, v: dict[str, Any]) -> None:
         buffers = f"{v['replay_stored']} stored rows, {v['baselines']} baselines"
-        _say(f"resumed from {v['from']}: weights, optimiser, {buffers}, task order (derived from the seed)")
+        _say(
+            f"resumed from {v['from']}: weights, optimiser, {buffers}, task order (derived from the seed); {v['text']}"
+        )
+
+    def _config(self, v: dict[str, Any]) -> None:
+        from spearrl.run.resume import shown
+
+        _say(f"settings changed:\n{shown(v['changed'])}")
 
     def _step(self, v: dict[str, Any]) -> None:
         now = time.monotonic()

@@ -35,7 +35,7 @@ def model_of(directory: str | Path, step: int | None = None) -> Path:
     Raises CheckpointError.
     """
     from spearrl.errors import CheckpointError
-    from spearrl.run.checkpoint import newest_checkpoint
+    from spearrl.run.checkpoint import defect, newest_checkpoint
 
     folder = Path(directory, "checkpoints")
     if not folder.is_dir():
@@ -46,6 +46,8 @@ def model_of(directory: str | Path, step: int | None = None) -> Path:
     if not path.is_dir():
         names = ", ".join(checkpoint.name for checkpoint in sorted(folder.glob("step-*")))
         raise CheckpointError(f"no checkpoint of step {step} (there are: {names})", where=str(directory))
+    if problem := defect(path):
+        raise CheckpointError(f"{path.name} is damaged: {problem}", where=str(directory), hint="leave --step out")
     return path
 
 

@@ -6,6 +6,7 @@ examples:
   spearrl train --env webshop env.options.data=PATH --algo grpo+spear
   spearrl train --preset webshop-1.5b --model DIR --gpus 8
   spearrl train --resume runs/webshop-grpo-spear-s0
+  spearrl train --resume runs/webshop-grpo-spear-s0 --fork windowed env.style=windowed
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     add_gpus(parser)
     parser.add_argument("--resume", metavar="RUN", help="continue this run directory from its newest valid checkpoint")
+    fork_help = (
+        "with --resume RUN: begin a new run of this name beside RUN, with RUN's settings, those given here, and "
+    )
+    fork_help += "the weights of its newest checkpoint; steps, optimiser and buffers begin anew"
+    parser.add_argument("--fork", metavar="NAME", help=fork_help)
     parser.add_argument("--help-columns", action="store_true", help="explain the columns of the progress line")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -42,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and (args.env or args.algo or args.model or args.preset):
         hint = "leave --env, --algo, --model and --preset out"
         raise ConfigError("--resume takes its settings from the run", where="command line", hint=hint)
+    if args.fork and not args.resume:
+        raise ConfigError("--fork needs a run to begin from", where="command line", hint="add --resume RUN")
     from spearrl.launch.launcher import serve_rank
 
     if (code := serve_rank()) is not None:
@@ -53,7 +62,16 @@ def run(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from spearrl.cli.progress import Progress
 
-    with _resumed(args, Progress().report) if args.resume else _new(args, Progress().report) as trainer:
+    if args.fork:
+        from spearrl.run.resume import config_file, fork_settings
+
+        folder = Path(args.resume)
+        args.overrides = [str(config_file(folder)), *fork_settings(folder, args.fork), *args.overrides]
+    elif args.resume and (text := _nothing_left(args)):
+        print(text)
+        return 0
+    resumed = args.resume and not args.fork
+    with _resumed(args, Progress().report) if resumed else _new(args, Progress().report) as trainer:
         signals = _stop_gently(trainer)
         path = trainer.run.path
         print(f"run  {path}  (config.toml, events.jsonl, trajectories/, checkpoints/, tb/)", file=sys.stderr)
@@ -84,15 +102,28 @@ def _new(args: argparse.Namespace, report: Report) -> Trainer:
     return Trainer(resolved.config, report=report)
 
 
+def _overrides(args: argparse.Namespace) -> list[str]:
+    return [*args.overrides, *([f"placement.gpus={args.gpus}"] if args.gpus else [])]
+
+
+def _nothing_left(args: argparse.Namespace) -> str:
+    from spearrl.run.resume import nothing_left
+
+    return nothing_left(Path(args.resume), _overrides(args))
+
+
 def _resumed(args: argparse.Namespace, report: Report) -> Trainer:
-    from spearrl.config import load_config
+    from spearrl.config import diff, load_config
     from spearrl.launch.describe import describe
     from spearrl.launch.devices import detect
     from spearrl.launch.placement import place
+    from spearrl.run.resume import config_file, refuse_fixed
     from spearrl.trainer import Trainer
 
-    overrides = [*args.overrides, *([f"placement.gpus={args.gpus}"] if args.gpus else [])]
-    print(describe(place(load_config(args.resume, overrides), detect())), file=sys.stderr)
+    overrides, file = _overrides(args), config_file(Path(args.resume))
+    config = load_config(file, overrides)
+    refuse_fixed(file.parent, diff(load_config(file), config))
+    print(describe(place(config, detect())), file=sys.stderr)
     return Trainer.resume(args.resume, report=report, overrides=overrides)
 
 

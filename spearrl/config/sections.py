@@ -47,7 +47,7 @@ class RunSection(Section):
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: OMP_NUM_THREADS, or all cores.")
     deterministic: bool = Field(True, description="Deterministic kernels and delivery: two CPU runs are bit-identical.")
     checkpoint_every: int = Field(20, ge=0, description="Steps between checkpoints; 0: only at the end.")
-    keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints kept, beside the best on the panel.")
     trajectories_every: int = Field(1, ge=0, description="Steps between trajectory files; 0: none.")
     tensorboard: bool = Field(True, description="Write TensorBoard files into the run directory.")
     started_from: str = Field("", description="Record of the preset the settings came from; sets nothing.")

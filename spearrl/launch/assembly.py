@@ -31,7 +31,7 @@ from spearrl.launch.worker_process import processes
 from spearrl.learner import Learner
 from spearrl.learner.deepspeed.zero import require
 from spearrl.learner.policy import use_bf16
-from spearrl.models import copy_of, load_model, text_ids
+from spearrl.models import check_vocabulary, copy_of, load_model, text_ids
 from spearrl.models.chat_format import ChatFormat
 from spearrl.models.formats import describe_format, open_format
 from spearrl.rollout import Player
@@ -129,7 +129,9 @@ class Wiring:
 
     def __post_init__(self) -> None:
         self.placement = place(self.config, detect())
-        self.encoder = open_format(self.origin.tokenizer, self.config.model, self.environment.tools())
+        self.encoder = encoder = open_format(self.origin.tokenizer, self.config.model, self.environment.tools())
+        used = (*encoder.start([Message("user", "hello")]), *encoder.reply_ids("hello"))
+        check_vocabulary(self.origin.tokenizer, self.origin.vocabulary, used, self.config.model.path)
 
     @property
     def in_process(self) -> bool:

@@ -7,7 +7,10 @@ loaded here has `declared_stops`: what the directory's files call eos.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,6 @@ def load_model(path: str, *, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         ConfigError: there is none, or weights are missing or of another shape.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging as transformers_logging
 
@@ -38,11 +40,13 @@ def load_model(path: str, *, dtype: torch.dtype = torch.float32) -> Any:
     LOG.info("loading the weights of %s", path)
     transformers_logging.disable_progress_bar()
     kind: Any = AutoModelForImageTextToText if model_kind(path) in KINDS else AutoModelForCausalLM
-    options = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
+    options = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     try:
         model, loading = kind.from_pretrained(path, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # transformers raises whatever a wrong file makes it
         hint = "give a transformers model directory"
+        if any(Path(path).glob("*.bin")):
+            hint = "its weights are pickles, which are never loaded: save the model again as safetensors"
         raise ConfigError(f"no causal language model can be loaded: {error}", where=path, hint=hint) from error
     missing = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
     if missing:  # transformers fills these with random numbers
@@ -78,11 +82,35 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of vocabulary and chat template: what token ids mean, and how conversations are written."""
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def check_vocabulary(tokenizer: Any, rows: int, used: Iterable[int], where: str) -> None:
+    """Refuse a tokenizer with ids that the model, of `rows` embeddings, does not have. Raises ConfigError.
+
+    Special tokens count only where they are in `used`, ids of a conversation: tokenizer classes add some that no text
+    of the model holds.
+    """
+    special, used = set(tokenizer.all_special_ids), set(used)
+    vocabulary = tokenizer.get_vocab().items()
+    beyond = [
+        (index, token) for token, index in vocabulary if index >= rows and (index in used or index not in special)
+    ]
+    if beyond:
+        index, token = min(beyond)
+        text = f"{len(beyond)} tokens lie beyond the model's vocabulary of {rows}: {token!r} has id {index}"
+        hint = "give the tokenizer that belongs to the model, or enlarge the model with resize_token_embeddings"
+        raise ConfigError(text, where=where, hint=hint)
+
+
 def _read(kind: Any, path: str, what: str, hint: str) -> Any:
     path = str(directory_of(path, weights=False))
     try:
         return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and tokenizers raise whatever a wrong file makes them
         raise ConfigError(f"no {what} can be loaded: {error}", where=path, hint=hint) from error
 
 

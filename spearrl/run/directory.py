@@ -1,7 +1,7 @@
 """The run directory: lock, resolved config, events, TensorBoard, trajectories.
 
 Written when a run begins:
-    config.toml     every setting, resolved; written anew where a resumed run changes one
+    config.toml     every setting, resolved; written anew at the first new step of a resumed run that changes one
     command.txt     the command line
     versions.json   Python, machine, packages
     start/          the model it began with, where other processes load it
@@ -27,14 +27,20 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from spearrl.config import RunConfig, to_toml
+from spearrl.config import RunConfig, load_config, to_toml
 from spearrl.errors import RefusedError, StorageError
 from spearrl.processes import version_of
+from spearrl.run.checkpoint import clean
+from spearrl.run.events import EVENTS, LineFile, read_events, skipped_lines
+from spearrl.run.resume import Resumption, config_file, fixed_settings, resumption
+from spearrl.run.saving import Saver
 from spearrl.types import Group, Trajectory
 
 PACKAGES = ("spearrl", "torch", "transformers", "tokenizers", "numpy", "pydantic")  # whose versions a run notes
@@ -43,19 +49,34 @@ PACKAGES = ("spearrl", "torch", "transformers", "tokenizers", "numpy", "pydantic
 class Run:
     """An open run directory; holds its lock until `close()`.
 
+    What cannot be logged is dropped, counted, and said once through `warn`: no log ends a run.
+
+    Args:
+        held: the run is resumed. Until `go_on` its events are kept in memory, and nothing is written.
+    Attributes:
+        past: what the run is resumed with; None: it is new.
+        warn: called with the text of a warning.
     Raises:
         RefusedError: another process has it open.
+        StorageError: the directory is not writable.
     """
 
-    def __init__(self, path: Path, *, tensorboard: bool = False):
+    def __init__(self, path: Path, *, tensorboard: bool = False, held: bool = False):
         self.path, self.checkpoints = path, path / "checkpoints"
-        self._lock = _lock(path)
-        self._events = (path / "events.jsonl").open("a", buffering=1)
+        self.warn: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr)
+        self.dropped: Counter[str] = Counter()
+        self._held: list[tuple[str, int, Mapping[str, Any]]] = []
+        self.past: Resumption | None = None
+        self._tensorboard = tensorboard
         self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(path / "tb"))
+        self._events: LineFile | None = None
+        try:
+            self._lock = _lock(path)
+        except OSError as error:
+            hint = "make it writable, or copy the run and resume the copy"
+            raise StorageError(f"cannot lock the run: {error.strerror}", where=str(path), hint=hint) from error
+        if not held:
+            self._open()
 
     @classmethod
     def create(cls, config: RunConfig) -> Run:
@@ -68,56 +89,132 @@ class Run:
         path = _new_path(config)
         try:
             path.mkdir(parents=True, mode=0o700)
+            (path / "config.toml").write_text(to_toml(config))
+            (path / "command.txt").write_text(shlex.join(sys.argv) + "\n")
+            (path / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
         except OSError as error:
             raise StorageError(
                 f"cannot make {path}: {error.strerror}", where="run.output_dir", hint="choose a folder you may write to"
             ) from error
-        (path / "config.toml").write_text(to_toml(config))
-        (path / "command.txt").write_text(shlex.join(sys.argv) + "\n")
-        (path / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
         return cls(path, tensorboard=config.run.tensorboard)
 
-    def rewrite_config(self, config: RunConfig, overrides: Sequence[str]) -> None:
-        """Keep the settings of a resumed run that changed some; the event log says which."""
-        temporary = self.path / ".config.toml"
-        temporary.write_text(to_toml(config))
-        os.replace(temporary, self.path / "config.toml")
-        self.event("config", 0, {"changed": list(overrides)})
+    @classmethod
+    def reopen(cls, path: Path, overrides: Sequence[str], resources: ExitStack) -> tuple[Run, Resumption]:
+        """Open a run to resume it, and what it goes on with; nothing in it changes before `go_on`.
+
+        Args:
+            resources: closes it.
+        Raises:
+            SpearError: it cannot go on, or not with these overrides.
+        """
+        folder = config_file(path).parent
+        run = cls(folder, tensorboard=load_config(folder / "config.toml", overrides).run.tensorboard, held=True)
+        resources.callback(run.close)
+        run.past = resumption(folder, overrides)
+        return run, run.past
+
+    def go_on(self) -> None:
+        """Something new begins: a resumed run writes its events so far, and its settings where some were changed.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
+        if self._events is not None or self.past is None:
+            return
+        clean(self.checkpoints)
+        if self.past.changes:
+            temporary = self.path / ".config.toml"
+            try:
+                temporary.write_text(to_toml(self.past.config))
+                os.replace(temporary, self.path / "config.toml")
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                raise StorageError(f"cannot write config.toml: {error.strerror}", where=str(self.path)) from error
+        self._open()
+        for event in self._held:
+            self.event(*event)
+
+    def saver(self, config: RunConfig, tokenizer: str, report: Callable[[str, dict[str, Any]], None]) -> Saver:
+        """What writes the checkpoints; `tokenizer` is its hash. Raises RefusedError where a resumed run had another."""
+        if self.past:
+            self.past.check_tokenizer(tokenizer)
+        about = {"tokenizer": tokenizer, "settings": fixed_settings(config), "versions": versions()}
+        saved = self.past.state["step"] if self.past else None
+        return Saver(self.checkpoints, keep=config.run.keep, about=about, report=report, step=saved)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Events of evaluations so far."""
+        events, skipped = read_events(self.path)
+        if skipped:
+            self.warn(skipped_lines(skipped))
+        return [event for event in events if event["event"] == "eval"]
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one JSON line; numbers also go to TensorBoard."""
+        if self._events is None:
+            self._held.append((kind, step, values))
+            return
         event = {"event": kind, "step": step, "time": round(time.time(), 3), **_finite(values)}
-        self._events.write(json.dumps(event, default=_plain) + "\n")
-        for key, value in values.items() if self._board is not None else ():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._board.add_scalar(key if "/" in key else f"{kind}/{key}", value, step)
-
-    def steps_of(self, kind: str) -> set[int]:
-        """Steps at which an event of this kind was logged."""
-        self._events.flush()
-        return {event["step"] for event in events_of(self.path, kind)}
+        try:
+            self._events.add(json.dumps(event, default=_plain))
+        except OSError as error:
+            self._drop(EVENTS, error)
+        try:
+            for key, value in values.items() if self._board is not None else ():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    self._board.add_scalar(key if "/" in key else f"{kind}/{key}", value, step)
+        except OSError as error:
+            self._board = None
+            self._drop("tb/", error)
 
     def trajectories(self, step: int, groups: Sequence[Group], *, name: str = "step") -> None:
         """Write the step's episodes as readable JSON lines, one trajectory a line."""
         folder = self.path / "trajectories"
-        folder.mkdir(exist_ok=True)
-        write_trajectories(folder / f"{name}-{step:06d}.jsonl", groups)
+        path = folder / f"{name}-{step:06d}.jsonl"
+        try:
+            folder.mkdir(exist_ok=True)
+            write_trajectories(path, groups)
+        except OSError as error:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            self._drop("trajectories/", error)
 
     def close(self, *, discard: bool = False) -> None:
         """Release the directory; `discard` removes it (a run that never began)."""
-        self._events.close()
-        if self._board is not None:
-            self._board.close()
+        if self.dropped and not discard:
+            self.warn(f"not written: {', '.join(f'{count} to {name}' for name, count in self.dropped.items())}")
+        for log in (self._events, self._board):
+            if log is not None:
+                with suppress(OSError):  # it was said when it could not be written
+                    log.close()
         if discard:
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
 
+    def _open(self) -> None:
+        """Open the logs."""
+        try:
+            self._events = LineFile(self.path / EVENTS)
+        except OSError as error:
+            text, hint = f"{EVENTS} cannot be opened: {error.strerror}", "make it a file that you may write to"
+            raise StorageError(text, where=str(self.path), hint=hint) from error
+        try:
+            if self._tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
 
-def events_of(path: Path, kind: str) -> list[dict[str, Any]]:
-    """The events of a kind in a run directory."""
-    lines = (path / "events.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines if line.endswith("}")]  # a killed process leaves half a line
-    return [event for event in events if event["event"] == kind]
+                self._board = SummaryWriter(str(self.path / "tb"))
+        except ImportError:
+            self.warn(
+                "TensorBoard is not installed: no tb/ is written (pip install tensorboard, or run.tensorboard=false)"
+            )
+        except OSError as error:
+            self._drop("tb/", error)
+
+    def _drop(self, name: str, error: OSError) -> None:
+        """Count what was not written; the first time, say so."""
+        if not self.dropped[name]:
+            self.warn(f"{self.path / name} cannot be written ({error.strerror or error}); training goes on without")
+        self.dropped[name] += 1
 
 
 def write_trajectories(path: Path, groups: Sequence[Group]) -> None:

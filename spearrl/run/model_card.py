@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
+from typing import Any
 
 from spearrl.config import RunConfig, load_config
 from spearrl.errors import CheckpointError, RefusedError
 from spearrl.learner.lora import FOLDER
 from spearrl.models import is_hub_name
 from spearrl.run.checkpoint import defect
-from spearrl.run.directory import events_of
+from spearrl.run.events import read_events, skipped_lines
 
 OF_THE_MODEL = ("config.json", "generation_config.json", "model")  # how files begin that adapters alone do without
 
@@ -54,7 +56,7 @@ def model_card(run: Path, config: RunConfig, *, step: int, apart: bool) -> str:
     base, _, commit = config.model.path.partition("@")
     origin = "built from scratch" if base == "tiny" else f"`{base}`" + (f", commit `{commit}`" if commit else "")
     named, adapters = is_hub_name(config.model.path), config.learner.lora.rank
-    versions = json.loads((run / "versions.json").read_text())
+    versions = _versions(run)
     facts = {
         "environment": f"`{config.env.name}`, prompts in the style `{config.env.style}`",
         "algorithm": f"`{config.algo.name}`",
@@ -63,7 +65,9 @@ def model_card(run: Path, config: RunConfig, *, step: int, apart: bool) -> str:
         "cold start": (config.sft.data or f"{config.sft.episodes} expert episodes") if config.sft.enabled else "none",
         "adapters": f"rank {adapters}, {'apart' if apart else 'merged into the weights'}" if adapters else "none",
         "success": _success(run, config, step),
-        "made with": ", ".join(f"{name} {versions[name]}" for name in ("spearrl", "torch", "transformers")),
+        "made with": ", ".join(
+            f"{name} {versions.get(name, 'unknown')}" for name in ("spearrl", "torch", "transformers")
+        ),
     }
     return "\n".join(
         [
@@ -86,15 +90,30 @@ def model_card(run: Path, config: RunConfig, *, step: int, apart: bool) -> str:
     )
 
 
+def _versions(run: Path) -> dict[str, Any]:
+    """What the run noted of its machine and packages; nothing where the file is not readable."""
+    try:
+        noted = json.loads((run / "versions.json").read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        warnings.warn(f"{run / 'versions.json'} cannot be read: {error}", stacklevel=2)
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
 def _success(run: Path, config: RunConfig, step: int) -> str:
     """The last panel played by then, with its 95 % interval."""
-    panels = [event for event in events_of(run, "eval") if event["step"] <= step]
+    events, skipped = read_events(run)
+    if skipped:
+        warnings.warn(skipped_lines(skipped), stacklevel=2)
+    numbers = ("success", "low", "high")
+    panels = [event for event in events if event["event"] == "eval" and event["step"] <= step]
+    panels = [event for event in panels if all(isinstance(event.get(name), int | float) for name in numbers)]
     if not panels:
         return "not measured"
     last = panels[-1]
-    rate, low, high = (100 * last[key] for key in ("success", "low", "high"))
+    rate, low, high = (100 * last[key] for key in numbers)
     return (
-        f"{rate:.1f} % (95 % interval {low:.1f} to {high:.1f}) of {last['tasks']} tasks of the split "
+        f"{rate:.1f} % (95 % interval {low:.1f} to {high:.1f}) of {last.get('tasks')} tasks of the split "
         f"`{config.eval.split}` at temperature {config.eval.temperature:g}, after step {last['step']} "
-        f"(panel {last['panel']})"
+        f"(panel {last.get('panel')})"
     )

@@ -87,6 +87,13 @@ class Origin:
         return int(config.get("text_config", config)["hidden_size"])
 
     @property
+    def vocabulary(self) -> int:
+        """Token ids that the model has an embedding of."""
+        if self._model is not None:
+            return int(self._model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        return int(model_config(str(self.folder)).get_text_config().vocab_size)
+
+    @property
     def folder(self) -> Path:
         """A directory with weights and tokenizer."""
         if self._folder is None:
@@ -108,16 +115,18 @@ class Origin:
             self._scratch = scratch
         if self._folder is None or scratch.resolve().parent not in self._folder.resolve().parents:
             return
-        scratch.mkdir(exist_ok=True)
-        for file in self._folder.iterdir():
-            if file.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model") and file.name != "manifest.json":
-                _link(file, scratch / file.name)
+        _link_files(self._folder, scratch)
         self._folder = scratch
 
     def keep(self, folder: Path) -> None:
-        """Make `folder` this model's directory too: written from memory, or a link to where it lies."""
+        """Make `folder` this model's directory too: written from memory, or a link to where it lies.
+
+        The files of a checkpoint are linked one by one: its run removes it some day.
+        """
         if self._model is not None:
             save_model(self._model, self.tokenizer, str(folder))
+        elif self.folder.resolve().parent.name == "checkpoints":
+            _link_files(self.folder, folder)
         else:
             folder.symlink_to(self.folder.resolve(), target_is_directory=True)
 
@@ -210,6 +219,14 @@ def _transcripts(config: RunConfig, environment: Environment) -> list[Transcript
         style=config.env.style,
         seed=derive(config.run.seed, "sft"),
     )
+
+
+def _link_files(source: Path, target: Path) -> None:
+    """Have a folder hold the model files of another one."""
+    target.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        if file.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model") and file.name != "manifest.json":
+            _link(file, target / file.name)
 
 
 def _link(source: Path, target: Path) -> None:

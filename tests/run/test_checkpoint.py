@@ -10,12 +10,23 @@ import pytest
 import torch
 
 from spearrl.errors import CheckpointError, StorageError
-from spearrl.run.checkpoint import checkpoints, clean, load_state, newest_checkpoint, save_checkpoint, save_state
+from spearrl.run.checkpoint import (
+    REQUIRED,
+    checkpoints,
+    clean,
+    load_state,
+    newest_checkpoint,
+    save_checkpoint,
+    save_state,
+)
 
 
 def write(value: int):
     def fill(folder):
         (folder / "a.txt").write_text(str(value) * 1000)
+        (folder / "training").mkdir()
+        for name in (*REQUIRED, "model.safetensors"):
+            (folder / name).write_text("{}")
         save_state(folder, "state", {"value": value, "nested": [{"t": torch.full((3,), value)}]})
 
     return fill
