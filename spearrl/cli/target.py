@@ -47,7 +47,8 @@ def model_of(directory: str | Path, step: int | None = None) -> Path:
         names = ", ".join(checkpoint.name for checkpoint in sorted(folder.glob("step-*")))
         raise CheckpointError(f"no checkpoint of step {step} (there are: {names})", where=str(directory))
     if problem := defect(path):
-        raise CheckpointError(f"{path.name} is damaged: {problem}", where=str(directory), hint="leave --step out")
+        hint = "leave --step out: the newest sound checkpoint is taken"
+        raise CheckpointError(f"the checkpoint is damaged: {problem}", where=str(path), hint=hint)
     return path
 
 

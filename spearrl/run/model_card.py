@@ -9,28 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from spearrl.config import RunConfig, load_config
-from spearrl.errors import CheckpointError, RefusedError
+from spearrl.errors import RefusedError
 from spearrl.learner.lora import FOLDER
 from spearrl.models import is_hub_name
-from spearrl.run.checkpoint import defect
 from spearrl.run.events import read_events, skipped_lines
 
 OF_THE_MODEL = ("config.json", "generation_config.json", "model")  # how files begin that adapters alone do without
 
 
 def export_checkpoint(run: Path, checkpoint: Path, folder: Path, *, apart: bool) -> str:
-    """Write a checkpoint of a run into an empty folder: weights, tokenizer, chat template, config.toml, README.md.
+    """Write a checkpoint of a run, a sound one, into an empty folder: weights, tokenizer, chat template, config.toml, README.md.
 
     Args:
         apart: its adapters in peft's format, instead of the weights they are merged in.
     Returns:
         The model that training began with: name, directory, or "tiny".
     Raises:
-        RefusedError: it has no adapters to be kept apart. CheckpointError: it is damaged.
+        RefusedError: it has no adapters to be kept apart.
     """
-    if problem := defect(checkpoint):
-        hint = "leave --step out: the newest sound checkpoint is taken"
-        raise CheckpointError(f"the checkpoint is damaged: {problem}", where=str(checkpoint), hint=hint)
     if apart and not (checkpoint / FOLDER).is_dir():
         hint = "leave --adapters out; only runs with learner.lora.rank above 0 have any"
         raise RefusedError(f"{checkpoint} has no adapters", hint=hint)
