@@ -18,7 +18,7 @@ OF_THE_MODEL = ("config.json", "generation_config.json", "model")  # how files b
 
 
 def export_checkpoint(run: Path, checkpoint: Path, folder: Path, *, apart: bool) -> str:
-    """Write a checkpoint of a run, a sound one, into an empty folder: weights, tokenizer, chat template, config.toml, README.md.
+    """Write a sound checkpoint into an empty folder: weights, tokenizer, chat template, config.toml, README.md.
 
     Args:
         apart: its adapters in peft's format, instead of the weights they are merged in.
