@@ -14,7 +14,7 @@ from spearrl.batching import Rows
 from spearrl.config.sections import LearnerSection
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.lora import Export, adapter_weights, add_adapters, load_adapters, model_weights
-from spearrl.learner.loss_inputs import LossInputs, Share, Tally
+from spearrl.learner.loss_inputs import Share, Tally
 from spearrl.learner.old_logprobs import OldLogprobs
 from spearrl.learner.optimizer import load_optimizer, make_optimizer, save_optimizer, set_rate
 from spearrl.learner.passes import Outputs, Passes
@@ -131,16 +131,9 @@ class LocalLearner(Learner):
         covariance = {i: tokens.to(self.device) for i, tokens in (share.covariance or {}).items()}
         computed: list[Outputs] = []
         if share.whole is not None:
-            computed = [self.passes.forward(share.batch.rows.select(index)) for index in pieces]
-            covariance = share.covariance_of_whole(self._current_logprobs(share, pieces, computed))
-        elif len(pieces) > 1 and share.has_mini_batch_rule:
-            inputs = LossInputs.of(share.batch, self.device)
-            if share.current:
-                logprobs = inputs.old_logprobs
-            else:
-                computed = self._compute(share, pieces)
-                logprobs = self._current_logprobs(share, pieces, computed)
-            covariance = share.covariance_tokens(inputs, logprobs)
+            others = self._logprobs(share.whole[0].rows.select(share.others))
+            computed = self._compute(share, pieces)
+            covariance = share.covariance_of_whole(self._current_logprobs(share, pieces, computed), others)
         gradient = self.passes.backward(share, pieces, tally, covariance=covariance, computed=computed)
         if share.current and share.index is not None:
             old.record(share.index, gradient.logprobs)
@@ -152,20 +145,26 @@ class LocalLearner(Learner):
         None where its passes do not fit together into the memory of one micro-batch.
         """
         padded = sum(len(index) * int(share.batch.rows.lengths[index].max()) for index in pieces)
-        if padded > self.settings.micro_batch_tokens:
+        if len(pieces) > 1 and padded > self.settings.micro_batch_tokens:
             return []
         return [self.passes.forward(share.batch.rows.select(index)) for index in pieces]
 
     def _current_logprobs(self, share: Share, pieces: list[torch.Tensor], computed: list[Outputs]) -> torch.Tensor:
         """[B, T] of the current policy: from the passes that were computed, or from passes of their own."""
-        if not computed:
-            logprobs = self.logprobs(share.batch.rows).to(self.device)
-            self.model.train(self.settings.gradient_checkpointing)
-            return logprobs
         rows = share.batch.rows
+        if not computed:
+            return self._logprobs(rows)
         logprobs = torch.zeros(len(rows), rows.width, dtype=computed[0].logprobs.dtype, device=self.device)
         for index, outputs in zip(pieces, computed, strict=True):
             logprobs[index.to(self.device), : outputs.logprobs.shape[1]] = outputs.logprobs.detach()
+        return logprobs
+
+    def _logprobs(self, rows: Rows) -> torch.Tensor:
+        """[B, T] from passes without gradient in between."""
+        if not len(rows):
+            return torch.zeros(0, rows.width, device=self.device)
+        logprobs = self.logprobs(rows).to(self.device)
+        self.model.train(self.settings.gradient_checkpointing)
         return logprobs
 
     def _names(self) -> dict[torch.Tensor, str]:

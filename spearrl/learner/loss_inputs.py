@@ -57,7 +57,7 @@ class Share:
         index: int64 [b], which rows of the update's on-policy batch these are; None: replayed ones.
         covariance: `covariance_tokens` of the whole mini-batch, where `batch` is a part of it.
         whole: the whole mini-batch, and which of its rows are in `batch`, where its covariance tokens wait for the
-            log-probabilities of the pass.
+            log-probabilities of the pass, and of one without gradient over `others`.
     """
 
     batch: Batch
@@ -80,28 +80,24 @@ class Share:
     def signal(self) -> torch.Tensor:
         """bool [b], rows whose pass is made: those that can have a gradient.
 
-        All or none where means are those of micro-batches, and where a covariance rule needs all rows' current
-        log-probabilities.
+        All or none where means are those of micro-batches.
         """
         rows = torch.stack([_signal(objective, self.batch) for objective, _ in self.objectives]).any(0)
         released = any("micro_batch" in (o.denominator, o.scope) for o, _ in self.objectives)
-        every = released or (self.has_mini_batch_rule and not self.current)
-        return rows.any().expand(len(rows)) if every else rows
+        return rows.any().expand(len(rows)) if released else rows
 
     def with_signal(self) -> Share:
         """The share of the rows with a signal; the others still count in denominators and covariances."""
-        rows = self.signal
-        if rows.all():
-            return self
+        rows, part = self.signal, self
         kept = rows.nonzero()[:, 0]
-        part = replace(
-            self, batch=self.batch.select(kept), index=None if self.index is None else self.index[kept], covariance={}
-        )
+        if not rows.all():
+            index = None if self.index is None else self.index[kept]
+            part = replace(self, batch=self.batch.select(kept), index=index)
         if not self.has_mini_batch_rule or not len(kept):
             return part
         inputs = LossInputs.of(self.batch, torch.device("cpu"))
-        if inputs.old_logprobs[inputs.action_mask].isnan().any():
-            return replace(part, covariance=None, whole=(self.batch, kept))
+        if not self.current or inputs.old_logprobs[inputs.action_mask].isnan().any():
+            return replace(part, whole=(self.batch, kept))
         covariance = self.covariance_tokens(inputs, inputs.old_logprobs)
         return replace(part, covariance={i: chosen[kept] for i, chosen in covariance.items()})
 
@@ -124,20 +120,30 @@ class Share:
         }
         return {index: tokens for index, tokens in by_objective.items() if tokens is not None}
 
-    def covariance_of_whole(self, logprobs: torch.Tensor) -> dict[int, torch.Tensor]:
+    @property
+    def others(self) -> torch.Tensor:
+        """int64 [n], rows of `whole` whose current log-probabilities only a pass of their own can find."""
+        if self.whole is None or self.current:
+            return torch.zeros(0, dtype=torch.int64)
+        batch, kept = self.whole
+        return (~torch.isin(torch.arange(len(batch)), kept)).nonzero()[:, 0]
+
+    def covariance_of_whole(self, logprobs: torch.Tensor, others: torch.Tensor) -> dict[int, torch.Tensor]:
         """`covariance_tokens` of the rows of this share, chosen among all tokens of `whole`.
 
         Args:
             logprobs: [b, W] of the current policy.
+            others: [n, W] of the rows `others`.
         """
         if self.whole is None:
             return {}
-        batch, kept = self.whole
+        (batch, kept), device = self.whole, logprobs.device
         current = logprobs.new_full((len(batch), batch.rows.width), math.nan)
-        current[kept.to(logprobs.device), : logprobs.shape[1]] = logprobs
-        inputs = LossInputs.of(batch, logprobs.device, current)
-        tokens = self.covariance_tokens(inputs, inputs.old_logprobs)
-        return {i: chosen[kept.to(logprobs.device), : logprobs.shape[1]] for i, chosen in tokens.items()}
+        for index, found in ((kept, logprobs), (self.others, others.to(logprobs))):
+            current[index.to(device), : found.shape[1]] = found
+        inputs = LossInputs.of(batch, device, current)
+        tokens = self.covariance_tokens(inputs, inputs.old_logprobs if self.current else current)
+        return {i: chosen[kept.to(device), : logprobs.shape[1]] for i, chosen in tokens.items()}
 
     def total(self, losses: Sequence[float], tally: Tally) -> float:
         """The weighted sum of the objectives' losses, which are reported too."""

@@ -157,10 +157,8 @@ class Passes:
             for i, (objective, factor) in enumerate(share.objectives):
                 if i in covariance:
                     rule_tokens: torch.Tensor | None = covariance[i][index.to(self.device), : logprobs.shape[1]]
-                else:  # a rule over micro-batches, or this pass is the whole mini-batch
-                    old = share.current and objective.scope == "mini_batch"
-                    current = inputs.old_logprobs if old else logprobs.detach()
-                    rule_tokens = covariance_tokens(objective, inputs, current, share.seed)
+                else:  # a rule over micro-batches
+                    rule_tokens = covariance_tokens(objective, inputs, logprobs.detach(), share.seed)
                 loss, metrics = objective.loss(
                     inputs,
                     logprobs,

@@ -397,19 +397,23 @@ def test_metrics_do_not_depend_on_micro_batches():
 
 def test_covariance_selection_sees_current_logprobs():
     """The first mini-batch is selected on old_logprobs without a forward pass; later ones and replay need one, unless
-    they fit into memory anyway.
+    they fit into memory anyway. Rows without signal need one in any case.
     """
     assert selection_forwards(micro_batch_tokens=1) == [4, 3]
     assert selection_forwards(micro_batch_tokens=1000) == []
+    assert selection_forwards(quiet=2, micro_batch_tokens=1000) == [2]
+    assert selection_forwards(quiet=1, micro_batch_tokens=1) == [4, 1, 2]
 
 
-def selection_forwards(**changes) -> list[int]:
+def selection_forwards(quiet: int = 0, **changes) -> list[int]:
+    """Rows of each pass without gradient, `quiet` ones of the replayed without signal."""
     learner = LocalLearner(tiny(), settings(mini_batches=2, **changes))
     forwards = []
     real = learner.logprobs
     rows, old = make_rows(RUNS), make_rows([[2]] * 3, first_trajectory=100)
     on_policy, replay = batch_of(rows, learner), batch_of(old, learner)
     learner.logprobs = lambda rows: forwards.append(len(rows)) or real(rows)
+    replay.advantages.abs_()[:quiet] *= -1
     rule = ClipCov(0.1, 0.0, 60.0)
     learner.update(
         on_policy,
@@ -462,10 +466,10 @@ def test_equal_groups_cost_no_pass_and_change_no_weight(monkeypatch, surrogate):
     assert all(torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "tokens"), [*((mode, 1000) for mode in MODES), (MODES[0], 20)])
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("kind", ["plain", *EVERYTHING])
-def test_rows_without_signal_are_left_out_and_change_no_gradient(monkeypatch, kind, joint, mode):
+def test_rows_without_signal_are_left_out_and_change_no_gradient(monkeypatch, kind, joint, mode, tokens):
     """Denominators, and the tokens that covariance rules choose, stay those of all rows; float64."""
     shape, quiet = {"aggregation": mode, "horizon": 20}, torch.tensor([0, 2, 3, 5])
     rule = EVERYTHING.get(kind, {})
@@ -473,22 +477,29 @@ def test_rows_without_signal_are_left_out_and_change_no_gradient(monkeypatch, ki
     found = {}
     for left_out in (True, False):
         if not left_out:
-            monkeypatch.setattr(Share, "with_signal", lambda share: share)
-        learner = LocalLearner(tiny().double(), settings(grad_clip=1e9), temperature=0.7, joint=joint)
+            monkeypatch.setattr(Share, "signal", property(lambda share: torch.ones(len(share.batch)).bool()))
+        options = settings(grad_clip=1e9, micro_batch_tokens=tokens)
+        learner = LocalLearner(tiny().double(), options, temperature=0.7, joint=joint)
         on_policy = full_batch(make_rows(RUNS), LocalLearner(tiny().double(), settings(), critic=ValueHead(16, 3)))
         replay = on_policy.select(torch.arange(len(on_policy)))
         replay.rows.trajectory += 100
         on_policy.advantages[quiet] = 0.0
         replay.advantages[quiet] = -1.0
-        passes, forward = [], learner.passes.forward
-        monkeypatch.setattr(
-            learner.passes, "forward", lambda rows, policy=None, f=forward, n=passes: n.append(len(rows)) or f(rows)
-        )
-        found[left_out] = gradient(learner, on_policy, replay, objectives, gamma=0.3), sum(passes)
+        passes, forward = {True: 0, False: 0}, learner.passes.forward
+
+        def spy_forward(rows, policy=None, forward=forward, passes=passes):
+            passes[torch.is_grad_enabled()] += len(rows)
+            return forward(rows)
+
+        monkeypatch.setattr(learner.passes, "forward", spy_forward)
+        found[left_out] = gradient(learner, on_policy, replay, objectives, gamma=0.3), passes
     (kept, fewer), (whole, all_rows) = found[True], found[False]
     assert float((kept - whole).norm()) <= 1e-12 * float(whole.norm()) and float(whole.norm()) > 1e-4
-    needed = {"plain": 5, "gspo, corrected by sequence": 5, "kl_cov": 14}.get(kind, 10)
-    assert (fewer, all_rows) == (needed, 14), "replay after a step needs all rows' current log-probabilities"
+    assert (fewer[True], all_rows[True]) == (14 if kind == "kl_cov" else 5, 14)
+    if tokens == 1000:
+        rule = kind not in ("plain", "gspo, corrected by sequence", "kl_cov")
+        assert fewer[False] == 5 * rule, "a rule needs current log-probabilities of all replayed rows"
+        assert all_rows[False] == 0
 
 
 @pytest.mark.parametrize("joint", [False, True])

@@ -21,7 +21,7 @@ from spearrl.learner.critic import ValueHead
 from spearrl.learner.deepspeed.ranks import Ranks
 from spearrl.learner.deepspeed.shard import CommandRunner, Shard
 from spearrl.learner.deepspeed.zero import numel, require
-from spearrl.learner.loss_inputs import LossInputs, Share, Tally
+from spearrl.learner.loss_inputs import Share, Tally
 from spearrl.learner.minibatches import deal
 from spearrl.learner.old_logprobs import OldLogprobs
 from spearrl.learner.optimizer import MASTER, STATE, named_state, save_counters
@@ -210,12 +210,12 @@ class DeepSpeedLearner(Learner):
         return norm is not None
 
     def _covariance_tokens(self, share: Share) -> dict[int, torch.Tensor]:
-        """As `Share.covariance_tokens`, at the current log-probabilities of all rows."""
-        if not share.has_mini_batch_rule:
+        """Of this share's rows, chosen among all of the mini-batch at current log-probabilities."""
+        if share.whole is None:
             return dict(share.covariance or {})
-        inputs = LossInputs.of(share.batch, torch.device("cpu"))
-        logprobs = inputs.old_logprobs if share.current else self.logprobs(share.batch.rows)
-        return share.covariance_tokens(inputs, logprobs)
+        others = share.whole[0].rows.select(share.others)
+        found = self.logprobs(others) if len(others) else torch.zeros(0, others.width)
+        return share.covariance_of_whole(self.logprobs(share.batch.rows), found)
 
     def _deal(self, rows: Rows) -> tuple[list[torch.Tensor], int]:
         """Rows of each rank, and the passes that every rank makes: as many as the one that needs most."""
