@@ -7,9 +7,11 @@ Written when a run begins:
     start/          the model it began with, where other processes load it
     reference/      the frozen model, where a KL divergence or adapters need one
 While it trains:
-    events.jsonl    one JSON object an event: "step", "eval", "checkpoint", "warning", ... (docs/metrics.md)
+    events.jsonl    one JSON object an event: "step", "eval", "checkpoint", "warning", ... (docs/metrics.md);
+                    where it has grown, what is older is in events-0001.jsonl.gz, and so on
     tb/             the same numbers for TensorBoard (run.tensorboard)
-    trajectories/   episodes: step-000020.jsonl every run.trajectories_every steps, eval-<split>-000020.jsonl
+    trajectories/   episodes: step-000020.jsonl every run.trajectories_every steps, eval-<split>-000020.jsonl;
+                    all but the newest hundred of a kind are compressed (step-000020.jsonl.gz)
     checkpoints/    step-000020/, see run/checkpoint.py
     worker-0.log    what a rollout worker prints
     lock            held, and named after its process, for as long as a process trains the run
@@ -37,6 +39,7 @@ from typing import IO, Any
 from spearrl.config import RunConfig, load_config, to_toml
 from spearrl.errors import RefusedError, StorageError
 from spearrl.processes import version_of
+from spearrl.run.archive import compress_older
 from spearrl.run.checkpoint import clean
 from spearrl.run.events import EVENTS, LineFile, read_events, skipped_lines
 from spearrl.run.resume import Resumption, config_file, fixed_settings, resumption
@@ -174,6 +177,7 @@ class Run:
         try:
             folder.mkdir(exist_ok=True)
             write_trajectories(path, groups)
+            compress_older(folder, f"{name}-*.jsonl")
         except OSError as error:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
