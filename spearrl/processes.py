@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import signal
@@ -22,6 +23,47 @@ from spearrl.errors import ContractError, EnvironmentFault, SpearError
 
 PARENT_CHECK_S = 1.0
 TAIL_LINES, TAIL_BYTES = 8, 4000  # of a process's log, in error messages
+
+
+class AtDeath:
+    """What a shell does once this process is gone, however it ends: no code of this process could after a kill -9.
+
+    Processes that end themselves when their parent is gone cannot while they are stuck in C code.
+    """
+
+    SCRIPT = """
+while read -r what rest; do case $what in kill) groups=$rest;; rm) folders=$rest;; esac; done
+[ -z "$groups" ] || kill -9 $groups  # no "--": dash has none
+[ -z "$folders" ] || rm -rf -- $folders
+"""
+
+    def __init__(self) -> None:
+        self._words: dict[str, set[str]] = {"kill": set(), "rm": set()}
+        self._shell: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def set(self, command: str, word: str, *, due: bool) -> None:
+        """Have `command` ("kill" a process group, "rm" a folder) done to `word`, which has no blanks; or no more."""
+        with self._lock:
+            (self._words[command].add if due else self._words[command].discard)(word)
+            if self._shell is None:
+                quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+                shell = ["/bin/sh", "-c", self.SCRIPT]
+                self._shell = subprocess.Popen(shell, stdin=subprocess.PIPE, start_new_session=True, **quiet)
+                atexit.register(self._end)
+            if self._shell.stdin is not None:
+                with suppress(BrokenPipeError):  # somebody killed the shell
+                    self._shell.stdin.write(" ".join([command, *sorted(self._words[command])]).encode() + b"\n")
+                    self._shell.stdin.flush()
+
+    def _end(self) -> None:
+        if self._shell is not None and self._shell.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._shell.stdin.close()
+            self._shell.wait()
+
+
+AT_DEATH = AtDeath()
 
 
 class Child:
@@ -47,6 +89,7 @@ class Child:
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
+        AT_DEATH.set("kill", f"-{self.process.pid}", due=True)
         self.connection, self._log = Connection(ours.detach()), log
         self._killing, self._sending = threading.Lock(), threading.Lock()
 
@@ -75,6 +118,7 @@ class Child:
             if self.process.returncode is None:
                 with suppress(ProcessLookupError):
                     os.killpg(self.process.pid, signal.SIGKILL)
+                AT_DEATH.set("kill", f"-{self.process.pid}", due=False)  # before the number may be another's
                 self.process.wait()
 
     def end(self, wait_s: float) -> None:

@@ -15,7 +15,8 @@ import torch
 from spearrl.config import RunConfig
 from spearrl.envs import Environment, tasks_of
 from spearrl.envs.pool.slot import Slot
-from spearrl.errors import ConfigError
+from spearrl.errors import ConfigError, EngineError
+from spearrl.faults import strike
 from spearrl.launch.devices import detect
 from spearrl.launch.factories import (
     engine_dtype,
@@ -83,7 +84,11 @@ class Assembly:
         return self.learner.model
 
     def sleep_engines(self) -> None:
-        """Before the learner works: engines that share its GPUs give their memory back, until the next `publish`."""
+        """Before the learner works: engines that share its GPUs give their memory back, until the next `publish`.
+
+        Workers that were replaced get their weights now: while the learner works there are none to be had.
+        """
+        self.players.collector.poll()
         placement = self.placement
         if placement.sleeps:
             receivers = list(self.players.receivers)
@@ -96,6 +101,7 @@ class Assembly:
         Raises:
             EngineError, WorkerError: somebody did not get them.
         """
+        strike("sync.publish", EngineError)
         if self.players.fleet is not None:
             self.players.fleet.announce(version)
         if self.placement.sleeps:

@@ -27,6 +27,9 @@ from spearrl.seeds import derive
 from spearrl.start.origin import Origin
 from spearrl.sync.receivers import Receiver
 
+# What an environment may show at once: far over what fits into the context, and far under what tokenising it costs.
+TEXT_CHARS_LEAST, CHARS_PER_TOKEN = 65_536, 16
+
 
 def make_environment(config: RunConfig) -> Environment:
     """The configured environment, with the run's turn limit."""
@@ -44,6 +47,7 @@ def make_pool(config: RunConfig, environment: Environment, *, episode_seed: int 
         restarts=settings.env_restarts,
         deterministic=config.run.deterministic,
         episode_seed=episode_seed,
+        text_chars=max(TEXT_CHARS_LEAST, CHARS_PER_TOKEN * settings.context_tokens),
     )
 
 

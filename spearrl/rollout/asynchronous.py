@@ -80,6 +80,7 @@ class Ahead:
         while self._next < min(step + self._staleness, self._last_step) * self._count:
             self._begin(self._next, version)
             self._next += 1
+        self._player.poll()
         while (numbers := self._finished(version)) is None:
             playing = [f for begun in self._begun.values() for f in begun.episodes if not f.done()]
             wait(playing, timeout=TICK_S, return_when=FIRST_COMPLETED)

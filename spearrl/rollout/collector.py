@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from spearrl.envs import Environment
 from spearrl.envs.pool import Pool, PooledSlot, SlotLost, open_pool
 from spearrl.errors import ConfigError, ContractError, EngineError, EnvironmentFault, WorkerError
+from spearrl.faults import strike
 from spearrl.models.chat_format import ChatFormat, next_prompt
+from spearrl.rollout.loop_watch import loop_watched
 from spearrl.rollout.player import Episode, Player, Seed
-from spearrl.rollout.protocol import Engine, Request, Sampling
+from spearrl.rollout.protocol import Completion, Engine, Request, Sampling
 from spearrl.seeds import derive
 from spearrl.types import Image, Message, Observation, Reply, Status, Task, Trajectory, Turn
 
@@ -25,6 +28,7 @@ MAX_SIBLINGS = 4096  # trajectory id = group id * this + sibling
 FATAL = (ContractError, ConfigError, WorkerError)  # end the run
 CUT_SHORT = (Status.CONTEXT_LIMIT, Status.OVERLONG)
 ATTEMPTS = 2  # a faulty episode is played once more with the same seeds
+ENGINE_SLACK_S = 5.0  # over a reply's deadline: the engine's own error says more
 ALL_FAILED = 8  # episodes that all end in engine errors, twice in a row: nothing better is to be expected of it
 MEASURES = ("env_seconds", "sampled_tokens", "prefilled_tokens", "cached_tokens")
 T = TypeVar("T")
@@ -124,7 +128,8 @@ class Collector(Player):
     def _play(self, episodes: Sequence[Episode]) -> list[Trajectory]:
         async def played() -> list[Trajectory]:
             calls = (self.play(task, group, sibling, seed=seed) for task, group, sibling, seed in episodes)
-            return await asyncio.gather(*calls)
+            with loop_watched(self.pool.deadline_s, self.reply_deadline_s, lambda: self.pool.busy):
+                return await asyncio.gather(*calls)
 
         budget = self.pool.budget
         budget.refill()
@@ -229,7 +234,7 @@ class Collector(Player):
             return Status.OVERLONG
         request = self._request(episode, number, prompt, min(self.max_reply_tokens, room, left))
         self.tokens_held[episode.sampling_seed] = len(prompt)
-        completion = await self.engine.generate(request)
+        completion = await self._completion(request)
         tokens = completion.token_ids
         self.tokens_held[episode.sampling_seed] += len(tokens)
         self.measures["sampled_tokens"] += len(tokens)
@@ -266,6 +271,19 @@ class Collector(Player):
         if outcome.terminated:
             return Status.SUCCESS if outcome.info.get("success") else Status.FAILURE
         return Status.TURN_LIMIT if outcome.truncated else None
+
+    async def _completion(self, request: Request) -> Completion:
+        """Of the engine; its own deadline comes first. Raises EngineError."""
+        spoilt = strike("engine.generate", EngineError)
+        limit = None if request.deadline_s is None else request.deadline_s + ENGINE_SLACK_S
+        try:
+            async with asyncio.timeout(limit):
+                completion = await self.engine.generate(request)
+        except TimeoutError as error:
+            text = f"no reply within {limit:g} s, and no error: the engine hangs"
+            hint = "rollout.reply_deadline_s bounds a reply; with rollout.workers=1 an engine that hangs is replaced"
+            raise EngineError(text, where=f"request {request.id}", hint=hint) from error
+        return replace(completion, logprobs=(math.nan,) * len(completion.token_ids)) if spoilt else completion
 
     def _request(self, episode: _Episode, number: int, prompt: tuple[int, ...], max_tokens: int) -> Request:
         trajectory, allowed = episode.trajectory, episode.observation.allowed_ids

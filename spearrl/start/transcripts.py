@@ -9,6 +9,7 @@ import json
 import logging
 import random
 import re
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from spearrl.envs import Environment
 from spearrl.envs.pool.slot import Slot
 from spearrl.envs.text.records import read_records, tell
 from spearrl.envs.tool_calls import CLOSE, OPEN, THINK, THOUGHT
-from spearrl.errors import ConfigError
+from spearrl.errors import ConfigError, EnvironmentFault, SpearError
 from spearrl.seeds import derive
 from spearrl.types import Message, Reply, Task
 
@@ -83,7 +84,16 @@ def play_expert(
     try:
         for i in range(count):
             LOG.info("expert: episode %d of %d", i + 1, count)
-            transcripts.append(_episode(slot, tasks[order[i % len(order)]], recovery, derive(seed, "expert", i)))
+            task, episode_seed = tasks[order[i % len(order)]], derive(seed, "expert", i)
+            try:
+                transcripts.append(_episode(slot, task, recovery, episode_seed))
+            except SpearError:
+                raise
+            except Exception as error:  # whatever a user's environment raises
+                name = f"{type(environment).__module__}:{type(environment).__name__}"
+                text = f"the environment raised in an expert's episode (seed {episode_seed}):\n{traceback.format_exc()}"
+                hint = f"mend it; `spearrl check-env {name}` tries it without a run"
+                raise EnvironmentFault(text.rstrip(), where=f"{name}, task {task.id}", hint=hint) from error
     finally:
         slot.close()
     return transcripts

@@ -21,6 +21,7 @@ import torch
 
 from spearrl.config.sections import SyncSection
 from spearrl.errors import ConfigError, EngineError
+from spearrl.processes import AT_DEATH
 from spearrl.sync.buckets import PORTIONS, bucket_folder, buckets, digest, read_bucket, write_bucket
 from spearrl.sync.native import Native
 from spearrl.sync.probe import FP32, LOW, Probe
@@ -147,6 +148,7 @@ class Bridge:
     def close(self) -> None:
         """Remove what is left of bucket files, and leave the engines' process group."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        AT_DEATH.set("rm", str(self.folder), due=False)
         if self._native is not None:
             self._native.close()
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from spearrl.errors import StorageError
+from spearrl.processes import AT_DEATH
 
 T = TypeVar("T")
 SHARED_MEMORY = Path("/dev/shm")
@@ -79,6 +80,8 @@ def bucket_folder(run_folder: Path, limit: int) -> Path:
     folder = (SHARED_MEMORY if roomy else run_folder) / name
     folder.mkdir(mode=0o700, parents=True)
     _lock(folder)
+    if roomy:
+        AT_DEATH.set("rm", str(folder), due=True)
     return folder
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -77,6 +79,12 @@ class Rogue(Environment):
                 self._turn += 0
         if kind == "sleep":
             time.sleep(3600)
+        if kind == "stuck":  # in C code, which holds the interpreter: no other thread of the process runs
+            re.match(r"(a*)*b", "a" * 60)
+        if kind == "quit":
+            sys.exit(0)
+        if kind == "interrupt":
+            raise KeyboardInterrupt
         if kind == "exit":
             os._exit(3)
         if kind == "crash":

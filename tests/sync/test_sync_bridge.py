@@ -462,6 +462,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next_one_and_a_living_ones_fil
     program = (
         "import pathlib, sys, spearrl.sync.buckets as b; b.SHARED_MEMORY = pathlib.Path(sys.argv[1]);"
         "f = b.bucket_folder(pathlib.Path(sys.argv[2]), 1); (f / '0.safetensors').write_bytes(b'x');"
+        "b.AT_DEATH._shell.kill();"  # what would remove it at once
         "print(f, flush=True); sys.stdin.read()"
     )
     others = [

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from spearrl.envs.base import Environment
-from spearrl.envs.pool.slot import EpisodeStart, Slot, StepResult
+from spearrl.envs.pool.slot import TEXT_CHARS, EpisodeStart, Slot, StepResult
 from spearrl.envs.pool.supervision import (
     PoolCall,
     ProcessWorker,
@@ -56,10 +56,23 @@ class Pool:
         style: of the prompts, "chat" or "windowed".
         restarts: workers that may be replaced between two `budget.refill()`.
         episode_seed: the environment's seed in every episode, in place of the one that `start` is given.
+        text_chars: characters of one text that an environment shows; of a longer one head and tail are kept.
+        deadline_s: seconds a call may take. On the event loop a later one cannot be ended, and is only told.
     """
 
-    def __init__(self, environment: Environment, *, style: str, restarts: int = 0, episode_seed: int | None = None):
-        self.environment, self.style = environment, style
+    def __init__(
+        self,
+        environment: Environment,
+        *,
+        style: str,
+        restarts: int = 0,
+        episode_seed: int | None = None,
+        text_chars: int = TEXT_CHARS,
+        deadline_s: float = 60.0,
+    ):
+        self.environment, self.style, self._text_chars = environment, style, text_chars
+        self.busy = ""  # the call that runs on the event loop now
+        self.deadline_s = deadline_s
         self.budget = RestartBudget(restarts)
         self._episode_seed = episode_seed
         self._free: list[PooledSlot] = []
@@ -99,10 +112,14 @@ class Pool:
             self.discard(slot)
 
     def _new(self) -> PooledSlot:
-        return PooledSlot(Slot(self.environment.spawn(), self.style))
+        return PooledSlot(Slot(self.environment.spawn(), self.style, self._text_chars))
 
     async def _call(self, slot: PooledSlot, method: str, arguments: tuple[Any, ...], what: str) -> Any:
-        return getattr(slot.slot, method)(*arguments)
+        self.busy = what
+        try:
+            return getattr(slot.slot, method)(*arguments)
+        finally:
+            self.busy = ""
 
 
 class WorkerPool(Pool):
@@ -120,8 +137,8 @@ class WorkerPool(Pool):
     def __init__(
         self, environment: Environment, *, workers: int, deadline_s: float, deterministic: bool, **settings: Any
     ):
-        super().__init__(environment, **settings)
-        self.deadline_s, self.deterministic = deadline_s, deterministic
+        super().__init__(environment, deadline_s=deadline_s, **settings)
+        self.deterministic = deterministic
         self.workers: list[SupervisedWorker] = []
         self.count = workers
         self._pending: list[tuple[Future[Any], asyncio.Future[Any]]] = []
@@ -209,7 +226,7 @@ class ProcessPool(WorkerPool):
 
     def __init__(self, environment: Environment, **settings: Any):
         super().__init__(environment, **settings)
-        self._recipe = (import_path(type(environment)), environment.options.model_dump(), self.style)
+        self._recipe = (import_path(type(environment)), environment.options.model_dump(), self.style, self._text_chars)
         self._numbers = count()
 
     def discard(self, slot: PooledSlot) -> None:
@@ -246,22 +263,25 @@ def open_pool(
     restarts: int = 32,
     deterministic: bool = False,
     episode_seed: int | None = None,
+    text_chars: int = TEXT_CHARS,
 ) -> Pool:
     """The pool for what the environment declares in `execution`.
 
     Args:
-        style, restarts, episode_seed: as of Pool.
+        style, restarts, episode_seed, text_chars: as of Pool.
         workers: processes or threads; 0: a process for each core, `environment.threads` threads.
-        deadline_s: seconds a call may take; a pool on the event loop cannot hold to it.
+        deadline_s: seconds a call may take; a pool on the event loop can only tell of it.
         deterministic: as of WorkerPool.
     Raises:
         ConfigError: unknown `execution`, or a class that other processes cannot import.
     """
     common: dict[str, Any] = {"style": style, "restarts": restarts, "episode_seed": episode_seed}
+    common["text_chars"] = text_chars
     kind = environment.execution
+    common["deadline_s"] = deadline_s
     if kind == "inline":
         return Pool(environment, **common)
-    common |= {"deadline_s": deadline_s, "deterministic": deterministic}
+    common["deterministic"] = deterministic
     if kind == "thread":
         return ThreadPool(environment, workers=workers or environment.threads, **common)
     if kind == "process":

@@ -1,7 +1,7 @@
 """The process that steps environments for a pool: a `ProcessWorker` starts it and speaks to it over one socket.
 
 A message is a list of calls (method, slot number, arguments); the first message of all is [(import path, options,
-style)].
+style, characters of a text)].
 Each call is answered by itself: (value, None), or (None, the error to raise).
 Only the records of `spearrl.types` travel; the environment itself is built here, from its import path and options.
 """
@@ -19,8 +19,8 @@ from spearrl.processes import connection_to_parent, pickled, portable
 class SlotServer:
     """The slots of one worker process, all spawned from one environment, so that read-only data is loaded once."""
 
-    def __init__(self, path: str, options: dict[str, Any], style: str):
-        self._environment, self._style = make(path, **options), style
+    def __init__(self, path: str, options: dict[str, Any], style: str, text_chars: int):
+        self._environment, self._style, self._text_chars = make(path, **options), style, text_chars
         self._slots: dict[int, Slot] = {}
 
     def call(self, method: str, number: int, arguments: tuple[Any, ...]) -> Any:
@@ -32,7 +32,7 @@ class SlotServer:
             slot = self._slots.pop(number, None)
             return slot.close() if slot else None
         if method == "start" and number not in self._slots:
-            self._slots[number] = Slot(self._environment.spawn(), self._style)
+            self._slots[number] = Slot(self._environment.spawn(), self._style, self._text_chars)
         return getattr(self._slots[number], method)(*arguments)
 
     def close(self) -> None:

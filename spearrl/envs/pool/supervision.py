@@ -111,12 +111,12 @@ class ProcessWorker:
     """A process of `spearrl.envs.pool.serve` with the environment in it.
 
     Args:
-        environment: (import path, options, style).
+        environment: (import path, options, style, characters of a text).
     Raises:
         CallTimeout, WorkerDied, and whatever building the environment raises.
     """
 
-    def __init__(self, environment: tuple[str, dict[str, Any], str], deadline_s: float):
+    def __init__(self, environment: tuple[str, dict[str, Any], str, int], deadline_s: float):
         variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         self._child = Child("spearrl.envs.pool.serve", variables)
         self.interrupt = self._child.kill  # ends a running call, from another thread

@@ -45,7 +45,7 @@ class Fleet:
         launch: starts the worker of an index.
         on_start: called with a replacement that does not have the current weights, from the thread that calls `poll`:
             has to bring them (the bridge's catch_up). Until then the worker gets no episodes.
-        report: told of what is noteworthy, from that thread too; default: standard error.
+        report: told of what is noteworthy, from any thread; default: standard error.
     Raises:
         SpearError: what kept a worker from starting: its error, or a WorkerError with its exit status and last log
             lines.
@@ -136,8 +136,12 @@ class Fleet:
 
     def report_notes(self) -> None:
         """Report what happened since the last time."""
-        while self._notes:
-            self._report(self._notes.popleft())
+        while True:
+            with self._lock:
+                if not self._notes:
+                    return
+                note = self._notes.popleft()
+            self._report(note)
 
     def totals(self) -> dict[str, float]:
         """What all workers did since the start, and what was lost. "engine_seconds" is the mean over workers."""
@@ -294,6 +298,7 @@ class Fleet:
         rollout = self.config.rollout
         start_s, late_s = self.config.vllm.start_timeout_s, max(rollout.reply_deadline_s, rollout.env_deadline_s)
         while not self._closed.wait(TICK_S):
+            self.report_notes()  # at once, also while nobody waits for episodes
             for worker in list(self._workers):
                 if reason := worker.problem(start_s=start_s, late_s=late_s):
                     worker.give_up(reason)

@@ -19,7 +19,7 @@ from spearrl.rollout.workers.messages import Assignment, Hello, Report
 from spearrl.types import Trajectory
 
 GOODBYE_S = 5.0
-SILENCE_S = 60.0  # a worker sends something every second
+SILENCE_S, SILENCE_LEAST_S = 60.0, 5.0  # a worker sends something every second
 CALL_SLACK_S = 5.0  # over a command's own time limit: the worker's error says more than ours
 
 
@@ -80,8 +80,8 @@ class WorkerProxy:
         if not self.ready:
             late = now - self._launched - self._delay_s > start_s
             return f"it did not start within {start_s:g} s" if late else None
-        if now - self._last_message > SILENCE_S:
-            return f"it gave no sign of life for {SILENCE_S:g} s"
+        if now - self._last_message > (silence := min(SILENCE_S, max(SILENCE_LEAST_S, late_s))):
+            return f"it gave no sign of life for {silence:g} s"
         if self.report.late_s > late_s:
             blocked = f"its event loop stood still for {self.report.late_s:.0f} s"
             return f"{blocked}: the engine or a step of an environment blocks it"
