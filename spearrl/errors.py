@@ -15,6 +15,9 @@ SpearError (1)
 
 from __future__ import annotations
 
+import errno
+import re
+
 
 class SpearError(Exception):
     """Base of every error spearrl raises on purpose.
@@ -74,3 +77,15 @@ class WorkerLost(EngineError):
 
 class EnvironmentFault(WorkerError):
     pass
+
+
+# What the system says where a disk is full, or files cannot be written or are no files: trouble of the machine's.
+STORAGE = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG", "EISDIR", "ENOTDIR", "ENAMETOOLONG")
+
+
+def system_name(error: BaseException | None) -> str:
+    """The system's name for what went wrong with a file, "ENOSPC"; "" where it has none."""
+    number = getattr(error, "errno", None)
+    if number is None and (said := re.search(r"\(os error (\d+)\)", str(error))):  # safetensors says it in words
+        number = int(said[1])
+    return errno.errorcode.get(number or 0, "")

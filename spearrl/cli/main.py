@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import os
 import sys
 import textwrap
@@ -19,7 +20,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from spearrl import __version__
-from spearrl.errors import SpearError
+from spearrl.errors import STORAGE, SpearError, StorageError, system_name
 from spearrl.faults import planned
 
 VERBS = {
@@ -65,8 +66,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code. Errors that are not SpearError keep their traceback."""
+    """Run the command line; returns the exit code.
+
+    Errors keep their traceback, but for a SpearError and trouble with files, which are one message.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
+    _sound_streams()
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         code = _dispatch(words)
@@ -82,6 +87,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Else the interpreter complains once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except Exception as error:
+        if (name := system_name(error)) not in STORAGE:
+            raise
+        print(f"error: {error} ({name})\n  fix: free disk space, or choose a folder you may write to", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # it is standard output that took nothing
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return StorageError.exit_code
+
+
+class _StandardError(io.TextIOBase):
+    """Standard error that ends nothing: a text that cannot be written is dropped and counted."""
+
+    encoding = "utf-8"
+    dropped = 0
+
+    def write(self, text: str) -> int:
+        data = text.encode(errors="backslashreplace")
+        try:
+            while data:
+                data = data[os.write(2, data) :]
+        except OSError:
+            self.dropped += 1
+        return len(text)
+
+    def fileno(self) -> int:
+        return 2
+
+    def isatty(self) -> bool:
+        return os.isatty(2)
+
+
+def _sound_streams() -> None:
+    """Standard streams that a process can be without: closed ones lead nowhere, so that no file gets their number."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _StandardError()
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:

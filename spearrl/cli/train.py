@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from spearrl.cli.parsing import add_config_arguments, add_gpus, check_environment, placed_from
 
 if TYPE_CHECKING:
+    from spearrl.cli.signals import Stop
     from spearrl.start.origin import Report
     from spearrl.trainer import Trainer
 
@@ -35,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     fork_help += "the weights of its newest checkpoint; steps, optimiser and buffers begin anew"
     parser.add_argument("--fork", metavar="NAME", help=fork_help)
+    grace_help = "seconds that SIGTERM and SIGHUP allow for ending the step and saving (default: 25)"
+    parser.add_argument("--grace", type=float, default=25.0, metavar="SECONDS", help=grace_help)
     parser.add_argument("--help-columns", action="store_true", help="explain the columns of the progress line")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -55,11 +56,19 @@ def run(args: argparse.Namespace) -> int:
 
     if (code := serve_rank()) is not None:
         return code
-    with watched("starting"):
-        return _train(args)
+    from spearrl.cli.signals import Stop
+
+    stop = Stop(args.grace)
+    try:
+        with stop, watched("starting"):
+            return _train(args, stop)
+    except KeyboardInterrupt:
+        left = f"the run is as it was last saved: {stop.trainer.run.path}" if stop.trainer else "nothing was begun"
+        print(f"stopped; {left}", file=sys.stderr)
+        return stop.exit_code
 
 
-def _train(args: argparse.Namespace) -> int:
+def _train(args: argparse.Namespace, stop: Stop) -> int:
     from spearrl.cli.progress import Progress
 
     if args.fork:
@@ -72,15 +81,17 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     resumed = args.resume and not args.fork
     with _resumed(args, Progress().report) if resumed else _new(args, Progress().report) as trainer:
-        signals = _stop_gently(trainer)
+        stop.trainer = trainer
         path = trainer.run.path
         print(f"run  {path}  (config.toml, events.jsonl, trajectories/, checkpoints/, tb/)", file=sys.stderr)
         result = trainer.train()
-    if signals:
-        print(
-            f"stopped after step {trainer.step}, saved. Continue with:  spearrl train --resume {path}", file=sys.stderr
-        )
-        return 128 + signals[0]
+        if lost := getattr(sys.stderr, "dropped", 0):
+            text = f"{lost} times nothing could be written to standard error"
+            trainer.run.event("warning", trainer.step, {"text": text})
+    if stop.received:
+        again = f"Continue with:  spearrl train --resume {path}"
+        print(f"stopped after step {trainer.step}, saved. {again}", file=sys.stderr)
+        return stop.exit_code
     if args.json:
         print(json.dumps({"run": str(path), "eval": result.as_json() if result else None}))
     else:
@@ -125,29 +136,3 @@ def _resumed(args: argparse.Namespace, report: Report) -> Trainer:
     refuse_fixed(file.parent, diff(load_config(file), config))
     print(describe(place(config, detect())), file=sys.stderr)
     return Trainer.resume(args.resume, report=report, overrides=overrides)
-
-
-def _stop_gently(trainer: Trainer) -> list[int]:
-    """First SIGINT or SIGTERM: finish the step and save, or leave an evaluation; the second stops at once.
-
-    The list is where signals land.
-    """
-    from spearrl.processes import under_launcher
-
-    signals: list[int] = []
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if signals:
-            if number == signal.SIGTERM and under_launcher():  # a launcher sends it after Ctrl-C
-                return
-            raise KeyboardInterrupt
-        signals.append(number)
-        trainer.stop_requested = True
-        doing = "leaving this evaluation out" if trainer.evaluating else "finishing this step"
-        print(f"{doing} and saving; press Ctrl-C again to stop now", file=sys.stderr)
-        if trainer.evaluating:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
-    return signals

@@ -109,15 +109,6 @@ class _whole:
             raise StorageError(text, where=where, hint=hint) from error
 
 
-def why(error: StorageError) -> str:
-    """The system's name for what stopped a save, "ENOSPC"; the cause's own words where it has none."""
-    cause = error.__cause__
-    number = getattr(cause, "errno", None)
-    if number is None and (named := re.search(r"os error (\d+)", str(cause))):  # safetensors says it in words
-        number = int(named[1])
-    return errno.errorcode.get(number or 0, str(cause))
-
-
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint directories, oldest first."""
     return sorted((p for p in folder.glob("step-*") if NAME.match(p.name)), key=step_of)

@@ -7,8 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from spearrl.errors import StorageError
-from spearrl.run.checkpoint import seal, why, written
+from spearrl.errors import StorageError, system_name
+from spearrl.run.checkpoint import seal, written
 
 TRIES = 3  # failed checkpoints in a row that end a run
 
@@ -107,5 +107,6 @@ class Saver:
         if self._failures == TRIES:
             text = f"{TRIES} checkpoints in a row failed, the last one: {error.message}"
             raise StorageError(text, where=error.where, hint=error.hint) from error
-        text = f"checkpoint failed ({why(error)}), next try at step {self._next_try}"
+        why = system_name(error.__cause__) or str(error.__cause__)
+        text = f"checkpoint failed ({why}), next try at step {self._next_try}"
         self._report("warning", {"text": text})

@@ -22,6 +22,7 @@ from spearrl.envs.webshop import WebShop
 from spearrl.errors import ContractError
 from spearrl.types import Action, Message, Observation, Outcome, Task
 from tests.support.gates import LIMIT_S, Gate
+from tests.support.toy_envs import Fetch
 
 
 class Rogue(Environment):
@@ -136,3 +137,15 @@ class Inline(Rogue):
     """The same on the event loop: what it does to its process, it does to whoever plays with it."""
 
     execution = "inline"
+
+
+class Stuck(Fetch):
+    """Its episodes never end from the second training step on: a loop in C that lets other threads run."""
+
+    started = 0
+
+    def reset(self, task: Task, seed: int) -> Observation:
+        Stuck.started += 1
+        if Stuck.started > 16:
+            threading.Event().wait()
+        return super().reset(task, seed)
