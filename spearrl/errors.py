@@ -18,6 +18,27 @@ from __future__ import annotations
 import errno
 import re
 
+_SECRET = re.compile(
+    r"(?:^|[_.\W])(api)?(tokens?|keys?|secrets?|passw(or)?ds?|passphrases?|credentials?)(?=$|[_.\W])", re.I
+)
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable or setting of that name holds what nobody else should read."""
+    return bool(_SECRET.search(name))
+
+
+# What drives a terminal or reorders a line: control characters, marks of direction and of nothing, surrogates, tags.
+_DRIVES = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff"
+    r"\U000e0000-\U000e007f]"
+)
+
+
+def printable(text: str) -> str:
+    """The text with what drives a terminal escaped, as \\u001b; line breaks and tabs stay."""
+    return _DRIVES.sub(lambda match: f"\\u{ord(match[0]):04x}" if match[0] <= "\uffff" else "\ufffd", text)
+
 
 class SpearError(Exception):
     """Base of every error spearrl raises on purpose.

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from spearrl.config.foreign import warn_unsandboxed
 from spearrl.config.sections import EvalSection, RunConfig
 from spearrl.envs import Environment, tasks_of
 from spearrl.launch.assembly import players_of
@@ -27,6 +28,9 @@ from spearrl.start.origin import Report, silent, with_pinned_model
 from spearrl.types import Group, Task, Trajectory
 
 Z95 = 1.959963984540054
+# What an evaluation says itself: an environment's measure of such a name is told as env/<name>.
+OWN = {"success", "low", "high", "reward", "reward_with_bonus", "turns", "tasks", "errors", "panel", "seconds"}
+OWN |= {"event", "step", "steps", "time"}
 
 
 @dataclass(frozen=True)
@@ -91,17 +95,22 @@ class EvalResult:
         }
 
 
-def evaluate(config: RunConfig) -> EvalResult:
+def evaluate(config: RunConfig, *, unsandboxed_tools: bool = False) -> EvalResult:
     """Play the configured panel with the model of `config.model.path`; nothing is trained or written.
 
+    Args:
+        unsandboxed_tools: the config may switch the sandbox off.
     Raises:
         SpearError: the model cannot be loaded, or nothing plays its episodes.
     """
-    return evaluate_with_groups(config)[0]
+    return evaluate_with_groups(config, unsandboxed_tools=unsandboxed_tools)[0]
 
 
-def evaluate_with_groups(config: RunConfig, *, report: Report = silent) -> tuple[EvalResult, list[Group]]:
+def evaluate_with_groups(
+    config: RunConfig, *, report: Report = silent, unsandboxed_tools: bool = False
+) -> tuple[EvalResult, list[Group]]:
     """`evaluate`, with the episodes that were played."""
+    warn_unsandboxed(config.env.options, unsandboxed_tools)
     device, environment = prepare_torch(config), make_environment(config)
     config = with_sampling_dtype(with_pinned_model(config, environment), report)
     with ExitStack() as stack:
@@ -157,11 +166,16 @@ def summarise(groups: Sequence[Group], settings: EvalSection, panel: str) -> Eva
             name: success_rate([g for g in groups if str(g.task.data.get("stratum")) == name])
             for name in (strata if len(strata) > 1 else ())
         },
-        measures=numeric_means(sound) | images_shown(sound),
-        notes={key: value for t in sound for key, value in t.info.items() if isinstance(value, str)},
+        measures={_measure(key): value for key, value in numeric_means(sound).items()} | images_shown(sound),
+        notes={_measure(key): value for t in sound for key, value in t.info.items() if isinstance(value, str)},
         statuses=dict(Counter(t.status.value for g in groups for t in g.trajectories)),
         errors=sum(len(g.trajectories) - len(g.valid) for g in groups),
     )
+
+
+def _measure(name: str) -> str:
+    """What an environment's measure is called beside the evaluation's own numbers."""
+    return f"env/{name}" if name in OWN or "/" in name or name.startswith("success ") else name
 
 
 def success_rate(groups: Sequence[Group]) -> Rate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -12,16 +13,23 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from spearrl.errors import ContractError, EnvironmentFault, SpearError
+from spearrl.errors import ContractError, EnvironmentFault, SpearError, is_secret
 
 PARENT_CHECK_S = 1.0
+# The environment variables that processes of ours get; those that look like a secret, or hold one, are left out.
+PASSED = re.compile(
+    "PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|TZ|TERM|TMPDIR|TEMP|TMP|CC|CXX|LD_LIBRARY_PATH|LD_PRELOAD|VIRTUAL_ENV|"
+    "CONDA_PREFIX|(?i:https?_proxy|no_proxy)|(LC|XDG|SSL_CERT|SPEARRL|HF|TRANSFORMERS|TOKENIZERS|VLLM|FLASHINFER|PYTORCH|"
+    "TRITON|DS|RAY|OMP|MKL|KMP|GOMP|OPENBLAS|NUMEXPR|MALLOC|CUDA|NVIDIA|HIP|ROCR|HSA|NCCL|GLOO|UCX|FI)_.*|(PYTHON|TORCH).*"
+)
+PASS_MORE = "SPEARRL_PASS_VARIABLES"  # further names, with commas
 TAIL_LINES, TAIL_BYTES = 8, 4000  # of a process's log, in error messages
 
 
@@ -73,7 +81,7 @@ class Child:
     threads.
 
     Args:
-        environment: variables besides those of this process.
+        environment: variables besides those of `child_environment`.
         log: a file that its output is added to. None: it goes to standard error, since standard output is for results.
     """
 
@@ -175,10 +183,34 @@ def portable(error: Exception, *, where: str | None = None, hint: str | None = N
     return error if isinstance(error, SpearError) else EnvironmentFault(text, where=where, hint=hint)
 
 
-def child_environment() -> dict[str, str]:
-    """Environment variables with which a Python process finds the modules that this one finds."""
-    paths = [os.path.abspath(entry) for entry in sys.path]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+def child_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables that a process of ours gets: those it needs and those named in SPEARRL_PASS_VARIABLES, no secrets.
+
+    With them a Python process finds the modules that this one finds.
+    """
+    paths, named = [os.path.abspath(entry) for entry in sys.path], environ.get(PASS_MORE, "").replace(",", " ").split()
+
+    def passes(name: str, value: str) -> bool:
+        with_password = "@" in value and name.lower().endswith("proxy")
+        return name in named or bool(PASSED.fullmatch(name) and not is_secret(name) and not with_password)
+
+    kept = {name: value for name, value in environ.items() if passes(name, value)}
+    return {**kept, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
+@contextmanager
+def as_for_children(variables: Mapping[str, str]) -> Iterator[None]:
+    """Inside, this process's environment is that of a child, with `variables`: libraries start processes with it."""
+    before = dict(os.environ)
+    for name in before.keys() - child_environment().keys():
+        del os.environ[name]
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def version_of(package: str) -> str:

@@ -83,7 +83,15 @@ class Cost:
         return {**asdict(self), "summaries": self.summaries()}
 
 
-def cost(config: RunConfig, against: RunConfig, *, steps: int, folder: str | Path, report: Report = silent) -> Cost:
+def cost(
+    config: RunConfig,
+    against: RunConfig,
+    *,
+    steps: int,
+    folder: str | Path,
+    report: Report = silent,
+    unsandboxed_tools: bool = False,
+) -> Cost:
     """Measure what `config`'s algorithm costs over `against`'s.
 
     Both start from the same weights. Each step is played once, by the studied one; both learn from it, in turns first.
@@ -92,6 +100,7 @@ def cost(config: RunConfig, against: RunConfig, *, steps: int, folder: str | Pat
     Args:
         steps: counted ones, after a warm-up.
         folder: where run directories go; they stay there.
+        unsandboxed_tools: the configs may switch the sandbox off.
         report: called with (kind, values): the studied trainer's events, warnings of the other, "cost" for a step,
             "count" before the second pass.
     Raises:
@@ -103,13 +112,16 @@ def cost(config: RunConfig, against: RunConfig, *, steps: int, folder: str | Pat
         if kind == "warning":
             report(kind, values)
 
-    with Trainer(_variant(config, folder, "studied"), report=report) as studied:
+    open_trainer = partial(Trainer, unsandboxed_tools=unsandboxed_tools)
+    with open_trainer(_variant(config, folder, "studied"), report=report) as studied:
         start, _ = newest_checkpoint(studied.run.checkpoints)
-        with Trainer(_variant(against, folder, "against", start), report=report_warnings) as other:
+        with open_trainer(_variant(against, folder, "against", start), report=report_warnings) as other:
             episodes, measured = _measure(studied, other, steps + WARM_UP, report)
     report("count", {"steps": len(episodes)})
-    flops = _count(_variant(config, folder, "count-studied", start), episodes)
-    flops_against = _count(_variant(against, folder, "count-against", start), episodes)
+    with open_trainer(_variant(config, folder, "count-studied", start)) as studied:
+        flops = _count(studied, episodes)
+    with open_trainer(_variant(against, folder, "count-against", start)) as other:
+        flops_against = _count(other, episodes)
     counted = [
         replace(step, studied=replace(step.studied, flops=mine), against=replace(step.against, flops=others))
         for step, mine, others in zip(measured, flops, flops_against, strict=True)
@@ -215,10 +227,9 @@ def _learn(trainer: Trainer, step: int, groups: list[Group]) -> tuple[LearningCo
     return spent, metrics
 
 
-def _count(config: RunConfig, episodes: Sequence[list[Group]]) -> list[int]:
+def _count(trainer: Trainer, episodes: Sequence[list[Group]]) -> list[int]:
     """FLOPs of learning from each step's episodes: the same work once more, from the same weights."""
-    with Trainer(config) as trainer:
-        return [count_flops(partial(_learn, trainer, step, groups)) for step, groups in enumerate(episodes, start=1)]
+    return [count_flops(partial(_learn, trainer, step, groups)) for step, groups in enumerate(episodes, start=1)]
 
 
 def _now() -> tuple[float, float]:

@@ -33,7 +33,7 @@ from spearrl.types import Group
 class Trainer:
     """Trains one run and owns its resources: `with Trainer(config) as trainer: trainer.train()`.
 
-    `Trainer.resume(path)` continues a run from its newest valid checkpoint.
+    `Trainer.resume(path)` continues one from its newest valid checkpoint. unsandboxed_tools: as docs/sandbox.md has it.
 
     Args:
         config: everything that defines the run.
@@ -42,13 +42,11 @@ class Trainer:
         SpearError: the run cannot begin. Whatever was started by then is closed, and a new run leaves no directory.
     """
 
-    def __init__(self, config: RunConfig, *, report: Report = silent, _run: Run | None = None):
+    def __init__(self, config: RunConfig, *, report: Report = silent, unsandboxed_tools=False, _run: Run | None = None):
         check(config)
-        check_extras(config)
+        check_extras(config, unsandboxed_tools=unsandboxed_tools)
         algorithm.check_advantage(config.algo)
-        self._report = report
-        self.stop_requested = self.evaluating = False
-        self.step = self.policy_version = 0
+        self._report, self.stop_requested, self.evaluating, self.step, self.policy_version = report, False, False, 0, 0
         self.states_met: list[int] = []
         self.objectives = algorithm.objectives(config.algo)
         environment = make_environment(config)
@@ -93,14 +91,16 @@ class Trainer:
             self.save()
 
     @classmethod
-    def resume(cls, path: str | Path, *, report: Report = silent, overrides: Sequence[str] = ()) -> Trainer:
+    def resume(
+        cls, path: str | Path, *, report: Report = silent, overrides: Sequence[str] = (), unsandboxed_tools=False
+    ) -> Trainer:
         """Continue a run from its newest valid checkpoint, with its own resolved config and these `overrides`.
 
         Its directory changes with the first new step. Raises RefusedError for settings that make another run of it.
         """
         with ExitStack() as opened:
             run, past = Run.reopen(Path(path), overrides, opened)
-            trainer = cls(past.config, report=report, _run=run)
+            trainer = cls(past.config, report=report, unsandboxed_tools=unsandboxed_tools, _run=run)
             opened.pop_all()
         return trainer
 

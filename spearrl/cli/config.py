@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spearrl.cli.parsing import add_config_arguments, add_gpus, check_environment, placed_from, resolved_from
+from spearrl.cli.terminal import say
 
 if TYPE_CHECKING:
     from spearrl.config import RunConfig
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     text = {"show": _show, "diff": _diff, "schema": _schema}[args.action](args)
-    print(text.rstrip("\n"))
+    say(text.rstrip("\n"))
     return 0
 
 
@@ -50,10 +51,14 @@ def _show(args: argparse.Namespace) -> str:
         from spearrl.launch.devices import imagined
 
         resolved, placement = placed_from(args, lambda: imagined(args.gpus))
-        print(describe(placement), file=sys.stderr)
+        say(describe(placement), file=sys.stderr)
     else:
-        resolved = resolved_from(args)
-    check_environment(resolved)
+        resolved = resolved_from(args, shown=True)
+    if resolved.unrepeated:
+        words = " ".join(argument for argument, _ in resolved.unrepeated)
+        say(f"to be said again where this config is used, for it may be a stranger's:  {words}", file=sys.stderr)
+    else:
+        check_environment(resolved)
     if args.json:
         settings = resolved.config.model_dump(mode="json")
         return json.dumps({"config": settings, "sources": dict(resolved.sources)}, indent=1)
@@ -84,10 +89,11 @@ def _diff(args: argparse.Namespace) -> str:
 
 def _named(name: str) -> RunConfig:
     """The config of a preset name, a file or a run directory."""
-    from spearrl.config import load_config
+    from spearrl.config import resolve
     from spearrl.config.presets import PRESETS
 
-    return load_config(preset=name) if name in PRESETS and not Path(name).exists() else load_config(name)
+    preset = name in PRESETS and not Path(name).exists()
+    return (resolve(preset=name) if preset else resolve(name, shown=True)).config
 
 
 def _schema(args: argparse.Namespace) -> str:

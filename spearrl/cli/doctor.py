@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from spearrl.cli.terminal import say
 from spearrl.processes import version_of
 
 EXTRAS = {  # optional packages: what each is for, and the extra that installs it
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         from spearrl.models.formats import explain_format
 
         lines = explain_format(load_tokenizer(args.model), ModelSection(path=args.model, format=args.format))
-        print(json.dumps({"format": lines}, indent=1) if args.json else "\n".join(lines))
+        say(json.dumps({"format": lines}, indent=1) if args.json else "\n".join(lines))
         return 0
     known = [*CHECKS, *EXTRAS]
     if unknown := [name for name in args.need if name not in known]:
@@ -84,16 +85,16 @@ def run(args: argparse.Namespace) -> int:
     needed = {"versions", *args.need}
     missing = [d.name for d in diagnoses if d.state in ("fail", "none") and d.name in needed]
     if args.json:
-        print(json.dumps({"ok": not missing, "findings": [asdict(diagnosis) for diagnosis in diagnoses]}, indent=1))
+        say(json.dumps({"ok": not missing, "findings": [asdict(diagnosis) for diagnosis in diagnoses]}, indent=1))
         return 1 if missing else 0
-    print("\n".join(map(str, diagnoses)))
+    say("\n".join(map(str, diagnoses)))
     no_code = any(d.state == "fail" and d.name == "sandbox" for d in diagnoses)
     if missing:
-        print(f"missing: {', '.join(missing)}")
+        say(f"missing: {', '.join(missing)}")
     elif args.need:
-        print("what was asked for works")
+        say("what was asked for works")
     else:
-        print(f"training works on this machine{'; tools that run code do not' if no_code else ''}")
+        say(f"training works on this machine{'; tools that run code do not' if no_code else ''}")
     return 1 if missing else 0
 
 

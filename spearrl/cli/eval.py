@@ -14,8 +14,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spearrl.cli.parsing import config_from, is_override
+from spearrl.cli.parsing import add_unsandboxed, config_from, is_override
 from spearrl.cli.target import model_of
+from spearrl.cli.terminal import say
 
 if TYPE_CHECKING:
     from spearrl.config import RunConfig
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--env", metavar="NAME", help="environment, for a model without a run")
     parser.add_argument("--preset", metavar="NAME", help="settings, for a model without a run")
     parser.add_argument("--model", metavar="MODEL", help="the model, as a directory or a name: the same as MODEL")
+    add_unsandboxed(parser)
     parser.add_argument("--split", help="split the panel comes from (default: the run's eval.split)")
     parser.add_argument("--step", type=int, help="checkpoint of this step instead of the newest")
     parser.add_argument("--trajectories", metavar="FILE", help="write the episodes as JSON lines")
@@ -44,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
         from spearrl.evaluation import evaluate_with_groups
         from spearrl.run import write_trajectories
 
-        result, groups = evaluate_with_groups(config, report=Progress().report)
+        result, groups = evaluate_with_groups(config, report=Progress().report, unsandboxed_tools=args.unsandboxed)
     model = config.model.path
-    print(json.dumps({"model": model, **result.as_json()}) if args.json else _table(result, model))
+    say(json.dumps({"model": model, **result.as_json()}) if args.json else _table(result, model))
     if args.trajectories:
         try:
             write_trajectories(Path(args.trajectories), groups)
@@ -74,7 +76,7 @@ def _config(args: argparse.Namespace) -> RunConfig:
     if not (target / "config.toml").is_file():
         hint = "give a run directory, a model directory made by `spearrl sft`, or any model with --env NAME"
         raise RefusedError(f"{target} holds no config.toml", hint=hint)
-    return load_config(target / "config.toml", [*args.overrides, f"model.path={model_of(target, args.step)}"])
+    return load_config(target, [*args.overrides, f"model.path={model_of(target, args.step)}"])
 
 
 def _table(result: EvalResult, model: str) -> str:

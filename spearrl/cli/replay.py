@@ -14,12 +14,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from spearrl.cli.terminal import say
+
 if TYPE_CHECKING:
     from spearrl.learner import LocalLearner
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="the run directory")
+    again_help = "settings, such as those that SECURITY.md wants said again of a run's config"
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=again_help)
     parser.add_argument("--batch", metavar="FILE", required=True, help="a file of its bad_batch folder")
     step_help = "weights of this step's checkpoint (default: the newest one up to the batch's step)"
     parser.add_argument("--step", type=int, help=step_help)
@@ -31,9 +35,9 @@ def run(args: argparse.Namespace) -> int:
 
     with watched("loading"):
         broken, sound, weights, step = _examined(args)
-    print(f"batch of step {step}, weights of {weights}")
-    print("\n".join(f"not finite: {line}" for line in broken) or "everything is finite with these weights")
-    print("\n".join(f"finite: {line}" for line in sound))
+    say(f"batch of step {step}, weights of {weights}")
+    say("\n".join(f"not finite: {line}" for line in broken) or "everything is finite with these weights")
+    say("\n".join(f"finite: {line}" for line in sound))
     return NumericsError.exit_code if broken else 0
 
 
@@ -41,6 +45,7 @@ def _examined(args: argparse.Namespace) -> tuple[list[str], list[str], Path, int
     """What is not finite, what is, the checkpoint whose weights were used, the batch's training step."""
     from spearrl.cli.target import model_of
     from spearrl.config import load_config
+    from spearrl.errors import RefusedError
     from spearrl.launch.devices import detect
     from spearrl.launch.factories import make_learner
     from spearrl.launch.placement import place
@@ -52,7 +57,11 @@ def _examined(args: argparse.Namespace) -> tuple[list[str], list[str], Path, int
     folder = Path(args.run)
     step, shares = load(Path(args.batch))
     alone = ("learner.backend=local", "learner.processes=1", "learner.offload=none", "placement.gpus=0")
-    config = load_config(folder / "config.toml", [*alone, "placement.mode=auto"])
+    config = load_config(folder, [*alone, "placement.mode=auto", *args.overrides])
+    named = {objective.surrogate for share in shares for objective, _ in share.objectives}
+    if others := {surrogate for surrogate in named if ":" in surrogate} - {config.algo.loss}:
+        hint = "a batch may be a stranger's: if you trust it, add algo.loss=…"
+        raise RefusedError(f"it names code, {', '.join(others)}, that the config does not", where=args.batch, hint=hint)
     checkpoint = model_of(folder, _newest(folder, step) if args.step is None else args.step)
     device = prepare_torch(config)
     learner = make_learner(config, Origin.of(checkpoint), device, place(config, detect()), reference=None)

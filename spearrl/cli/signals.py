@@ -10,6 +10,8 @@ import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from spearrl.cli.terminal import say
+
 if TYPE_CHECKING:
     from spearrl.trainer import Trainer
 
@@ -64,7 +66,7 @@ class Stop:
             return
         if self.received:
             self._twice = True
-            print("stopping now; the last checkpoint stays", file=sys.stderr)
+            say("stopping now; the last checkpoint stays", file=sys.stderr)
             raise KeyboardInterrupt
         self.received = number
         if self.trainer is None:
@@ -72,7 +74,7 @@ class Stop:
         self.trainer.stop_requested = True
         doing = "leaving this evaluation out" if self.trainer.evaluating else "finishing this step"
         again = f"within {self.grace_s:g} s" if number != signal.SIGINT else "press Ctrl-C again to stop now"
-        print(f"{doing} and saving; {again}", file=sys.stderr)
+        say(f"{doing} and saving; {again}", file=sys.stderr)
         if number != signal.SIGINT:
             threading.Thread(target=self._after_grace, daemon=True).start()
         if self.trainer.evaluating:
@@ -94,7 +96,7 @@ class Stop:
 
     def _after_grace(self) -> None:
         time.sleep(self.grace_s)
-        print(f"the step was not saved within {self.grace_s:g} s; the last checkpoint stays", file=sys.stderr)
+        say(f"the step was not saved within {self.grace_s:g} s; the last checkpoint stays", file=sys.stderr)
         signal.raise_signal(signal.SIGINT)
         self._end()
 

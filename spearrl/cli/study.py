@@ -17,8 +17,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spearrl.cli.parsing import add_config_arguments, config_from, resolved_from
+from spearrl.cli.parsing import add_config_arguments, add_unsandboxed, config_from, resolved_from
 from spearrl.cli.target import empty_folder
+from spearrl.cli.terminal import say
 
 if TYPE_CHECKING:
     from spearrl.study import Cost
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cost_help = "cost: extra time and FLOPs of --algo over --against, on the same rollouts"
     parser.add_argument("study", choices=STUDIES, metavar="STUDY", help=cost_help)
     add_config_arguments(parser)
+    add_unsandboxed(parser)
     parser.add_argument(
         "--against", metavar="NAME", default="grpo", help="the algorithm to compare with (default: grpo)"
     )
@@ -68,8 +70,10 @@ def run(args: argparse.Namespace) -> int:
             folder = empty_folder(args.output)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spearrl-study-")))
-        measured = cost(config, against, steps=args.steps, folder=folder, report=_report())
-    print(json.dumps({**measured.as_json(), "bars": verdicts(measured)}) if args.json else table(measured))
+        measured = cost(
+            config, against, steps=args.steps, folder=folder, report=_report(), unsandboxed_tools=args.unsandboxed
+        )
+    say(json.dumps({**measured.as_json(), "bars": verdicts(measured)}) if args.json else table(measured))
     return 0
 
 
@@ -119,9 +123,9 @@ def _report() -> Callable[[str, dict[str, Any]], None]:
         if kind == "cost":
             learn = f"{values['studied']['seconds']:.2f}s against {values['against']['seconds']:.2f}s"
             rollout = f"rollout {values['rollout_seconds']:.2f}s  learn {learn}  replayed {values['replayed']}"
-            print(f"{values['step']:>4}/{values['steps']}  {rollout}", file=sys.stderr, flush=True)
+            say(f"{values['step']:>4}/{values['steps']}  {rollout}", file=sys.stderr)
         elif kind == "count":
-            print("counting FLOPs: the same steps once more", file=sys.stderr, flush=True)
+            say("counting FLOPs: the same steps once more", file=sys.stderr)
         elif kind != "checkpoint":
             progress.report(kind, values)
 

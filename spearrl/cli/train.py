@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spearrl.cli.parsing import add_config_arguments, add_gpus, check_environment, placed_from
+from spearrl.cli.parsing import add_config_arguments, add_gpus, add_unsandboxed, check_environment, placed_from
+from spearrl.cli.terminal import say
 
 if TYPE_CHECKING:
     from spearrl.cli.signals import Stop
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
+    add_unsandboxed(parser)
     add_gpus(parser)
     parser.add_argument("--resume", metavar="RUN", help="continue this run directory from its newest valid checkpoint")
     fork_help = (
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from spearrl.errors import ConfigError
 
     if args.help_columns:
-        print(explain_columns())
+        say(explain_columns())
         return 0
     if args.resume and (args.env or args.algo or args.model or args.preset):
         hint = "leave --env, --algo, --model and --preset out"
@@ -64,12 +66,13 @@ def run(args: argparse.Namespace) -> int:
             return _train(args, stop)
     except KeyboardInterrupt:
         left = f"the run is as it was last saved: {stop.trainer.run.path}" if stop.trainer else "nothing was begun"
-        print(f"stopped; {left}", file=sys.stderr)
+        say(f"stopped; {left}", file=sys.stderr)
         return stop.exit_code
 
 
 def _train(args: argparse.Namespace, stop: Stop) -> int:
     from spearrl.cli.progress import Progress
+    from spearrl.config.foreign import to_repeat
 
     if args.fork:
         from spearrl.run.resume import config_file, fork_settings
@@ -77,26 +80,27 @@ def _train(args: argparse.Namespace, stop: Stop) -> int:
         folder = Path(args.resume)
         args.overrides = [str(config_file(folder)), *fork_settings(folder, args.fork), *args.overrides]
     elif args.resume and (text := _nothing_left(args)):
-        print(text)
+        say(text)
         return 0
     resumed = args.resume and not args.fork
     with _resumed(args, Progress().report) if resumed else _new(args, Progress().report) as trainer:
         stop.trainer = trainer
         path = trainer.run.path
-        print(f"run  {path}  (config.toml, events.jsonl, trajectories/, checkpoints/, tb/)", file=sys.stderr)
+        say(f"run  {path}  (config.toml, events.jsonl, trajectories/, checkpoints/, tb/)", file=sys.stderr)
         result = trainer.train()
         if lost := getattr(sys.stderr, "dropped", 0):
             text = f"{lost} times nothing could be written to standard error"
             trainer.run.event("warning", trainer.step, {"text": text})
+    again = to_repeat(trainer.config)
     if stop.received:
-        again = f"Continue with:  spearrl train --resume {path}"
-        print(f"stopped after step {trainer.step}, saved. {again}", file=sys.stderr)
+        command = f"Continue with:  spearrl train --resume {path}{again}"
+        say(f"stopped after step {trainer.step}, saved. {command}", file=sys.stderr)
         return stop.exit_code
     if args.json:
-        print(json.dumps({"run": str(path), "eval": result.as_json() if result else None}))
+        say(json.dumps({"run": str(path), "eval": result.as_json() if result else None}))
     else:
-        print(f"done: {path}" + (f"  success {result.success} on {result.split}" if result else ""))
-        print(f"play the panel again with:  spearrl eval {path} --split {trainer.config.eval.split}")
+        say(f"done: {path}" + (f"  success {result.success} on {result.split}" if result else ""))
+        say(f"play the panel again with:  spearrl eval {path} --split {trainer.config.eval.split}{again}")
     return 0
 
 
@@ -107,10 +111,10 @@ def _new(args: argparse.Namespace, report: Report) -> Trainer:
 
     resolved, placement = placed_from(args, detect)
     check_environment(resolved)
-    print(describe(placement), file=sys.stderr)
+    say(describe(placement), file=sys.stderr)
     from spearrl.trainer import Trainer
 
-    return Trainer(resolved.config, report=report)
+    return Trainer(resolved.config, report=report, unsandboxed_tools=args.unsandboxed)
 
 
 def _overrides(args: argparse.Namespace) -> list[str]:
@@ -124,7 +128,7 @@ def _nothing_left(args: argparse.Namespace) -> str:
 
 
 def _resumed(args: argparse.Namespace, report: Report) -> Trainer:
-    from spearrl.config import diff, load_config
+    from spearrl.config import diff, load_config, resolve
     from spearrl.launch.describe import describe
     from spearrl.launch.devices import detect
     from spearrl.launch.placement import place
@@ -132,7 +136,7 @@ def _resumed(args: argparse.Namespace, report: Report) -> Trainer:
     from spearrl.trainer import Trainer
 
     overrides, file = _overrides(args), config_file(Path(args.resume))
-    config = load_config(file, overrides)
-    refuse_fixed(file.parent, diff(load_config(file), config))
-    print(describe(place(config, detect())), file=sys.stderr)
-    return Trainer.resume(args.resume, report=report, overrides=overrides)
+    config = load_config(file.parent, overrides)
+    refuse_fixed(file.parent, diff(resolve(file, shown=True).config, config))
+    say(describe(place(config, detect())), file=sys.stderr)
+    return Trainer.resume(args.resume, report=report, overrides=overrides, unsandboxed_tools=args.unsandboxed)

@@ -18,7 +18,7 @@ _PATTERNS = {
     RUN_NAME: "text of a-z, 0-9, '.', '_' and '-' that begins with a letter or digit, at most 64 characters",
     PLAIN_TEXT: "text without control characters, not empty",
     LIST: "names with commas between them, or empty",
-    VARIABLE: "name of an environment variable",
+    VARIABLE: "SPEARRL_…_TOKEN (or _KEY, _PASSWORD)",
     ENVIRONMENT: 'a built-in name such as "webshop", or an import path "my_pkg.mod:Class"',
     CALLABLE: 'an import path "my_pkg.mod:fn"',
 }

@@ -8,6 +8,7 @@ algo.sil.enabled = false; `layers` has the rules.
 from __future__ import annotations
 
 import difflib
+import sys
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from spearrl.config import checks
+from spearrl.config import checks, foreign
 from spearrl.config.dump import NONE
 from spearrl.config.fields import (
     OPTIONS,
@@ -60,12 +61,14 @@ class Resolved:
             "placement" or "default".
         preset: the one it starts from; "": none.
         by_default: nobody named the preset; it is the embedded default.
+        unrepeated: settings of a directory's config that count only where they are said again: (argument, reason).
     """
 
     config: RunConfig
     sources: Mapping[str, str]
     preset: str
     by_default: bool
+    unrepeated: Sequence[tuple[str, str]] = ()
 
 
 def load_config(
@@ -85,7 +88,8 @@ def load_config(
         overrides: "section.key=value" each, the value as TOML or a bare text.
         env, algo, model, preset: what the flags of the command line set.
 
-    Raises ConfigError that lists every problem with its place and fix.
+    Raises ConfigError that lists every problem with its place and fix; RefusedError where the config of a directory
+    decides what only you may (`config.foreign`): `overrides` can say it again.
 
     Example:
         load_config("shop.toml", ["run.seed=3", "algo.sil.gamma.steps=50"], algo="grpo+spear")
@@ -103,8 +107,13 @@ def resolve(
     preset: str | None = None,
     gpus: int | None = None,
     derive: Derive | None = None,
+    shown: bool = False,
 ) -> Resolved:
-    """`load_config`, with the source of every value. `derive` gives values for settings that nobody set."""
+    """`load_config`, with the source of every value. `derive` gives values for settings that nobody set.
+
+    Args:
+        shown: the config is only looked at, so that nothing in it has to be said again.
+    """
     problems: list[Problem] = []
     file = None if path is None else read(path)
     flags = {PRESET: preset, ENVIRONMENT: env, NAME: algo, MODEL: model, _GPUS: gpus}
@@ -116,6 +125,9 @@ def resolve(
     start = _of_preset(_embedded(command) if by_default else named, problems)
     layers = [{key: s for key, s in layer.items() if key != PRESET} for layer in (start, of_file, command)]
     config, settings, refused = _build(_with_correction(merge(layers, problems)), problems)
+    unrepeated = _unrepeated(path, settings)
+    if path is not None and not shown and not problems:
+        foreign.refuse(path, unrepeated)
     if derive is not None and not problems:
         unset = {dotted(key) for key in leaves() if key not in settings}
         derived = {tuple(key.split(".")): value for key, value in derive(config, unset).items()}
@@ -125,7 +137,16 @@ def resolve(
         contradictions = [p for p in checks.problems(config) if not refused.intersection(p.keys)]
         problems += [replace(p, where=_source_of(p, settings)) for p in contradictions]
     raise_all(problems)
-    return Resolved(config, _sources(settings), start[_STARTED_FROM].value if start else "", by_default)
+    started_from = start[_STARTED_FROM].value if start else ""
+    return Resolved(config, _sources(settings), started_from, by_default, unrepeated)
+
+
+def _unrepeated(path: str | Path | None, settings: Layer) -> list[tuple[str, str]]:
+    """What a directory's config decides that has to be said again."""
+    if path is None or not foreign.in_directory(path):
+        return []
+    given = {key: setting.value for key, setting in settings.items() if setting.source != COMMAND_LINE}
+    return foreign.dangers(given, imported=sys.modules)
 
 
 def _of_file(file: ConfigFile | Problem, problems: list[Problem]) -> Layer:

@@ -14,7 +14,7 @@ from spearrl.config.algo import AlgoSection, Section
 RUN_NAME = r"^([a-z0-9][a-z0-9._-]{0,63})?$"
 PLAIN_TEXT = r"^[^\x00-\x1f\x7f]+$"
 LIST = r"^[^\x00-\x1f\x7f]*$"
-VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
+VARIABLE = r"^SPEARRL_([A-Z0-9]+_)*(TOKEN|KEY|PASSWORD)$"
 ENVIRONMENT = r"^([a-z][a-z0-9_-]*|[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)$"
 MAX_OPTION_DEPTH = 16
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from spearrl.config import RunConfig
+from spearrl.config.foreign import unsandboxed
 from spearrl.envs import Environment, tasks_of
 from spearrl.envs.pool.slot import Slot
 from spearrl.errors import ConfigError, EngineError
@@ -213,6 +214,8 @@ def assemble(
     """
     with ExitStack() as stack:
         wiring = Wiring(config, origin, environment, device, run_folder, stack, report)
+        if text := unsandboxed(config.env.options, True):
+            wiring.warn(text)
         placement, encoder = wiring.placement, wiring.encoder
         report("format", {"text": describe_format(encoder), "notes": list(encoder.stops.notes)})
         one_process = wiring.in_process and config.learner.backend == "local"
@@ -260,8 +263,12 @@ def players_of(config: RunConfig, environment: Environment, device: str, stack: 
     return wiring.players(load_model(str(origin.folder), dtype=sampling_dtype(config)).to(device))
 
 
-def check_extras(config: RunConfig) -> None:
-    """Refuse settings whose optional package is missing at once, not after a cold start. Raises ConfigError."""
+def check_extras(config: RunConfig, *, unsandboxed_tools: bool = False) -> None:
+    """Refuse settings whose optional package is missing, or that switch the sandbox off, before a cold start.
+
+    Raises ConfigError, and RefusedError unless `unsandboxed_tools`.
+    """
+    unsandboxed(config.env.options, unsandboxed_tools)
     if config.rollout.engine == "vllm" and not config.vllm.servers:
         installed_version()
     if config.learner.backend == "deepspeed":

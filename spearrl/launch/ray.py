@@ -16,8 +16,8 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from spearrl.errors import ConfigError
-from spearrl.launch.worker_process import open_worker
-from spearrl.processes import child_environment, log_tail
+from spearrl.launch.worker_process import open_worker, token_of
+from spearrl.processes import as_for_children, child_environment, log_tail
 from spearrl.rollout.workers.link import Launcher, Link
 from spearrl.rollout.workers.messages import Start
 from spearrl.rollout.workers.rollout_worker import RolloutWorker
@@ -112,6 +112,7 @@ def actors(start: Start, folder: Path, *, gpus: int = 0) -> Launcher:
     variables = {
         "PYTHONPATH": child_environment()["PYTHONPATH"],
         "OMP_NUM_THREADS": str(max(1, config.run.threads)),
+        **token_of(config),
     }
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_concurrency=8)(WorkerActor)
     remote = remote.options(scheduling_strategy="SPREAD", runtime_env={"env_vars": variables})
@@ -135,12 +136,13 @@ def _connect() -> Any:
     try:
         if host:  # Ray itself tries for minutes, and then ends the process
             socket.create_connection((host, int(port)), CONNECT_S).close()
-        ray.init(
-            address=address or "local",
-            include_dashboard=False if address is None else None,
-            log_to_driver=False,
-            logging_level="warning",
-        )
+        with as_for_children({}):  # a cluster of this machine starts here
+            ray.init(
+                address=address or "local",
+                include_dashboard=False if address is None else None,
+                log_to_driver=False,
+                logging_level="warning",
+            )
     except (OSError, RuntimeError, ValueError) as error:
         text = f"no Ray cluster answers at {address or 'local'}: {error}"
         hint = "start one with `ray start --head` and set RAY_ADDRESS, or unset it for a cluster of this machine alone"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from spearrl.config import RunConfig
 from spearrl.launch.factories import make_collector, make_engine, make_environment, make_pool, receiver_of
 from spearrl.models import directory_of, load_tokenizer, prepare_torch, threads_of
 from spearrl.models.formats import open_format
@@ -42,11 +43,18 @@ def processes(start: Start, folder: Path, environments: Sequence[Mapping[str, st
     def launch(index: int) -> Link:
         variables = {"OMP_NUM_THREADS": str(cores), "PYTHONUNBUFFERED": "1"}
         variables |= environments[index] if environments else {}
+        variables |= token_of(config)
         child = Child("spearrl.launch.worker_process", variables, log=folder / f"worker-{index}.log")
         child.send(pickle.dumps(("start", replace(start, index=index))))
         return child
 
     return launch
+
+
+def token_of(config: RunConfig) -> dict[str, str]:
+    """The one secret that a worker's process gets: the token of vLLM servers, where it asks some."""
+    name = config.vllm.token_variable
+    return {name: os.environ[name]} if config.vllm.servers and name in os.environ else {}
 
 
 def build_worker(start: Start, send: Callable[[bytes], None]) -> RolloutWorker:

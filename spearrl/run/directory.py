@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from spearrl.config import RunConfig, load_config, to_toml
-from spearrl.errors import RefusedError, StorageError
+from spearrl.errors import RefusedError, StorageError, printable
 from spearrl.processes import version_of
 from spearrl.run.archive import compress_older
 from spearrl.run.checkpoint import clean
@@ -66,7 +66,7 @@ class Run:
 
     def __init__(self, path: Path, *, tensorboard: bool = False, held: bool = False):
         self.path, self.checkpoints = path, path / "checkpoints"
-        self.warn: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr)
+        self.warn: Callable[[str], None] = lambda text: print(printable(f"warning: {text}"), file=sys.stderr)
         self.dropped: Counter[str] = Counter()
         self._held: list[tuple[str, int, Mapping[str, Any]]] = []
         self.past: Resumption | None = None
@@ -111,7 +111,7 @@ class Run:
             SpearError: it cannot go on, or not with these overrides.
         """
         folder = config_file(path).parent
-        run = cls(folder, tensorboard=load_config(folder / "config.toml", overrides).run.tensorboard, held=True)
+        run = cls(folder, tensorboard=load_config(folder, overrides).run.tensorboard, held=True)
         resources.callback(run.close)
         run.past = resumption(folder, overrides)
         return run, run.past

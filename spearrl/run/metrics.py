@@ -99,7 +99,7 @@ def staleness(rows: Rows, version: int) -> dict[str, float]:
 
 def nothing_trained(step: int, groups: list[Group]) -> str:
     """What is said of a step without two sound siblings, with the last line of the first fault among its episodes."""
-    faults = [t.error.strip().splitlines()[-1] for g in groups for t in g.trajectories if t.error]
+    faults = [t.error.strip().split("\n")[-1] for g in groups for t in g.trajectories if t.error]
     remark = f" (first fault: {faults[0]})" if faults else ""
     return f"step {step}: no group has two sound siblings; nothing was trained{remark}"
 

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from spearrl.config import RunConfig, load_config
+from spearrl.config import RunConfig, resolve
 from spearrl.errors import RefusedError
 from spearrl.learner.lora import FOLDER
 from spearrl.models import is_hub_name
@@ -34,7 +34,7 @@ def export_checkpoint(run: Path, checkpoint: Path, folder: Path, *, apart: bool)
         left_out = file.name == "manifest.json" or (apart and file.name.startswith(OF_THE_MODEL))
         if file.is_file() and not left_out:
             shutil.copy(file, folder)
-    config = load_config(run / "config.toml")
+    config = resolve(run, shown=True).config
     base = str((run / "reference").resolve()) if (run / "reference").is_dir() else config.model.path
     if apart:
         shutil.copy(checkpoint / FOLDER / "adapter_model.safetensors", folder)

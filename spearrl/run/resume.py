@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from spearrl.algorithm import Memory
 from spearrl.algorithm.curriculum import Curriculum
-from spearrl.config import RunConfig, diff, load_config
+from spearrl.config import RunConfig, diff, load_config, resolve
 from spearrl.config.dump import flat, toml_value
+from spearrl.config.foreign import to_repeat
 from spearrl.errors import CheckpointError, ConfigError, RefusedError, SpearError
 from spearrl.run.checkpoint import (
     UNREADABLE,
@@ -104,7 +105,7 @@ def resumption(folder: Path, overrides: Sequence[str]) -> Resumption:
         ConfigError: there is no such run, or settings are wrong. RefusedError: settings that cannot change.
         CheckpointError: no checkpoint can be read.
     """
-    before, config = load_config(config_file(folder)), load_config(config_file(folder), overrides)
+    before, config = resolve(folder, shown=True).config, load_config(folder, overrides)
     found: dict[str, Any] = {}
 
     def accept(path: Path) -> None:
@@ -174,13 +175,13 @@ def nothing_left(folder: Path, overrides: Sequence[str]) -> str:
 
     The evaluation after the last step belongs to training.
     """
-    config = load_config(config_file(folder), overrides)
+    config = load_config(config_file(folder).parent, overrides)
     newest = checkpoints(folder / "checkpoints")[-1:]
     if not newest or (step := step_of(newest[0])) < config.run.steps or defect(newest[0]) is not None:
         return ""
     if not any(event["event"] == "eval" and event["step"] == step for event in read_events(folder)[0]):
         return ""
-    more = f"spearrl train --resume {folder} run.steps={step + max(1, config.run.steps)}"
+    more = f"spearrl train --resume {folder} run.steps={step + max(1, config.run.steps)}{to_repeat(config)}"
     return f"nothing left to train: {folder} is at step {step} of {config.run.steps}. Go on with more steps:  {more}"
 
 

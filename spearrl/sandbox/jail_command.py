@@ -31,7 +31,7 @@ WAYS_OUT = (
     "sysctl kernel.unprivileged_userns_clone=1 (Ubuntu: kernel.apparmor_restrict_unprivileged_userns=0; "
     "Docker: --security-opt seccomp=unconfined --security-opt systempaths=unconfined); "
     "(3) a SandboxFusion server: sandbox.kind=fusion sandbox.url=http://HOST:8080. "
-    "Last resort, for code you trust: sandbox.kind=none sandbox.unsandboxed=true"
+    "Last resort, for code you trust: sandbox.kind=none sandbox.unsandboxed=true --i-know-tools-are-unsandboxed"
 )
 
 

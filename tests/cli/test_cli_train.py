@@ -35,7 +35,7 @@ def test_sft_then_train_then_eval(tmp_path):
     run = tmp_path / "r"
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     last = [e for e in events if e["event"] == "eval"][-1]
-    result = json.loads(spearrl("eval", str(run), "--split", "val", "--json").stdout)
+    result = json.loads(spearrl("eval", str(run), "--split", "val", SETTINGS[0], "--json").stdout)
     assert result["panel"] == last["panel"] and result["success"]["rate"] == last["success"]
     assert result["success"]["low"] <= result["success"]["rate"] <= result["success"]["high"]
     episode = json.loads((run / "trajectories/step-000001.jsonl").read_text().splitlines()[0])
@@ -68,7 +68,7 @@ def test_ctrl_c_saves_and_the_run_resumes(model, tmp_path):
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=300)
     assert process.returncode == 130 and "Continue with" in rest
-    done = spearrl("train", "--resume", str(tmp_path / "r"), "run.steps=6")
+    done = spearrl("train", "--resume", str(tmp_path / "r"), SETTINGS[0], "run.steps=6")
     assert "resumed from" in done.stderr and "6/6" in done.stderr
 
 
@@ -76,7 +76,7 @@ def test_kill_9_loses_nothing_before_the_last_checkpoint(model, tmp_path):
     process = begun(model, tmp_path, "5/")
     process.kill()
     process.communicate()
-    done = spearrl("train", "--resume", str(tmp_path / "r"), "run.steps=6")
+    done = spearrl("train", "--resume", str(tmp_path / "r"), SETTINGS[0], "run.steps=6")
     assert "resumed from" in done.stderr and "6/6" in done.stderr
 
 

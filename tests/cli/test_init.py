@@ -85,7 +85,7 @@ def test_it_trains_as_it_is(here: Path):
     ]
     done = shell("spearrl", "train", "agent_three/config.toml", *short, folder=here)
     assert done.returncode == 0 and "done: runs/agent-three" in done.stdout, done.stderr
-    again = shell("spearrl", "eval", "runs/agent-three", "--json", folder=here)
+    again = shell("spearrl", "eval", "runs/agent-three", "env.name=agent_three.env:AgentThree", "--json", folder=here)
     assert json.loads(again.stdout)["success"]["tasks"] == 10, again.stderr
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ pytest.importorskip("deepspeed")
 
 from spearrl.errors import ConfigError, WorkerError
 from spearrl.learner import DeepSpeedLearner
+from spearrl.learner.deepspeed.signing import BYTES, VARIABLE, Signer
 from spearrl.losses import Objective
 from tests.engines.test_deepspeed import batches_without_critic, saved, settings
 from tests.learner.test_learner import tiny
@@ -147,6 +150,43 @@ time.sleep(600)
     trainer.kill()
     trainer.wait()
     wait_gone([pid])
+
+
+def test_a_stranger_who_reaches_the_store_commands_nobody(learner):
+    """Whatever it writes: the next command, without a seal, with another's or one of its own; an error."""
+    port, next_ = learner.ranks.group.store.port, learner.ranks.commands
+    stranger = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
+    order = json.dumps({"name": "close"})
+    said = stranger.get("command/0")
+    assert b'"build"' in said and learner.ranks.signer.sound("command/0", said[:BYTES], said[BYTES:])
+    for value in (order, said, Signer("guess").seal(f"command/{next_}", order.encode()) + order.encode()):
+        stranger.set(f"command/{next_}", value)
+        time.sleep(0.3)
+        assert learner.ranks.children[1].process.poll() is None
+    stranger.set("error/1", "I give up")
+    ids = [3, 1, 4]
+    assert learner.probe(ids) == learner.probe(ids)
+    stranger.set(f"command/{learner.ranks.commands}", order)
+    time.sleep(0.3)
+    assert learner.ranks.children[1].process.poll() is None and learner.probe(ids)
+
+
+def test_a_message_that_is_not_signed_is_refused(learner, monkeypatch):
+    """Of an answer that comes over gloo."""
+    monkeypatch.setattr(learner.ranks.group, "signer", Signer("another"))
+    with pytest.raises(WorkerError, match="learner rank 1: a message lacks this run's signature"):
+        learner.probe([1, 2])
+
+
+def test_the_secret_is_on_no_command_line(learner):
+    child = learner.ranks.children[1].process
+    secret = dict(
+        line.split("=", 1) for line in Path(f"/proc/{child.pid}/environ").read_text().split("\0") if "=" in line
+    )[VARIABLE]
+    assert len(secret) == 64 and VARIABLE not in os.environ
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            assert secret not in line.read_text(errors="replace")
 
 
 def test_a_trainer_that_waits_on_its_gpu_for_a_dead_rank_ends_and_says_so():

@@ -96,10 +96,13 @@ def test_a_server(server, monkeypatch, tmp_path):
         with pytest.raises(EngineError, match=message) as refused:
             RemoteEngine(url, folder, VllmSection(), ROLLOUT)
         assert url in str(refused.value) and "wrong" not in str(refused.value)
-    monkeypatch.setenv("OTHER", "right")
+    monkeypatch.setenv("SPEARRL_OTHER_TOKEN", "right")
+    other = VllmSection(token_variable="SPEARRL_OTHER_TOKEN")
     with pytest.raises(ConfigError, match=f"holds {CONTEXT} tokens"):
-        RemoteEngine(url, folder, VllmSection(token_variable="OTHER"), RolloutSection(context_tokens=CONTEXT + 1))
-    engine, model = RemoteEngine(url, folder, VllmSection(token_variable="OTHER"), ROLLOUT), tiny()
+        RemoteEngine(
+            url, folder, VllmSection(token_variable="SPEARRL_OTHER_TOKEN"), RolloutSection(context_tokens=CONTEXT + 1)
+        )
+    engine, model = RemoteEngine(url, folder, VllmSection(token_variable="SPEARRL_OTHER_TOKEN"), ROLLOUT), tiny()
     assert engine.health()
 
     wanted = requests(16, temperature=0.0, max_tokens=16)

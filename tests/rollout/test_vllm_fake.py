@@ -522,7 +522,7 @@ def test_pictures_of_the_qwen_family_on_a_server(server, folder):
     [
         ("/version", (200, {"version": "0.12.1"}), r"0\.12\.1 is installed"),
         ("/v1/models", (200, {"data": [{"max_model_len": 32}]}), "holds 32 tokens"),
-        ("/v1/models", (401, {"error": "Unauthorized"}), "wants a token, and TOKEN_NOT_SET is not set"),
+        ("/v1/models", (401, {"error": "Unauthorized"}), "wants a token, and SPEARRL_UNSET_TOKEN is not set"),
         (
             "/inference/v1/generate",
             (403, {"error": "restart with --enable-scale-out"}),
@@ -547,7 +547,7 @@ def test_pictures_of_the_qwen_family_on_a_server(server, folder):
 def test_servers_that_do_not_serve(server, folder, route, rule, text):
     FakeServer.rules = {route: rule}
     with pytest.raises((EngineError, ConfigError), match=text) as error:
-        connected(server, folder, token_variable="TOKEN_NOT_SET")
+        connected(server, folder, token_variable="SPEARRL_UNSET_TOKEN")
     assert server in str(error.value)
 
 

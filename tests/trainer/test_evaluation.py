@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from spearrl.cli.main import main
 from spearrl.config.sections import EvalSection, RunConfig
 from spearrl.evaluation import panel_id, pass_rates, success_rate, summarise, wilson
+from spearrl.trainer import Trainer
 from spearrl.types import Group, Status, Task, Trajectory
+from tests.support.small_run import small_config
 
 
 def group(number: int, *statuses: Status, stratum: str = "s") -> Group:
@@ -77,3 +82,23 @@ def test_the_panel_hash_changes_with_what_defines_it():
     ids = [panel_id(tasks, RunConfig.model_validate(change)) for change in changes]
     assert ids[0] == panel_id(tasks, RunConfig(run={"seed": 3}))
     assert len({*ids, panel_id(tasks[:1], RunConfig())}) == 6
+
+
+def test_an_environments_measures_replace_no_number_of_ours(tmp_path, capsys):
+    """In the event log of a run, its metrics, and what `spearrl eval` says."""
+    settings = ("env.name=tests.support.hostile_envs:Boasting", "sft.enabled=false", "run.steps=1", "eval.tasks=3")
+    with Trainer(small_config(tmp_path, *settings)) as trainer:
+        trainer.train()
+    logged = [json.loads(line) for line in (trainer.run.path / "events.jsonl").read_text().splitlines()]
+    episodes = (trainer.run.path / "trajectories" / "eval-val-000001.jsonl").read_text().splitlines()
+    paid = sum(json.loads(line)["reward"] for line in episodes) / len(episodes)
+    evaluation = [event for event in logged if event["event"] == "eval"][-1]
+    assert (evaluation["reward"], evaluation["step"], evaluation["tasks"], evaluation["errors"]) == (paid, 1, 3, 0)
+    assert evaluation["turns"] <= 4 and evaluation["low"] <= 1 and evaluation["panel"] != "mine"
+    assert evaluation["seconds"] >= 0 and evaluation["time"] != "then" and "rollout/reward" not in evaluation
+    assert 0 < evaluation["env/reward"] <= 123 and evaluation["env/panel"] == "mine"
+    (step,) = [event for event in logged if event["event"] == "step"]
+    assert step["rollout/reward"] <= 10 < step["env/reward"] and step["step"] == 1
+    assert main(["eval", str(trainer.run.path), settings[0], "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["reward"] == paid and said["measures"]["env/reward"] == evaluation["env/reward"]

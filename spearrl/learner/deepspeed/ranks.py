@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -22,7 +24,8 @@ import torch
 import torch.distributed as dist
 
 from spearrl.batching.nested_tensors import pack, unpack
-from spearrl.errors import ConfigError, SpearError, WorkerError
+from spearrl.errors import ConfigError, SpearError, WorkerError, printable
+from spearrl.learner.deepspeed.signing import BYTES, VARIABLE, Signer
 from spearrl.processes import Child, under_launcher
 
 Execute = Callable[[str, Any, Any], Any]  # (command, what all ranks are sent, this rank's part) → this rank's result
@@ -34,8 +37,9 @@ CONNECTION_WORDS = ("gloo", "timed out", "connection", "socket")  # in errors of
 class RankGroup:
     """This process as one of all ranks, once they are all there."""
 
-    def __init__(self, store: Any, rank: int, size: int, *, device: str, timeout_s: float):
-        self.store, self.rank, self.size = store, rank, size
+    def __init__(self, store: Any, rank: int, size: int, *, signer: Signer, device: str, timeout_s: float):
+        self.store, self.rank, self.size, self.signer = store, rank, size, signer
+        self._messages: Counter[str] = Counter()  # so far, by sender and receiver
         local_rank, limit = int(os.environ.setdefault("LOCAL_RANK", "0")), timedelta(seconds=timeout_s)
         if device == "cuda":
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
@@ -48,16 +52,28 @@ class RankGroup:
     def send(self, tree: Any, rank: int) -> None:
         """Send a value that `nested_tensors.pack` takes."""
         packed = pack(tree)
+        seal = self.signer.seal(self._next(self.rank, rank), packed.numpy())
         dist.send(torch.tensor([len(packed)]), rank, group=self.gloo)
+        dist.send(torch.frombuffer(bytearray(seal), dtype=torch.uint8), rank, group=self.gloo)
         dist.send(packed, rank, group=self.gloo)
 
     def receive(self, rank: int) -> Any:
-        """What that rank sends."""
-        size = torch.zeros(1, dtype=torch.int64)
+        """What that rank sends. Raises WorkerError for a message without this run's signature."""
+        size, seal = torch.zeros(1, dtype=torch.int64), torch.empty(BYTES, dtype=torch.uint8)
         dist.recv(size, rank, group=self.gloo)
+        dist.recv(seal, rank, group=self.gloo)
         packed = torch.empty(int(size), dtype=torch.uint8)
         dist.recv(packed, rank, group=self.gloo)
+        if not self.signer.sound(self._next(rank, self.rank), seal.numpy().tobytes(), packed.numpy()):
+            text, hint = "a message lacks this run's signature", f"give all ranks the same {VARIABLE}"
+            raise WorkerError(text, where=f"learner rank {rank}", hint=hint)
         return unpack(packed)
+
+    def _next(self, sender: int, receiver: int) -> str:
+        """The name of the next message between two ranks."""
+        way = f"{sender}>{receiver}"
+        self._messages[way] += 1
+        return f"{way}/{self._messages[way]}"
 
     def close(self) -> None:
         """Leave the process group, so that another can be made.
@@ -101,7 +117,7 @@ class Ranks:
             raise ConfigError("this process is in a process group already", where="DeepSpeedLearner", hint=hint)
         self.execute, self.timeout_s = execute, timeout_s
         self.children: dict[int, Child] = {}
-        self.commands, self.closed = 0, False
+        self.commands, self.closed, self.signer = 0, False, Signer.of_environment()
         self.group: RankGroup | None = None
         threads = torch.get_num_threads()
         try:
@@ -114,9 +130,9 @@ class Ranks:
                 store, size = self._start(processes, environments, max(1, threads // processes)), processes
             # Of this process: between commands, and while every rank works.
             self.threads = (threads, max(1, threads // (len(self.children) + 1)) if device == "cpu" else threads)
-            store.set("setup", json.dumps({"device": device, "timeout_s": timeout_s}))
+            self.signer.write(store, "setup", json.dumps({"device": device, "timeout_s": timeout_s}))
             self._await_all(store, size)
-            self.group = RankGroup(store, 0, size, device=device, timeout_s=timeout_s)
+            self.group = RankGroup(store, 0, size, signer=self.signer, device=device, timeout_s=timeout_s)
         except BaseException:
             self.close(failed=True)
             raise
@@ -148,7 +164,7 @@ class Ranks:
             return
         self.closed = True
         if self.group is not None and not failed:
-            self.group.store.set(f"command/{self.commands}", json.dumps({"name": "close"}))
+            self.signer.write(self.group.store, f"command/{self.commands}", json.dumps({"name": "close"}))
         for child in self.children.values():
             child.end(0 if failed else GRACE_S)
         if self.group is not None:
@@ -161,7 +177,7 @@ class Ranks:
 
     def _call(self, group: RankGroup, name: str, common: Any, parts: Sequence[Any] | None) -> list[Any]:
         command = {"name": name, "common": common, "part": parts is not None}
-        group.store.set(f"command/{self.commands}", json.dumps(command))
+        self.signer.write(group.store, f"command/{self.commands}", json.dumps(command))
         self.commands += 1
         between, during = self.threads
         torch.set_num_threads(during)
@@ -185,12 +201,14 @@ class Ranks:
         while not done.wait(HEARTBEAT_S):
             fault = self._fault(group, name)
             if fault is not None and not done.wait(2 * GRACE_S):
-                print(fault, file=sys.stderr, flush=True)
+                print(printable(str(fault)), file=sys.stderr, flush=True)
                 os._exit(fault.exit_code)
 
     def _start(self, processes: int, environments: Sequence[Mapping[str, str]], threads: int) -> Any:
         """Start the other ranks; returns the store."""
-        # By itself the store listens on every interface, and it carries commands.
+        # By itself the store listens on every interface, and it carries commands; here every user of the machine can.
+        secret = secrets.token_hex()
+        self.signer = Signer(secret)
         listener = socket.create_server(("127.0.0.1", 0))
         port, limit = listener.getsockname()[1], timedelta(seconds=self.timeout_s)
         store = dist.TCPStore(
@@ -200,7 +218,7 @@ class Ranks:
         common |= {"OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR"}
         for rank in range(1, processes):
             variables = {key: str(value) for key, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            variables |= environments[rank] if environments[rank:] else {}
+            variables |= {VARIABLE: secret, **(environments[rank] if environments[rank:] else {})}
             self.children[rank] = Child("spearrl.learner.rank_process", variables)
         return store
 
@@ -242,8 +260,9 @@ class Ranks:
     def _fault(self, group: RankGroup, name: str) -> WorkerError | None:
         """What a rank reported, or that it ended."""
         for rank in range(1, group.size):
-            if group.store.check([f"error/{rank}"]):
-                text = f"{name!r} failed: {group.store.get(f'error/{rank}').decode()}"
+            key = f"error/{rank}"
+            if group.store.check([key]) and (said := self.signer.read(group.store, key)) is not None:
+                text = f"{name!r} failed: {said}"
                 return WorkerError(text, where=f"learner rank {rank}", hint=RESUME)
         for rank, child in self.children.items():
             if child.process.poll() is not None:
@@ -260,12 +279,11 @@ def serve_commands(execute: Execute) -> int:
         signal.signal(ignored, signal.SIG_IGN)
     store, rank, size = next(dist.rendezvous("env://"))
     threading.Thread(target=_beat, args=(store.clone(), rank), daemon=True).start()
-    _wait(store, "setup")
-    group = RankGroup(store, rank, size, **json.loads(store.get("setup")))
+    signer = Signer.of_environment()
+    group = RankGroup(store, rank, size, signer=signer, **json.loads(signer.wait(store, "setup")))
     number = 0
     while True:
-        _wait(store, f"command/{number}")
-        command = json.loads(store.get(f"command/{number}"))
+        command = json.loads(signer.wait(store, f"command/{number}"))
         number += 1
         if command["name"] == "close":
             group.close()
@@ -274,15 +292,11 @@ def serve_commands(execute: Execute) -> int:
             part = group.receive(0) if command["part"] else None
             group.send(execute(command["name"], command["common"], part), 0)
         except SpearError as error:
-            store.set(f"error/{rank}", str(error))
+            signer.write(store, f"error/{rank}", str(error))
             return error.exit_code
         except Exception as error:
-            store.set(f"error/{rank}", f"{type(error).__name__}: {error}")
+            signer.write(store, f"error/{rank}", f"{type(error).__name__}: {error}")
             raise
-
-
-def _wait(store: Any, key: str) -> None:
-    store.wait([key], timedelta(days=3650))  # `_beat` ends it where nothing can come any more
 
 
 def _beat(store: Any, rank: int) -> None:

@@ -16,6 +16,8 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+from spearrl.processes import as_for_children
+
 TAG = "SPEARRL_ENGINE"  # environment variable that marks an engine's processes
 END_S = 10.0
 # vLLM's engine core outlives a parent that was killed. The shell's input ends with this process, however it ends.
@@ -60,21 +62,13 @@ class Processes:
 
     @contextmanager
     def environment(self, variables: Mapping[str, str]) -> Iterator[None]:
-        """Set environment variables; afterwards all are as before, those that vLLM changed too (it preloads libraries,
-        which no other process should).
+        """The environment that the engine's processes start with; afterwards all variables are as before, those that
+        vLLM changed too (it preloads libraries, which no other process should).
         """
         _start_tracker()  # shared by everything that uses multiprocessing: not to be marked
-        before = dict(os.environ)
-        os.environ.update(variables)
-        os.environ.update(
-            {TAG: self.tag, "SPT_NOENV": "1"}
-        )  # vLLM renames its processes; without the latter that wipes the mark
-        try:
+        # vLLM renames its processes; without the latter that wipes the mark
+        with as_for_children({**variables, TAG: self.tag, "SPT_NOENV": "1"}):
             yield
-        finally:
-            for name in os.environ.keys() - before.keys():
-                del os.environ[name]
-            os.environ.update(before)
 
     def ids(self) -> list[int]:
         """Process ids of what is left of the engine."""
