@@ -20,7 +20,7 @@ from spearrl.errors import RefusedError
 from spearrl.evaluation import evaluate
 from spearrl.trainer import Trainer
 from tests.support.short_runs import cold_started
-from tests.support.small_run import small_config
+from tests.support.small_run import SETTINGS, small_config
 
 FETCH = "env.name=tests.support.toy_envs:Fetch"
 PLANTED = """from pathlib import Path
@@ -136,16 +136,20 @@ def spearrl(*words: str, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
-def test_ones_own_run_goes_on_with_what_the_error_says(run: Path, stranger, tmp_path: Path):
+def test_ones_own_run_goes_on_with_what_the_error_says(tmp_path: Path):
     """The error's own words, added to the command, are enough; and the end of a run says them."""
-    folder = stranger("env.name=planted:Env", "run.steps=0", "eval.tasks=2")
-    refused = spearrl("train", "--resume", str(folder), folder=tmp_path)
+    (tmp_path / "planted.py").write_text(PLANTED.format(mark=str(tmp_path / "imported")))
+    small = ["sft.enabled=false", "run.steps=0", "eval.tasks=2", "rollout.groups_per_step=1", "rollout.group_size=2"]
+    begun = spearrl("train", "--preset", "tiny", *SETTINGS[1:], *small, "env.name=planted:Env", folder=tmp_path)
+    assert begun.returncode == 0 and begun.stdout.rstrip().endswith("--split val env.name=planted:Env"), begun.stderr
+    (tmp_path / "imported").unlink()
+    folder = begun.stdout.split()[1]
+    refused = spearrl("train", "--resume", folder, "run.steps=1", folder=tmp_path)
     assert refused.returncode == 3 and not (tmp_path / "imported").exists(), refused.stderr
     added = shlex.split(refused.stderr.rpartition("overrides):")[2])
-    done = spearrl("train", "--resume", str(folder), *added, folder=tmp_path)
+    done = spearrl("train", "--resume", folder, "run.steps=1", *added, folder=tmp_path)
     assert done.returncode == 0 and (tmp_path / "imported").exists(), done.stderr
-    assert done.stdout.rstrip().endswith("--split val env.name=planted:Env")
-    evaluated = spearrl("eval", str(folder), "eval.tasks=2", "--json", *added, folder=tmp_path)
+    evaluated = spearrl("eval", folder, "--json", *added, folder=tmp_path)
     assert json.loads(evaluated.stdout)["success"]["tasks"] == 2, evaluated.stderr
 
 
@@ -216,11 +220,11 @@ def test_with_the_word_it_is_off_and_every_start_says_so(tmp_path: Path, monkeyp
     assert main(["train", "--preset", "tiny-math", *MATH, *small, "run.name=r", YES]) == 0
     assert "the sandbox is switched off" in capsys.readouterr().err
     folder = str(tmp_path / "r")
-    assert main(["train", "--resume", folder, *NO_SANDBOX]) == 3  # repeated, but without the word
+    assert main(["train", "--resume", folder, "run.steps=2", *NO_SANDBOX]) == 3  # repeated, but without the word
     assert YES in capsys.readouterr().err
-    assert main(["train", "--resume", folder, YES]) == 3  # the word, but not repeated
+    assert main(["train", "--resume", folder, "run.steps=2", YES]) == 3  # the word, but not repeated
     assert "env.options.sandbox.unsandboxed=true" in capsys.readouterr().err
-    assert main(["train", "--resume", folder, *NO_SANDBOX, YES]) == 0
+    assert main(["train", "--resume", folder, "run.steps=2", *NO_SANDBOX, YES]) == 0
     assert main(["eval", folder, *NO_SANDBOX, YES]) == 0
     assert capsys.readouterr().err.count("the sandbox is switched off") == 2
 

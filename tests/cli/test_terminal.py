@@ -60,8 +60,8 @@ def test_play_by_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_a_failing_environment_under_train_and_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     settings = [*SETTINGS, *SHORT, f"run.output_dir={tmp_path}", f"model.path={loud_model(tmp_path)}"]
-    assert main(["train", "--preset", "tiny", "--env", SHOUTING, *settings[1:]]) == 0
-    assert "(first fault: ValueError: no such thing as \\u001b[2J" in safe(capsys.readouterr())
+    assert main(["train", "--preset", "tiny", "--env", SHOUTING, *settings[1:]]) == 6
+    assert "ValueError: no such thing as \\u001b[2J" in safe(capsys.readouterr())
     assert main(["eval", str(tmp_path / "r"), f"env.name={SHOUTING}"]) == 0
     assert main(["check-env", SHOUTING]) == 1
     assert "\\u001b[2J" in safe(capsys.readouterr())
