@@ -113,6 +113,8 @@ bench-peers: $(PEERS)/peers.stamp
 
 bench-engines: $(ENGINES)/engines.stamp
 	$(ENGINES)/bin/python -m benchmarks.sync
+	$(ENGINES)/bin/python -m benchmarks.vllm_path
+	$(ENGINES)/bin/python -m benchmarks.processes
 	$(ENGINES)/bin/python -m benchmarks.gpu --tiny --device cpu
 
 mutants: $(VENV)/dev.stamp

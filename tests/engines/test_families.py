@@ -18,6 +18,7 @@ from spearrl.rollout.vllm import VLLMEngine  # noqa: E402
 from spearrl.sync import Bridge  # noqa: E402
 from tests.batching.test_rows import make_rows  # noqa: E402
 from tests.learner.test_learner import RUNS, batch_of  # noqa: E402
+from tests.support.engine_requests import requests, serve  # noqa: E402
 from tests.support.families import FAMILIES, family_directory  # noqa: E402
 from tests.support.gates import LIMIT_S  # noqa: E402
 
@@ -63,14 +64,16 @@ def gap(one, two) -> float:
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
+VLLM_FAMILIES = ["llama", "qwen2", "qwen3", "gemma3", "qwen3_moe"]
 # The narrowest layers that vLLM takes on processors.
 WIDE = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 96}
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gemma3"])
-def test_vllm_gets_the_learners_weights(name: str, tmp_path):
-    """vLLM keeps experts in a layout of its own, and packs them again at every sync."""
-    more = {"moe_intermediate_size": 32} if "moe" in name else {}
+@pytest.mark.parametrize("name", VLLM_FAMILIES)
+def test_vllm_samples_with_the_learners_weights(name: str, tmp_path):
+    """Synced twice (vLLM packs some families' weights again at every sync), then replies longer than a window."""
+    experts = {"qwen2_moe": {"shared_expert_intermediate_size": 32}}.get(name, {})
+    more = {"moe_intermediate_size": 32, **experts} if "moe" in name else {}
     folder = family_directory(name, tmp_path / "model", **WIDE, **more)
     learner = LocalLearner(load_model(str(folder)), LearnerSection(precision="fp32"))
     rollout = RolloutSection(context_tokens=512, slots=16, cache_mib=64)
@@ -85,5 +88,10 @@ def test_vllm_gets_the_learners_weights(name: str, tmp_path):
             metrics = bridge.publish(version)
             assert metrics["sync/probe_gap"] <= 1e-4 and metrics["sync/resent"] == 0
         bridge.close()
+        wanted = requests(4, max_tokens=24)
+        for request, completion in zip(wanted, serve(engine, *wanted), strict=True):
+            expected = learner.probe([*request.token_ids, *completion.token_ids])[-len(completion.token_ids) :]
+            assert len(completion.token_ids) == 24 and completion.min_version == 2
+            assert list(completion.logprobs) == pytest.approx(expected, abs=1e-4)
     finally:
         engine.close()

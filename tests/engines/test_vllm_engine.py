@@ -164,7 +164,7 @@ def test_only_the_requests_stop_ids_stop(engine):
     free = serve(engine, *requests(64, max_tokens=40, temperature=1.5))
     assert all(c.finish_reason == "length" and len(c.token_ids) == 40 for c in free)
     assert any(3 in c.token_ids for c in free)  # the model's own end token
-    stops = (5, 11, 17)
+    stops = (5, 11, 17, VOCABULARY + 3)  # a tokenizer may know tokens that its model cannot say
     for completion in serve(engine, *requests(16, max_tokens=200, temperature=1.5, stop_ids=stops)):
         assert completion.finish_reason == "stop" and len(completion.logprobs) == len(completion.token_ids)
         assert completion.token_ids[-1] in stops and not set(completion.token_ids[:-1]) & set(stops)

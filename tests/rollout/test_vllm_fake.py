@@ -132,7 +132,7 @@ def opened(folder: Path, settings: VllmSection | None = None, **changes) -> VLLM
 def test_a_request_becomes_vllms(fake, folder):
     engine, sampling = (
         opened(folder),
-        Sampling(temperature=0.0, top_p=0.9, max_tokens=2, stop_ids=(4,), allowed_ids=(7, 8), seed=-1),
+        Sampling(temperature=0.0, top_p=0.9, max_tokens=2, stop_ids=(4, 60), allowed_ids=(7, 8), seed=-1),
     )
     completion = ask(engine, sampling=sampling)
     assert completion == Completion((7, 8), (-0.5, -0.5), "length", 0, 0, 2)
@@ -142,7 +142,7 @@ def test_a_request_becomes_vllms(fake, folder):
         "temperature": 0.0,
         "top_p": 1.0,
         "max_tokens": 2,
-        "stop_token_ids": [4],
+        "stop_token_ids": [4],  # 60 lies beyond the vocabulary: vLLM would refuse the request
         "ignore_eos": True,
         "allowed_token_ids": [7, 8],
         "seed": 2**63 - 1,

@@ -143,12 +143,14 @@ def process_environment(
     return ours | {name: os.environ.get(name, value) for name, value in defaults.items()}
 
 
-def sampling_arguments(sampling: Sampling, forbidden: Sequence[int] = ()) -> dict[str, Any]:
+def sampling_arguments(sampling: Sampling, vocabulary: int, forbidden: Sequence[int] = ()) -> dict[str, Any]:
     """Keyword arguments of SamplingParams.
 
     Greedy requests ignore top_p, as vLLM has it: their log-probabilities are of the whole vocabulary.
 
     Args:
+        vocabulary: of the model; vLLM refuses stop ids beyond it, which a tokenizer larger than its model may have and
+            no reply can end with.
         forbidden: tokens that no reply may hold.
     """
     return {
@@ -156,7 +158,7 @@ def sampling_arguments(sampling: Sampling, forbidden: Sequence[int] = ()) -> dic
         "temperature": sampling.temperature,
         "top_p": sampling.top_p if sampling.temperature else 1.0,
         "max_tokens": sampling.max_tokens,
-        "stop_token_ids": list(sampling.stop_ids),
+        "stop_token_ids": [token for token in sampling.stop_ids if token < vocabulary],
         "ignore_eos": True,  # the request's own stop ids and nothing else
         "allowed_token_ids": None if sampling.allowed_ids is None else list(sampling.allowed_ids),
         "seed": sampling.seed % (1 << 63),  # -1 would mean: no seed

@@ -139,7 +139,8 @@ class VLLMEngine(BackgroundEngine):
 
         begun, adapter = self.version, self.adapter
         parameters = SamplingParams(
-            **sampling_arguments(request.sampling, self._image_tokens), output_kind=RequestOutputKind.FINAL_ONLY
+            **sampling_arguments(request.sampling, self._vocabulary, self._image_tokens),
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt: dict[str, Any] = {"prompt_token_ids": self._prompt_ids(request)}
         if request.images:

@@ -112,7 +112,7 @@ class RemoteEngine(BackgroundEngine):
         begun = self.version
         body: dict[str, Any] = {
             "token_ids": self._prompt_ids(request),
-            "sampling_params": sampling_arguments(request.sampling, self._image_tokens),
+            "sampling_params": sampling_arguments(request.sampling, self._vocabulary, self._image_tokens),
         }
         if request.images:
             urls = (
