@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> str:
     from spearrl.config import to_toml
+    from spearrl.config.dump import without_secrets
 
     if args.gpus is not None:
         from spearrl.launch.describe import describe
@@ -60,7 +61,7 @@ def _show(args: argparse.Namespace) -> str:
     else:
         check_environment(resolved)
     if args.json:
-        settings = resolved.config.model_dump(mode="json")
+        settings = without_secrets(resolved.config.model_dump(mode="json"))
         return json.dumps({"config": settings, "sources": dict(resolved.sources)}, indent=1)
     return to_toml(resolved.config, resolved.sources if args.why else None)
 

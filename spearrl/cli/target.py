@@ -34,12 +34,14 @@ def model_of(directory: str | Path, step: int | None = None) -> Path:
 
     Raises CheckpointError.
     """
+    from spearrl.config.foreign import refuse_links
     from spearrl.errors import CheckpointError
     from spearrl.run.checkpoint import defect, newest_checkpoint
 
     folder = Path(directory, "checkpoints")
     if not folder.is_dir():
         return Path(directory)
+    refuse_links(directory)
     if step is None:
         return newest_checkpoint(folder)[0]
     path = folder / f"step-{step:06d}"

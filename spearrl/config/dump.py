@@ -5,23 +5,26 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spearrl.config.fields import OPTIONS, Key, dotted, leaves, sections
 from spearrl.config.sections import RunConfig
+from spearrl.errors import is_secret
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 NONE = "none"  # TOML has no null
+REDACTED = "[not shown]"  # in the place of an option whose name says that it is a secret
 
 
 def to_toml(config: RunConfig, comments: Mapping[str, str] | None = None) -> str:
-    """Every setting of the config; `load_config` of the text gives an equal config.
+    """Every setting of the config; `load_config` of the text gives an equal config. Secrets are left out.
 
     Args:
         comments: dotted key -> words put behind its line.
     """
-    tree = config.model_dump()
+    tree = without_secrets(config.model_dump())
     lines: list[str] = []
 
     def write(table: Key, values: Mapping[str, Any]) -> None:
@@ -58,10 +61,30 @@ def toml_value(value: Any) -> str:
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Every setting by dotted key; options of the environment by their own names."""
-    tree = config.model_dump()
+    """Every setting by dotted key; options of the environment by their own names, secret ones without their value."""
+    tree = without_secrets(config.model_dump())
     values = {dotted(key): _at(tree, key) for key in leaves() if key != OPTIONS}
-    return values | {dotted((*OPTIONS, name)): option for name, option in config.env.options.items()}
+    return values | {dotted((*OPTIONS, name)): option for name, option in _at(tree, OPTIONS).items()}
+
+
+def without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
+    """A dumped config whose options say nothing secret: texts whose names say that they are."""
+
+    def cleared(value: Any, name: str) -> Any:
+        if isinstance(value, Mapping):
+            return {key: cleared(item, str(key)) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [cleared(item, name) for item in value]
+        return REDACTED if isinstance(value, str) and value and is_secret(name) else value
+
+    return {**tree, "env": {**tree["env"], "options": cleared(tree["env"]["options"], "")}}
+
+
+def command_line(words: Sequence[str]) -> str:
+    """A command as a shell takes it, without the values of options whose names say that they are secret."""
+    hidden = (w.startswith(dotted(OPTIONS)) and is_secret(w) for w in words)
+    pairs = zip(words, hidden, strict=True)
+    return shlex.join([f"{word.partition('=')[0]}={REDACTED}" if hide else word for word, hide in pairs])
 
 
 def diff(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -35,6 +35,8 @@ def read(path: str | Path) -> ConfigFile | Problem:
         if file.is_dir():
             file = file / "config.toml"
             name = str(file)
+            if file.is_symlink():
+                return Problem("is a link, which is not followed out of a directory", "put the file there", where=name)
         if not file.exists():
             fix = "use the path of a TOML file or of a run directory, or --preset tiny"
             return Problem("the config file does not exist", fix, where=name)

@@ -60,10 +60,10 @@ def dangers(settings: Mapping[Key, Any], imported: Container[str] = ()) -> list[
         imported: modules that are here already.
     """
     found = []
-    for key, value in (item for pair in settings.items() for item in _below(*pair)):
+    for key, value in (item for pair in settings.items() for item in singles(*pair)):
         if key in IMPORTS and str(value).partition(":")[0] in imported:
             continue
-        reason = next(filter(None, (_danger(*item) for item in _below(key, value, lists=True))), "")
+        reason = next(filter(None, (_danger(*item) for item in singles(key, value, lists=True))), "")
         found += [(argument(key, value), reason)] if reason else []
     return found
 
@@ -94,7 +94,7 @@ def unsandboxed(options: Mapping[str, Any], allowed: bool) -> str:
 
     Raises RefusedError where that is not `allowed` by the caller: a config alone does not do it.
     """
-    if not any(key[-1] == SWITCH and value for key, value in _below(OPTIONS, options, lists=True)):
+    if not any(key[-1] == SWITCH and value for key, value in singles(OPTIONS, options, lists=True)):
         return ""
     if not allowed:
         text = "the sandbox is switched off: code that the model writes would run as you"
@@ -109,14 +109,14 @@ def warn_unsandboxed(options: Mapping[str, Any], allowed: bool) -> None:
         warnings.warn(text, stacklevel=1)
 
 
-def _below(key: Key, value: Any, *, lists: bool = False) -> Iterator[tuple[Key, Any]]:
+def singles(key: Key, value: Any, *, lists: bool = False) -> Iterator[tuple[Key, Any]]:
     """The single values of a setting: those in tables, and with `lists` those in lists."""
     if isinstance(value, Mapping):
         for name, item in value.items():
-            yield from _below((*key, str(name)), item, lists=lists)
+            yield from singles((*key, str(name)), item, lists=lists)
     elif lists and isinstance(value, list | tuple):
         for item in value:
-            yield from _below(key, item, lists=lists)
+            yield from singles(key, item, lists=lists)
     else:
         yield key, value
 

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from spearrl.config import checks, foreign
-from spearrl.config.dump import NONE
+from spearrl.config.dump import NONE, REDACTED
 from spearrl.config.fields import (
     OPTIONS,
     Key,
@@ -128,6 +128,9 @@ def resolve(
     unrepeated = _unrepeated(path, settings)
     if path is not None and not shown and not problems:
         foreign.refuse(path, unrepeated)
+    problems += (
+        [] if shown else [_secret(key, setting) for key, setting in settings.items() if _is_hidden(key, setting)]
+    )
     if derive is not None and not problems:
         unset = {dotted(key) for key in leaves() if key not in settings}
         derived = {tuple(key.split(".")): value for key, value in derive(config, unset).items()}
@@ -147,6 +150,16 @@ def _unrepeated(path: str | Path | None, settings: Layer) -> list[tuple[str, str
         return []
     given = {key: setting.value for key, setting in settings.items() if setting.source != COMMAND_LINE}
     return foreign.dangers(given, imported=sys.modules)
+
+
+def _is_hidden(key: Key, setting: Setting) -> bool:
+    return is_option(key) and any(value == REDACTED for _, value in foreign.singles(key, setting.value, lists=True))
+
+
+def _secret(key: Key, setting: Setting) -> Problem:
+    """A secret is in no file that we wrote."""
+    name = dotted(key)
+    return Problem(f"{name} is a secret, which was not stored", f"give it again: {name}=…", setting.source)
 
 
 def _of_file(file: ConfigFile | Problem, problems: list[Problem]) -> Layer:

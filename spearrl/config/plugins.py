@@ -16,6 +16,9 @@ from spearrl.errors import ConfigError, SpearError
 def imported(path: str, where: str) -> Any:
     """What "package.module:name" names; the current directory's modules count too. Raises ConfigError if it fails."""
     module_name, _, name = path.partition(":")
+    if module_name.partition(".")[0] in sys.stdlib_module_names - {"test"}:
+        text, hint = f"{path!r} is of Python's standard library, which has none", "name a class or function of your own"
+        raise ConfigError(text, where=where, hint=hint)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

@@ -24,7 +24,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import shutil
 import socket
 import sys
@@ -37,6 +36,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from spearrl.config import RunConfig, load_config, to_toml
+from spearrl.config.dump import command_line
 from spearrl.errors import RefusedError, StorageError, printable
 from spearrl.processes import version_of
 from spearrl.run.archive import compress_older
@@ -93,7 +93,7 @@ class Run:
         try:
             path.mkdir(parents=True, mode=0o700)
             (path / "config.toml").write_text(to_toml(config))
-            (path / "command.txt").write_text(shlex.join(sys.argv) + "\n")
+            (path / "command.txt").write_text(command_line(sys.argv) + "\n")
             (path / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
         except OSError as error:
             raise StorageError(
@@ -279,7 +279,7 @@ def _new_path(config: RunConfig) -> Path:
     folder = Path(config.run.output_dir)
     if config.run.name:
         path = folder / config.run.name
-        if path.exists():
+        if os.path.lexists(path):
             raise RefusedError(
                 f"{path} exists", hint=f"continue it with `spearrl train --resume {path}`, or choose another run.name"
             )

@@ -12,7 +12,7 @@ from spearrl.algorithm import Memory
 from spearrl.algorithm.curriculum import Curriculum
 from spearrl.config import RunConfig, diff, load_config, resolve
 from spearrl.config.dump import flat, toml_value
-from spearrl.config.foreign import to_repeat
+from spearrl.config.foreign import refuse_links, to_repeat
 from spearrl.errors import CheckpointError, ConfigError, RefusedError, SpearError
 from spearrl.run.checkpoint import (
     UNREADABLE,
@@ -125,8 +125,12 @@ def resumption(folder: Path, overrides: Sequence[str]) -> Resumption:
 
 
 def config_file(folder: Path) -> Path:
-    """The config of a run directory. Raises ConfigError that lists the runs there are, where this is none."""
+    """The config of a run directory.
+
+    Raises ConfigError that lists the runs there are, where this is none; RefusedError where links lead out of it.
+    """
     path = folder / "config.toml"
+    refuse_links(folder)
     if path.is_file():
         return path
     around = [*folder.parent.glob("*/config.toml"), *Path("runs").glob("*/config.toml")]

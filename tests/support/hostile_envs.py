@@ -72,3 +72,11 @@ class Shouting(Fetch):
             raise ValueError(f"no such thing as {DRIVING}")
         outcome = super().step(action)
         return replace(outcome, info={**outcome.info, "note": DRIVING})
+
+
+class Knowing(Fetch):
+    """Has settings that are secret."""
+
+    class Options(Fetch.Options):
+        api_key: str = Field("", description="Of a service.")
+        deep: dict[str, str] = Field({}, description="More of them.")
