@@ -377,7 +377,7 @@ def test_a_flag_and_an_override_may_not_contradict():
 
 OPTIONS = {
     "data": 'a "quoted" \\ path',
-    "tab\tkey.with dot": "line\nbreak\x7f\x1b é 漢",
+    "tab\tname.with dot": "line\nbreak\x7f\x1b é 漢",
     "numbers": [1, -2.5, 1e-300],
     "nested": {"deep": {"er": [{"x": True}, {}]}, "empty": {}},
     "none": "none",
