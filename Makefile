@@ -12,7 +12,7 @@ PEERS ?= .venv-peers
 # Test processes at a time: auto is one a core.
 JOBS ?= auto
 
-.PHONY: help install sandbox demo model check test test-fast test-engines engines isolation lint format type docs bench bench-peers bench-engines mutants clean
+.PHONY: help install sandbox demo model check test test-fast test-engines engines isolation lint format type docs bench bench-peers bench-engines mutants fuzz clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make bench         speed and memory in one table, against the accepted ratios (under twenty minutes);  make clean"
 	@echo "make bench-peers   install TRL into $(PEERS) (1.5 GB), with which make bench compares;  bench-engines: sync and engines"
 	@echo "make mutants       break self-imitation in some sixty ways, one at a time; the tests must notice each (nine minutes)"
+	@echo "make fuzz          100,000 damaged files and texts through every reader: only the documented errors may come out"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "spearrl needs Python 3.11 or newer, this is %s; fix: make PYTHON=python3.11 ..." % sys.version.split()[0])'
@@ -119,6 +120,9 @@ bench-engines: $(ENGINES)/engines.stamp
 
 mutants: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.mutants
+
+fuzz: $(VENV)/dev.stamp
+	SPEARRL_FUZZ=100000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults/test_fuzz.py
 
 clean:
 	rm -rf $(VENV) $(ENGINES) $(PEERS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

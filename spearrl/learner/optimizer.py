@@ -85,12 +85,14 @@ def save_counters(folder: Path, steps: int) -> None:
 def load_counters(folder: Path) -> int:
     """The number of optimiser steps made. Raises CheckpointError where it is not written there."""
     try:
-        counters = json.loads((folder / COUNTERS).read_text())
-    except (OSError, ValueError) as error:
+        counters = json.loads((folder / COUNTERS).read_bytes())
+        stated, steps = counters["format"], counters["steps"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(f"optimiser state is missing or damaged: {error}", where=str(folder)) from error
-    if counters.get("format") != FORMAT:
-        raise CheckpointError(f"format {counters.get('format')!r}; expected {FORMAT!r}", where=str(folder / COUNTERS))
-    return int(counters["steps"])
+    if stated != FORMAT or type(steps) is not int:
+        text = f"format {str(stated)[:40]!r} with steps {str(steps)[:40]}; expected {FORMAT!r} with an integer"
+        raise CheckpointError(text, where=str(folder / COUNTERS))
+    return steps
 
 
 def load_optimizer(

@@ -20,8 +20,8 @@ from spearrl.run.checkpoint import checkpoints
 from spearrl.run.events import read_events
 
 STEPS = 5
-# Where a run kills itself. It saves after steps 2, 4 and 5, evaluates at 0, 2, 4 and 5, replays from step 3 on, and with
-# 8 tasks, 4 a step, begins an epoch with steps 3 and 5.
+# Where a run kills itself. It saves after steps 2, 4 and 5, evaluates at 0, 2, 4 and 5, replays from step 3 on, and
+# begins an epoch with steps 3 and 5 (8 tasks, 4 a step).
 KILLS = {
     "before-a-save": "sync.publish:kill9@4",  # in step 3
     "in-a-save": "ckpt.mid_file:kill9@3",  # of step 4
@@ -106,7 +106,7 @@ def _main(model: Path, folder: Path) -> None:
             trainer.train()
 
     def resume(name: str) -> None:
-        with Trainer.resume(folder / name) as trainer:
+        with Trainer.resume(folder / name, overrides=["env.name=tests.support.toy_envs:Fetch"]) as trainer:
             trainer.train()
 
     ends = {"whole": [_child("", lambda: begin("whole"))]}
