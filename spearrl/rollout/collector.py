@@ -168,6 +168,8 @@ class Collector(Player):
 
         `seed`: (purpose, run seed, step, position of the task in its step).
         """
+        if (begin := getattr(self.engine, "begin", None)) is not None:
+            begin(seed[:3])
         try:
             faults = 0
             while True:

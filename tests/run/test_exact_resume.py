@@ -61,7 +61,7 @@ def runs(model, tmp_path_factory) -> Path:
         cwd=Path(__file__).resolve().parents[2],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     (folder / "ends.json").write_text(done.stdout)

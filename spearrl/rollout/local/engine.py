@@ -71,6 +71,7 @@ class LocalEngine:
         probe_ids = probe_ids or range(1, min(DEFAULT_PROBE, model.get_input_embeddings().num_embeddings))
         self.forward = Forward(model, self.cache, self._table.slots, device=self.device, probe_ids=probe_ids)
         self._waiting: list[Job] = []
+        self._episodes: tuple[object, ...] = ()
         self._task: asyncio.Task[None] | None = None
         self._paused = self._closed = False
         self.on_token: Callable[[Request, int], None] | None = None  # called with every token as it is drawn
@@ -96,6 +97,15 @@ class LocalEngine:
         except asyncio.CancelledError:
             self._drop(job)
             raise
+
+    def begin(self, episodes: tuple[object, ...]) -> None:
+        """Episodes of a step or a panel begin: what is cached of other ones is not used, once none is in flight.
+
+        So a step's log-probabilities are the same to the bit whether a panel was played before it, or the run resumed.
+        """
+        if episodes != self._episodes and not self._jobs():
+            self._episodes = episodes
+            self._table.flush()
 
     async def cancel(self, request_id: tuple[int, ...]) -> None:
         """Drop a request; who waits for it gets an EngineError."""
