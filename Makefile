@@ -12,7 +12,7 @@ PEERS ?= .venv-peers
 # Test processes at a time: auto is one a core.
 JOBS ?= auto
 
-.PHONY: help install sandbox demo model check test test-fast test-engines engines isolation lint format type docs bench bench-peers bench-engines mutants fuzz clean
+.PHONY: help install sandbox demo model check test test-fast test-engines engines isolation lint format type docs bench bench-peers bench-engines mutants test-faults fuzz clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make lint          style and layout;  make type: types;  make format: mend the style;  make docs: write docs/config.md"
 	@echo "make bench         speed and memory in one table, against the accepted ratios (under twenty minutes);  make clean"
 	@echo "make bench-peers   install TRL into $(PEERS) (1.5 GB), with which make bench compares;  bench-engines: sync and engines"
+	@echo "make test-faults   what a run does when something goes wrong, on real processes"
 	@echo "make mutants       break self-imitation in some sixty ways, one at a time; the tests must notice each (nine minutes)"
 	@echo "make fuzz          100,000 damaged files and texts through every reader: only the documented errors may come out"
 
@@ -120,6 +121,9 @@ bench-engines: $(ENGINES)/engines.stamp
 
 mutants: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.mutants
+
+test-faults: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n $(JOBS) --dist worksteal
 
 fuzz: $(VENV)/dev.stamp
 	SPEARRL_FUZZ=100000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults/test_fuzz.py

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from functools import cache
 
 from spearrl.errors import ConfigError
 
-VARIABLE = "SPEARRL_FAULT"
+VARIABLE, STRUCK = "SPEARRL_FAULT", "fault on purpose:"
 POINTS = {
     "ckpt.mid_file": "a file of a checkpoint is written, the next ones are not",
     "ckpt.before_rename": "a checkpoint is complete under its temporary name",
@@ -28,7 +29,7 @@ POINTS = {
     "engine.generate": "a reply is about to be sampled; nan: its log-probabilities",
     "sync.publish": "weights are about to be brought to what samples",
     "learner.backward": "a backward pass is about to be made; nan: its loss",
-    "rank.step": "a DeepSpeed rank is about to make an optimiser step",
+    "rank.step": "a learner rank that was started here is about to make an optimiser step",
 }
 ACTIONS = ("kill9", "raise", "hang", "nan", "enospc")
 SPOILT = ("env.step", "engine.generate", "learner.backward")  # points with a value for "nan" to spoil
@@ -88,6 +89,7 @@ def strike(point: str, error: type[Exception] = RuntimeError) -> bool:
             fault.passed += 1
         due = [f.action for f in faults if f.passed == f.number or (f.on and f.passed > f.number)]
     for action in due:
+        print(f"{STRUCK} {point}:{action}", file=sys.stderr, flush=True)
         if action == "kill9":
             os.kill(os.getpid(), signal.SIGKILL)
         while action in ("kill9", "hang"):

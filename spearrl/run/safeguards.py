@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from spearrl.batching import Batch
 from spearrl.config import RunConfig
+from spearrl.config.foreign import to_repeat
 from spearrl.errors import ConfigError, NumericsError, SpearError, WorkerError
 from spearrl.learner.protocol import UpdateResult
 from spearrl.run import bad_batch
@@ -106,6 +107,7 @@ class Guards:
             self._report("warning", {"text": f"step {step}: the batch that is not finite was not kept: {error}"})
             return "(the batch could not be kept)"
         command = f"spearrl replay {shlex.quote(str(self.folder))} --batch {shlex.quote(str(path))}"
+        command += to_repeat(self.config)
         text = f"step {step}: {result.skipped} optimiser steps left out; the first batch is in {path}"
         self._report("warning", {"text": f"{text}\n    {command}"})
         return command

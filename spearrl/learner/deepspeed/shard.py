@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from spearrl.batching import Batch, Rows
 from spearrl.config.sections import LearnerSection
+from spearrl.faults import strike
 from spearrl.learner.critic import ValueHead
 from spearrl.learner.deepspeed.zero import Moments, engine_settings, gathered, load_sharded, prepare
 from spearrl.learner.lora import (
@@ -97,6 +98,8 @@ class Shard:
 
         The norm is None where the step was left out.
         """
+        if dist.get_rank():
+            strike("rank.step")
         self.passes_left, self.finite = sum(share["passes"] for share in common["shares"]), True
         self.engine.train(self.settings.gradient_checkpointing)
         tally, gradients = Tally(), []
