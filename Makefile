@@ -12,7 +12,7 @@ PEERS ?= .venv-peers
 # Test processes at a time: auto is one a core.
 JOBS ?= auto
 
-.PHONY: help install sandbox demo model check test test-fast test-engines engines isolation lint format type docs bench bench-peers bench-engines mutants test-faults fuzz clean
+.PHONY: help install sandbox demo model check test test-fast test-engines engines isolation lint format type docs bench bench-peers bench-engines mutants test-faults fuzz soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make bench-peers   install TRL into $(PEERS) (1.5 GB), with which make bench compares;  bench-engines: sync and engines"
 	@echo "make test-faults   what a run does when something goes wrong, on real processes"
 	@echo "make mutants       break self-imitation in some sixty ways, one at a time; the tests must notice each (nine minutes)"
+	@echo "make soak          random faults on real runs, resumed after each (SOAK_MINUTES=20)"
 	@echo "make fuzz          100,000 damaged files and texts through every reader: only the documented errors may come out"
 
 $(VENV)/bin/python:
@@ -124,6 +125,9 @@ mutants: $(VENV)/dev.stamp
 
 test-faults: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n $(JOBS) --dist worksteal
+
+soak: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --minutes $(or $(SOAK_MINUTES),20)
 
 fuzz: $(VENV)/dev.stamp
 	SPEARRL_FUZZ=100000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults/test_fuzz.py

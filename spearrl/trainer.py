@@ -246,5 +246,6 @@ class Trainer:
         save_state(folder / "training", "state", {"step": self.step, "policy_version": self.policy_version, **parts})
 
     def _log(self, kind: str, values: dict[str, Any]) -> None:
-        self.run.event(kind, self.step, values)
-        self._report(kind, {"step": self.step, "steps": self.config.run.steps, **values})
+        step = values.pop("step", self.step)  # a checkpoint may be complete in a later step
+        self.run.event(kind, step, values)
+        self._report(kind, {"step": step, "steps": self.config.run.steps, **values})

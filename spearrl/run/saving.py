@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spearrl.errors import StorageError, system_name
-from spearrl.run.checkpoint import seal, written
+from spearrl.run.checkpoint import seal, step_of, written
 
 TRIES = 3  # failed checkpoints in a row that end a run
 
@@ -21,7 +21,7 @@ class Saver:
 
     Args:
         about: JSON values for every manifest.
-        report: called with ("checkpoint", {"path": …}) for one that is complete and ("warning", …) for one that failed,
+        report: called with ("checkpoint", {"path": …, "step": …}) for one that is complete and ("warning", …) for one that failed,
             by the caller's thread.
         step: of the newest checkpoint; afterwards of the one under way.
     """
@@ -76,7 +76,7 @@ class Saver:
             self._failed(error)
             return
         self._failures = 0
-        self._report("checkpoint", {"path": str(path)})
+        self._report("checkpoint", {"path": str(path), "step": step_of(path)})
 
     def score(self, evaluations: Sequence[Mapping[str, Any]]) -> set[int]:
         """Take results of panels, as the event log has them; returns their steps.

@@ -60,6 +60,14 @@ def test_a_checkpoint_that_fails_is_tried_again(model, tmp_path, fault):
     assert fingerprint(trainer.parts.model) == fingerprint(whole.parts.model)
 
 
+def test_a_checkpoints_event_is_of_its_own_step(model, tmp_path):
+    """Though it is complete while a later step is under way."""
+    trainer = run(from_model(model, tmp_path, *SAVING))
+    events = [event for event in read_events(trainer.run.path)[0] if event["event"] == "checkpoint"]
+    assert [event["step"] for event in events] == [0, 1, 2, 3, 4]
+    assert [int(event["path"][-6:]) for event in events] == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("faults", ["ckpt.mid_file:enospc@2+", "ckpt.before_rename:enospc@2+"])
 def test_the_third_in_a_row_ends_the_run(model, tmp_path, fault, faults):
     fault(faults)
