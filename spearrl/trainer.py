@@ -246,6 +246,5 @@ class Trainer:
         save_state(folder / "training", "state", {"step": self.step, "policy_version": self.policy_version, **parts})
 
     def _log(self, kind: str, values: dict[str, Any]) -> None:
-        step = values.pop("step", self.step)  # a checkpoint may be complete in a later step
-        self.run.event(kind, step, values)
+        self.run.event(kind, step := values.pop("step", self.step), values)  # a checkpoint is complete in a later one
         self._report(kind, {"step": step, "steps": self.config.run.steps, **values})

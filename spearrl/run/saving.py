@@ -21,8 +21,8 @@ class Saver:
 
     Args:
         about: JSON values for every manifest.
-        report: called with ("checkpoint", {"path": …, "step": …}) for one that is complete and ("warning", …) for one that failed,
-            by the caller's thread.
+        report: called with ("checkpoint", {"path": …, "step": …}) for one that is complete and ("warning", …) for one
+            that failed, by the caller's thread.
         step: of the newest checkpoint; afterwards of the one under way.
     """
 

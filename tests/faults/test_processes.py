@@ -127,14 +127,19 @@ def test_an_environment_cannot_end_the_training(kind, task, name):
 
 
 def test_ctrl_c_in_a_step_still_ends_it():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+
     class Pressed(Fetch):
         def step(self, action):
             signal.raise_signal(signal.SIGINT)
 
     slot = Slot(Pressed(), "chat")
     slot.start(Fetch().tasks("train")[0], 0)
-    with pytest.raises(KeyboardInterrupt):
-        slot.act(Reply("look", (1,), "stop"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            slot.act(Reply("look", (1,), "stop"))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_step_that_hangs_on_the_loop_is_named(capsys):
