@@ -61,7 +61,7 @@ model: $(VENV)/core.stamp constraints/fetch.txt
 	$(PIP) -c constraints/cpu.txt -c constraints/fetch.txt -e ".[envs,fetch]"
 	$(BIN)/spearrl fetch smollm2-135m
 
-check: lint type test
+check: lint type test test-faults
 
 # Installs bubblewrap where it may; says in one line what is skipped where there is no isolation.
 isolation: $(VENV)/dev.stamp
@@ -70,10 +70,10 @@ isolation: $(VENV)/dev.stamp
 	echo "no isolation here (spearrl doctor sandbox says why): the tests that run hostile code are skipped"
 
 test: isolation
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/engines -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/engines -n $(JOBS) --dist worksteal -m "not faults"
 
 test-fast: isolation
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/engines -n $(JOBS) --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/engines -n $(JOBS) --dist worksteal -m "not slow and not faults"
 
 $(ENGINES)/engines.stamp: setup.cfg pyproject.toml constraints/engines.txt constraints/deepspeed.txt
 	$(PYTHON) -m venv $(ENGINES)
@@ -124,7 +124,7 @@ mutants: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.mutants
 
 test-faults: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/engines -n $(JOBS) --dist worksteal -m faults
 
 soak: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak --minutes $(or $(SOAK_MINUTES),20)

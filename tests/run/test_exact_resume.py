@@ -68,6 +68,7 @@ def runs(model, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KILLS)
 def test_a_run_killed_anywhere_goes_on_as_if_it_had_not_been(runs, name):
