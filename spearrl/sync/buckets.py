@@ -65,12 +65,17 @@ def cast(parameter: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return parameter.detach().to(dtype) if dtype is not None and parameter.is_floating_point() else parameter.detach()
 
 
+def folder_name(run_folder: Path) -> str:
+    """Of the folder that a run's buckets lie in."""
+    return "spearrl-run-" + hashlib.blake2b(str(run_folder.resolve()).encode(), digest_size=8).hexdigest()
+
+
 def bucket_folder(run_folder: Path, limit: int) -> Path:
     """An empty folder for bucket files: in shared memory where `limit` bytes fit, else in the run's directory.
 
     What killed runs left behind is removed: a living one holds a lock on its folder.
     """
-    name = "spearrl-run-" + hashlib.blake2b(str(run_folder.resolve()).encode(), digest_size=8).hexdigest()
+    name = folder_name(run_folder)
     roomy = (
         SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK) and shutil.disk_usage(SHARED_MEMORY).free >= limit
     )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from spearrl.sync.buckets import folder_name
 from tests.support.small_run import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,5 +41,6 @@ def events(run: Path, kind: str) -> list[dict]:
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("spearrl-run-*")}
+def shared_memory(run: Path) -> bool:
+    """Whether this run has some; other tests have theirs at the same time."""
+    return Path("/dev/shm", folder_name(run)).exists()

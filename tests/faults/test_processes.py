@@ -58,24 +58,23 @@ def children_of(pid: int) -> list[int]:
 
 @pytest.mark.faults
 def test_kill_9_of_the_trainer_leaves_no_process_and_no_shared_memory(model, tmp_path):
-    before = shared_memory()
+    run = tmp_path / "run"
     words = command(model, tmp_path, "rollout.workers=1", "run.steps=500", "rollout.cache_mib=64")
     process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    until(lambda: shared_memory() - before, "weights travel through shared memory")
+    until(lambda: shared_memory(run), "weights travel through shared memory")
     children = children_of(process.pid)
     assert children
     process.kill()
     process.wait()
     wait_gone(children)
-    until(lambda: shared_memory() <= before, "shared memory is freed", seconds=5)
+    until(lambda: not shared_memory(run), "shared memory is freed", seconds=5)
 
 
 @pytest.mark.faults
 def test_a_start_that_fails_closes_what_it_had_started(model, tmp_path):
-    before = shared_memory()
     done = train(model, tmp_path, "rollout.workers=1", "rollout.cache_mib=64", fault="sync.publish:raise")
     assert done.returncode == 6 and "SPEARRL_FAULT at sync.publish" in done.stderr
-    assert shared_memory() <= before and not (tmp_path / "run").exists()
+    assert not shared_memory(tmp_path / "run") and not (tmp_path / "run").exists()
 
 
 @pytest.mark.faults
