@@ -61,7 +61,7 @@ def test_a_second_ctrl_c_ends_a_run_that_hangs(model, tmp_path):
     begun = time.monotonic()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
-    assert time.monotonic() - begun < 4.0 and process.returncode == 130  # 2 s, and 2 more for a busy machine
+    assert time.monotonic() - begun < 3.0 and process.returncode == 130  # 2 s where nothing else runs
     assert defect(newest_checkpoint(tmp_path / "r/checkpoints")[0]) is None
 
 

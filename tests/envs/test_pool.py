@@ -222,14 +222,14 @@ def test_closing_ends_the_workers_and_may_come_twice():
 
 
 ORPHAN = """
-import asyncio, os, signal
+import asyncio, os, signal, sys
 from spearrl.envs import make
 from spearrl.envs.pool import open_pool
 from spearrl.types import Reply, Task
 pool = open_pool(make("tests.support.faulty_envs:Rogue"), style="chat", workers=1, deadline_s=60)
 async def main():
     slot = pool.acquire()
-    await pool.start(slot, Task("hang", "train"), 0)
+    await pool.start(slot, Task(sys.argv[1], "train"), 0)
     played = await pool.act(slot, Reply("go", (1,), "stop"), False)
     print(played.outcome.info["pid"], flush=True)
     asyncio.get_running_loop().call_later(0.3, os.kill, os.getpid(), signal.SIGKILL)
@@ -238,8 +238,9 @@ asyncio.run(main())
 """
 
 
-def test_a_worker_does_not_outlive_a_killed_trainer():
-    run = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, text=True, timeout=LIMIT_S)
+@pytest.mark.parametrize("task", ["hang", "stuck"])  # asleep, and in C code that lets no other thread run
+def test_a_worker_does_not_outlive_a_killed_trainer(task):
+    run = subprocess.run([sys.executable, "-c", ORPHAN, task], capture_output=True, text=True, timeout=LIMIT_S)
     pid = int(run.stdout)
     wait_gone([pid])
 

@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,27 +26,6 @@ from tests.support.gates import until, wait_gone
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.toy_envs import Fetch
 from tests.support.worker_fleet import open_fleet, saved_model
-
-STUCK = """
-import asyncio, os, signal
-from spearrl.envs import make
-from spearrl.envs.pool import open_pool
-from spearrl.types import Reply, Task
-pool = open_pool(make("tests.support.faulty_envs:Rogue"), style="chat", workers=1, deadline_s=60)
-async def main():
-    slot = pool.acquire()
-    await pool.start(slot, Task("stuck", "train"), 0)
-    played = await pool.act(slot, Reply("go", (1,), "stop"), False)
-    print(played.outcome.info["pid"], flush=True)
-    asyncio.get_running_loop().call_later(0.5, os.kill, os.getpid(), signal.SIGKILL)
-    await pool.act(slot, Reply("go", (1,), "stop"), False)
-asyncio.run(main())
-"""
-
-
-def test_a_worker_that_is_stuck_in_c_code_dies_with_its_parent():
-    run = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    wait_gone([int(run.stdout)])
 
 
 def children_of(pid: int) -> list[int]:
