@@ -1,10 +1,11 @@
 """The event log of a run: written a line at a time, read whatever stands in it.
 
-events.jsonl is put by as events-0001.jsonl.gz, and so on, where it has grown.
+A file that has grown is renamed to events-0001.jsonl, and so on, and compressed.
 """
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -32,19 +33,19 @@ class LineFile:
     def add(self, line: str) -> None:
         """Raises OSError where the line cannot be written."""
         if self._file.tell() > LARGEST:
-            self._put_by()
+            self._rotate()
         data = ("\n" * self._torn + line + "\n").encode(errors="replace")
         self._torn = True
         strike("log.write")
         written = self._file.write(data)
         if written != len(data):  # a full disk takes what fits
-            raise OSError(28, os.strerror(28))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._torn = False
 
     def close(self) -> None:
         self._file.close()
 
-    def _put_by(self) -> None:
+    def _rotate(self) -> None:
         """Go on in an empty file; this one becomes the next of the earlier ones."""
         number = 1 + max((int(path.name[7:11]) for path in self._path.parent.glob(EARLIER)), default=0)
         full = self._path.with_name(f"events-{number:04d}.jsonl")

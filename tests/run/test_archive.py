@@ -20,7 +20,7 @@ def run(tmp_path):
     opened.close()
 
 
-def test_a_grown_event_log_is_put_by_and_read_whole(run, monkeypatch):
+def test_a_grown_event_log_is_rotated_and_read_whole(run, monkeypatch):
     monkeypatch.setattr(events, "LARGEST", 2000)
     for step in range(200):
         run.event("step", step, {"reward": step / 2})
